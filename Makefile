@@ -1,0 +1,63 @@
+# Needs Python (3.11 or newer), pip and make. Everything is installed into VENV.
+#   make demo ARGS="--steps 50"       make test PYTHON=python3.13 VENV=.venv-3.13
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+# Test processes: `auto` is one a core, four at most; 0 runs in this process.
+WORKERS ?= auto
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+PYTEST = $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
+
+.PHONY: help demo test fast lint format types bench hooks clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     fine-tune a small pretrained transformer, and print the comparison"
+	@echo "make test     the whole test suite       make fast   without the slow tests"
+	@echo "make lint     ruff, style and format     make types  pyright"
+	@echo "make format   rewrite what lint can      make bench  the timings of benchmarks/"
+	@echo "make hooks    pre-commit hooks           make clean  remove what was built"
+
+demo: $(VENV)/.examples
+	$(RUN) examples/finetune.py $(ARGS)
+
+test: $(VENV)/.test
+	$(PYTEST) $(ARGS)
+
+fast: $(VENV)/.test
+	$(PYTEST) -m "not slow" $(ARGS)
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+types: $(VENV)/.test
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+# The comparisons with other libraries need the much larger `.[bench]` besides.
+bench: $(VENV)/.examples
+	$(RUN) benchmarks/step.py $(ARGS)
+
+hooks: $(VENV)/.test
+	$(PIP) install pre-commit
+	$(RUN) -m pre_commit install
+
+clean:
+	if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
+	rm -rf build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp an extra: installed again when pyproject.toml changes.
+$(VENV)/.examples $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(RUN)
+	$(PIP) install --quiet --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,25 @@
+"""Parameter-efficient fine-tuning for JAX and Flax, as pure functions over pytrees."""
+
+from jlora import methods as methods
+from jlora import network as network
+from jlora import targets as targets
+from jlora._merge import merge as merge
+from jlora._merge import merge_report as merge_report
+from jlora._merge import scale as scale
+from jlora._merge import unmerge as unmerge
+from jlora.adapted import Adapted as Adapted
+from jlora.adapted import Frozen as Frozen
+from jlora.adapted import adapt as adapt
+from jlora.adapted import count as count
+from jlora.adapted import join as join
+from jlora.adapted import split as split
+from jlora.adapted import table as table
+from jlora.adapted import trainable_mask as trainable_mask
+from jlora.adapted import with_dropout as with_dropout
+from jlora.explain import explain as explain
+from jlora.explain import infer_axes as infer_axes
+from jlora.lift import lift as lift
+from jlora.methods import BitFit as BitFit
+from jlora.methods import Full as Full
+from jlora.methods import LoRA as LoRA
+from jlora.optim import masked as masked

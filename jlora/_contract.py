@@ -1,0 +1,383 @@
+"""Contractions of labelled arrays: planned from static shapes, run as large dots, with gradients written by hand.
+
+The product of several operands is contracted pair by pair in the order that `opt_einsum` finds cheapest. Gradients
+come from the same equation: the gradient of one operand is the contraction of all the others and the cotangent
+onto its labels, planned anew. Written so, a narrow gradient is one dot over all free axes with the narrow operand
+first, which is what makes it fast: the dot that JAX's transposition makes of `x @ a` copies all of `x` on CPU.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import opt_einsum
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jlora._network import Labels
+
+
+@functools.lru_cache(maxsize=65536)
+def plan(
+    labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels
+) -> tuple[tuple[tuple[int, ...], ...], float]:
+    """The cheapest pairwise order and its FLOPs (a multiply-add counts two)."""
+    symbol = {x: opt_einsum.get_symbol(n) for n, x in enumerate(dict.fromkeys(x for ls in labels for x in ls))}
+    word = lambda ls: "".join(symbol[x] for x in ls)
+    equation = ",".join(map(word, labels)) + "->" + word(out)
+    search = "optimal" if len(labels) <= 7 else "auto"
+    path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
+    return tuple(path), float(info.opt_cost)
+
+
+def flops(labels: Sequence[Labels], arrays: Sequence[Any], out: Labels) -> float:
+    """FLOPs of `contract` on these shapes."""
+    return plan(tuple(labels), tuple(tuple(a.shape) for a in arrays), out)[1]
+
+
+def explicit_mesh(arrays: Sequence[Any]) -> Any:
+    """The mesh with explicit axes that some array lives on, or None."""
+    for a in arrays:
+        mesh = jax.typeof(a).sharding.mesh
+        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _specs(arrays: Sequence[Any], labels: Sequence[Labels]) -> dict[str, Any]:
+    """The mesh axes of each label, the first operand that shards it counting."""
+    specs: dict[str, Any] = {}
+    for a, ls in zip(arrays, labels, strict=True):
+        spec = jax.typeof(a).sharding.spec
+        for x, axis in zip(ls, tuple(spec) + (None,) * len(ls), strict=False):
+            if axis is not None:
+                specs.setdefault(x, axis)
+    return specs
+
+
+def _sharding(mesh: Any, specs: dict[str, Any], labels: Labels) -> NamedSharding:
+    used: set[str] = set()
+    axes = []
+    for x in labels:
+        axis = specs.get(x)
+        names = set(axis) if isinstance(axis, tuple) else {axis} - {None}
+        axes.append(None if names & used else axis)
+        used |= names
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def _spread(a: jax.Array, labels: Labels, out: Labels) -> jax.Array:
+    """`a` with its labels in the order of `out`, and axes of size one for those it lacks."""
+    order = [labels.index(x) for x in out if x in labels]
+    a = lax.transpose(a, order) if order != list(range(len(order))) else a
+    missing = [n for n, x in enumerate(out) if x not in labels]
+    return lax.expand_dims(a, missing) if missing else a
+
+
+def contract(
+    arrays: Sequence[jax.Array],
+    labels: Sequence[Labels],
+    out: Labels,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """Sums the product of labelled arrays over every label that `out` lacks; the result's axes are `out`.
+
+    No array is reshaped: free axes stay apart, so that activations sharded over batch and sequence stay where they
+    are. Under an explicit mesh every label keeps the mesh axes of the operand that brings it.
+    """
+    live = list(zip(arrays, map(tuple, labels), strict=True))
+    mesh = explicit_mesh(arrays)
+    specs = _specs(arrays, labels) if mesh is not None else {}
+    path, _ = plan(tuple(ls for _, ls in live), tuple(tuple(a.shape) for a, _ in live), tuple(out))
+    for step, pair in enumerate(path):
+        final = step == len(path) - 1
+        chosen = [live.pop(n) for n in sorted(pair, reverse=True)]
+        keep = set(out).union(*(ls for _, ls in live))
+        element = preferred_element_type if final else None
+        if len(chosen) == 1:
+            ((a, la),) = chosen
+            gone = tuple(n for n, x in enumerate(la) if x not in keep)
+            live.append((jnp.sum(a, gone) if gone else a, tuple(x for x in la if x in keep)))
+            continue
+        (a, la), (b, lb) = chosen
+        if a.size < b.size or (a.size == b.size and len(la) < len(lb)):  # activations first
+            (a, la), (b, lb) = (b, lb), (a, la)
+        contracted = tuple(x for x in la if x in lb and x not in keep)
+        if not contracted:
+            result = la + tuple(x for x in lb if x not in la)
+            if final and set(result) == set(out):
+                result = tuple(out)
+            live.append((_spread(a, la, result) * _spread(b, lb, result), result))
+            continue
+        free_b = [x for x in lb if x not in la]
+        if final and out and next((x for x in out if not (x in la and x in lb)), None) in free_b:
+            (a, la), (b, lb) = (b, lb), (a, la)  # the result then needs no transposition
+        batch = tuple(x for x in la if x in lb and x in keep)
+        result = batch + tuple(x for x in la if x not in lb) + tuple(x for x in lb if x not in la)
+        index = lambda ls, xs: [ls.index(x) for x in xs]
+        sharding = None
+        if mesh is not None:
+            given = final and out_sharding is not None and result == tuple(out)
+            sharding = out_sharding if given else _sharding(mesh, specs, result)
+        dimensions = (
+            (index(la, contracted), index(lb, contracted)),
+            (index(la, batch), index(lb, batch)),
+        )
+        y = lax.dot_general(
+            a,
+            b,
+            dimensions,
+            precision=precision,
+            preferred_element_type=element,
+            out_sharding=sharding,
+        )
+        live.append((y, result))
+    ((y, ls),) = live
+    y = _spread(y, ls, tuple(out))
+    if mesh is not None and out_sharding is not None and jax.typeof(y).sharding != out_sharding:
+        y = jax.sharding.reshard(y, out_sharding)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The custom rule of an adapted dot
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One network as it meets an activation: `y[out] += sum x[x] * prod operands[labels]`.
+
+    Attributes:
+      x: labels of the activation; `x_shape` is the shape it is given for that (contracted axes may be split).
+      out: labels of the result, with shape `out_shape`.
+      operands: labels of each operand.
+      dense: labels of the network contracted to a matrix, and how that becomes the weight's own axes: the order of
+        its labels, then (shape, permutation, shape).
+      branch: which of the activations it takes (dropout gives a branch its own).
+      base: the place among its operands of W0 itself, -1 for none.
+    """
+
+    x: Labels
+    x_shape: tuple[int, ...]
+    out: Labels
+    out_shape: tuple[int, ...]
+    operands: tuple[Labels, ...]
+    dense: Labels
+    dense_shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    branch: int = 0
+    base: int = -1
+    base_shape: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """`y = x . (W0 + sum of products)`, W0 left out where `w` is None.
+
+    `x`, `w` and `y` are the axis labels of the dot as the model wrote it; `merged` says that the products are
+    contracted to a matrix and added to W0 inside the rule.
+    """
+
+    x: Labels
+    w: Labels | None
+    y: Labels
+    products: tuple[Product, ...]
+    left: bool  # the weight is the dot's left operand
+    compute: Any  # the dtype that factors are cast to: the activation's
+    precision: Any
+    preferred_element_type: Any
+    out_sharding: Any
+    merged: bool
+
+
+def matrix(product: Product, operands: Sequence[jax.Array], dtype: Any, precision: Any = None) -> jax.Array:
+    """The dense dW of one network, in the weight's own axes."""
+    operands = [a.astype(dtype) for a in operands]
+    flat = contract(operands, product.operands, product.dense, precision=precision)
+    first, order, last = product.dense_shape
+    flat = flat if flat.shape == first else flat.reshape(first)
+    flat = lax.transpose(flat, order) if order != tuple(range(len(order))) else flat
+    return flat if flat.shape == last else flat.reshape(last)
+
+
+def _with_base(product: Product, base: jax.Array, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    full = list(operands)
+    if product.base >= 0:
+        full.insert(product.base, base.reshape(product.base_shape))
+    return full
+
+
+def _chunks(dot: Dot, operands: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """The flat list of operands, cut by product."""
+    rest, cut = list(operands), []
+    for p in dot.products:
+        n = len(p.operands) - (p.base >= 0)
+        cut.append(rest[:n])
+        rest = rest[n:]
+    return cut
+
+
+def _base_dot(dot: Dot, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The dot exactly as the model wrote it, so that a zero delta changes no bit."""
+    assert dot.w is not None
+    (a, la), (b, lb) = ((w, dot.w), (x, dot.x)) if dot.left else ((x, dot.x), (w, dot.w))
+    shared = [n for n in la if n in lb]
+    batch = [n for n in shared if n in dot.y]
+    summed = [n for n in shared if n not in dot.y]
+    index = lambda ls, xs: [ls.index(n) for n in xs]
+    return lax.dot_general(
+        a,
+        b,
+        ((index(la, summed), index(lb, summed)), (index(la, batch), index(lb, batch))),
+        precision=dot.precision,
+        preferred_element_type=dot.preferred_element_type,
+        out_sharding=dot.out_sharding,
+    )
+
+
+def _merge(dot: Dot, base: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
+    with jax.named_scope("delta"):
+        for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
+            base = base + matrix(p, _with_base(p, base, ops), base.dtype, dot.precision)
+    return base
+
+
+def _forward(dot: Dot, xs: Sequence[jax.Array], base: jax.Array | None, operands: Sequence[jax.Array]) -> jax.Array:
+    if dot.merged:
+        assert base is not None
+        return _base_dot(dot, xs[0], _merge(dot, base, operands))
+    y = None if dot.w is None else _base_dot(dot, xs[0], base)  # type: ignore[arg-type]
+    with jax.named_scope("delta"):
+        for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
+            x = xs[p.branch].astype(dot.compute)
+            x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
+            full = [a.astype(dot.compute) for a in _with_base(p, base, ops)]  # type: ignore[arg-type]
+            dy = contract(
+                [x, *full],
+                [p.x, *p.operands],
+                p.out,
+                precision=dot.precision,
+                preferred_element_type=dot.preferred_element_type,
+                out_sharding=dot.out_sharding if len(p.out) == len(dot.y) else None,
+            )
+            dy = dy if dy.shape == p.out_shape else dy.reshape(p.out_shape)
+            y = dy if y is None else y + dy.astype(y.dtype)
+    assert y is not None
+    return y
+
+
+def _like(array: jax.Array) -> dict[str, Any]:
+    """Where the gradient of an array must live under an explicit mesh."""
+    return {"out_sharding": jax.typeof(array).sharding if explicit_mesh([array]) is not None else None}
+
+
+def _backward(
+    dot: Dot,
+    xs: Sequence[jax.Array],
+    base: jax.Array | None,
+    operands: Sequence[jax.Array],
+    dy: jax.Array,
+) -> tuple[list[jax.Array], jax.Array | None, list[jax.Array]]:
+    run = functools.partial(contract, precision=dot.precision)
+    dxs: list[Any] = [None] * len(xs)
+    dbase = None
+    dy = dy.astype(dot.compute)
+    xs = [x.astype(dot.compute) for x in xs]
+
+    def gather(total: Any, part: jax.Array, like: jax.Array) -> jax.Array:
+        part = (part if part.shape == like.shape else part.reshape(like.shape)).astype(like.dtype)
+        return part if total is None else total + part
+
+    if dot.w is not None:
+        assert base is not None
+        w = _merge(dot, base, operands) if dot.merged else base
+        dxs[0] = gather(None, run([dy, w.astype(dy.dtype)], [dot.y, dot.w], dot.x, **_like(xs[0])), xs[0])
+        # dead code unless somebody asks: W0 is frozen
+        dbase = gather(None, run([xs[0], dy], [dot.x, dot.y], dot.w, **_like(base)), base)
+    grads: list[jax.Array] = []
+    with jax.named_scope("delta"):
+        for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
+            x = xs[p.branch].reshape(p.x_shape) if xs[p.branch].shape != p.x_shape else xs[p.branch]
+            g = dy if len(p.out) == dy.ndim else dy.reshape([_size(p, x, ops, base, n) for n in p.out])
+            full = [a.astype(dy.dtype) for a in _with_base(p, base, ops)]  # type: ignore[arg-type]
+            if not dot.merged:
+                part = run(
+                    [g, *full],
+                    [p.out, *p.operands],
+                    p.x,
+                    **(_like(x) if len(p.x) == len(dot.x) else {}),
+                )
+                dxs[p.branch] = gather(dxs[p.branch], part, xs[p.branch])
+            place = 0
+            for n, ls in enumerate(p.operands):
+                others = [a for m, a in enumerate(full) if m != n]
+                names = [o for m, o in enumerate(p.operands) if m != n]
+                target = base if n == p.base else ops[place]
+                assert target is not None
+                part = run(
+                    [x, g, *others],
+                    [p.x, p.out, *names],
+                    ls,
+                    preferred_element_type=target.dtype,
+                    **(_like(target) if n != p.base else {}),
+                )
+                if n == p.base:
+                    dbase = gather(dbase, part, target)
+                else:
+                    grads.append(part.astype(target.dtype))
+                    place += 1
+    dxs = [jnp.zeros_like(x) if d is None else d for x, d in zip(xs, dxs, strict=True)]
+    return dxs, dbase, grads
+
+
+def _size(p: Product, x: jax.Array, ops: Sequence[jax.Array], base: jax.Array | None, label: str) -> int:
+    for ls, a in ((p.x, x), *zip(p.operands, _with_base(p, base, ops), strict=True)):  # type: ignore[arg-type]
+        if label in ls:
+            return a.shape[ls.index(label)]
+    raise AssertionError(label)
+
+
+@functools.lru_cache(maxsize=65536)
+def rule(dot: Dot, forward_mode: bool = False) -> Any:
+    """`f(xs, base, operands) -> y` for one adapted dot, as a custom rule unless `forward_mode`.
+
+    Residuals are the activation, W0 and the factors alone: rebuilding what is narrow, and W', costs less than
+    keeping it, and under a scan a kept W' would be a second copy of the model.
+    """
+
+    def f(xs: Any, base: Any, operands: Any) -> jax.Array:
+        return _forward(dot, xs, base, operands)
+
+    if forward_mode:
+        return f
+    custom = jax.custom_vjp(f)
+
+    def forward(xs: Any, base: Any, operands: Any) -> Any:
+        return f(xs, base, operands), (xs, base, operands)
+
+    def backward(residuals: Any, dy: jax.Array) -> Any:
+        xs, base, operands = residuals
+        dxs, dbase, grads = _backward(dot, xs, base, operands, dy)
+        return type(xs)(dxs), dbase, type(operands)(grads)
+
+    custom.defvjp(forward, backward)
+    return custom
+
+
+def cost(dot: Dot, xs: Sequence[Any], base: Any, operands: Sequence[Any]) -> tuple[float, float]:
+    """FLOPs of the products' forward pass, factored and contracted to matrices."""
+    factored = dense = 0.0
+    for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
+        shapes = [tuple(a.shape) for a in ops]
+        if p.base >= 0:
+            shapes.insert(p.base, p.base_shape)
+        x_shape = p.x_shape
+        factored += plan((p.x, *p.operands), (x_shape, *shapes), p.out)[1]
+        dense += plan(p.operands, tuple(shapes), p.dense)[1] + math.prod(p.dense_shape[-1])
+    return factored, dense

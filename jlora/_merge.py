@@ -1,0 +1,192 @@
+"""From an adapter back to plain parameters, and what that costs in the weight's own precision."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _table
+from jlora._network import Base, Function
+from jlora._plan import Site
+from jlora._weight import Weight, weight
+from jlora.adapted import Adapted
+
+
+def lookup(adapted: Adapted) -> Any:
+    """`(group, factor) -> array`, trainable or frozen."""
+
+    def get(group: str, name: str) -> Any:
+        for side in (adapted.trainable, adapted.frozen.factors):
+            if name in side.get(group, {}):
+                return side[group][name]
+        raise KeyError(f"no factor {name!r} in group {group!r}")
+
+    return get
+
+
+def weights(adapted: Adapted, leaves: list[Any]) -> list[Weight]:
+    """The expression of every adapted weight over the base's leaves."""
+    get = lookup(adapted)
+    return [weight(s.leaf, s.recipe, jnp.asarray(leaves[s.index]), get) for s in adapted.frozen.plan.sites]
+
+
+def replaced(adapted: Adapted, values: list[Any]) -> Any:
+    """The base tree with one value for each site."""
+    leaves, treedef = jax.tree.flatten(adapted.frozen.base)
+    for site, value in zip(adapted.frozen.plan.sites, values, strict=True):
+        leaves[site.index] = value
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def merge(adapted: Adapted) -> Any:
+    """Plain parameters again: the same structure, shapes and dtypes as the base.
+
+    Deltas are added in float32, then cast. Pure and jittable; looks at no value.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+      >>> merged = jlora.merge(jlora.adapt(params, jlora.LoRA(rank=2)))
+      >>> bool((merged["query"]["kernel"] == params["query"]["kernel"]).all())
+      True
+    """
+    leaves = jax.tree.leaves(adapted.frozen.base)
+    return replaced(adapted, [w.dense() for w in weights(adapted, leaves)])
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeRow:
+    """One weight's merge.
+
+    Attributes:
+      path: where it stands.
+      survives: the share of the delta that is left after the cast, 1 where nothing is lost.
+      relative_error: the norm of what the cast changed over the norm of the delta.
+    """
+
+    path: str
+    survives: float
+    relative_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """`rows`, one a weight; prints as a table. `worst` is the smallest share that survives."""
+
+    rows: tuple[MergeRow, ...]
+
+    @property
+    def worst(self) -> float:
+        return min((r.survives for r in self.rows), default=1.0)
+
+    def __str__(self) -> str:
+        rows = [(r.path, f"{100 * r.survives:.1f} %", f"{r.relative_error:.2e}") for r in self.rows]
+        return _table.render(("path", "survives", "relative error"), rows, right=(1, 2))
+
+
+@jax.jit
+def _survival(w: Weight) -> tuple[jax.Array, jax.Array]:
+    delta = w.delta()
+    kept = w.dense().astype(delta.dtype) - w.base.astype(delta.dtype)
+    square = jnp.sum(delta * delta)
+    lost = jnp.sum((kept - delta) ** 2)
+    empty = square == 0
+    square = jnp.where(empty, 1.0, square)
+    share = 1 - jnp.sqrt(jnp.minimum(lost / square, 1.0))
+    return jnp.where(empty, 1.0, share), jnp.where(empty, 0.0, jnp.sqrt(lost / square))
+
+
+def merge_report(adapted: Adapted) -> MergeReport:
+    """For each weight, the share of its delta that survives the cast to the weight's dtype.
+
+    In bfloat16 a delta a thousand times smaller than its weight loses half of itself or more. `survives` is
+    1 - |kept - delta| / |delta|, at least 0, where `kept` is what the merged weight differs by from the base.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> jlora.merge_report(adapted).worst
+      1.0
+    """
+    rows = []
+    for site, w in zip(
+        adapted.frozen.plan.sites,
+        weights(adapted, jax.tree.leaves(adapted.frozen.base)),
+        strict=True,
+    ):
+        share, error = _survival(w)
+        rows.append(MergeRow(site.leaf.path, float(share), float(error)))
+    return MergeReport(tuple(rows))
+
+
+class Unmerged(NamedTuple):
+    """`params`, and for each weight the relative `drift`: how far merging again lands from the merged weight."""
+
+    params: Any
+    drift: dict[str, float]
+
+
+def _additive(site: Site) -> bool:
+    words = [w for d in site.recipe.deltas for w in d.operands]
+    reads = any(isinstance(w, Base) or isinstance(w, Function) and w.base for w in words)
+    return site.recipe.gain is None and not reads
+
+
+def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
+    """Subtracts an adapter from merged parameters, for when the base is no longer at hand.
+
+    Where it is, use it: `adapted.frozen.base` is exact, this is not. Subtraction happens in float32, then casts.
+
+    Args:
+      merged: a tree like the base.
+      adapted: the adapter; its own base is not read.
+
+    Raises:
+      ValueError: a tree of another structure, or a method whose delta depends on W0.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> params, drift = jlora.unmerge(jlora.merge(adapted), adapted)
+      >>> drift
+      {'query/kernel': 0.0}
+    """
+    bad = [s.leaf.path for s in adapted.frozen.plan.sites if not _additive(s)]
+    if bad:
+        raise ValueError(f"the update of {bad[:5]} depends on W0 itself and cannot be subtracted; keep the base")
+    leaves, treedef = jax.tree.flatten(merged)
+    if treedef != jax.tree.structure(adapted.frozen.base):
+        raise ValueError("merged is not a tree like the adapter's base: its structure differs")
+    held = Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, base=merged))
+    drift = {}
+    for site, w in zip(held.frozen.plan.sites, weights(held, leaves), strict=True):
+        if w.base.shape != site.leaf.shape:
+            raise ValueError(f"{site.leaf.path!r} has shape {w.base.shape}, the adapter's is {site.leaf.shape}")
+        delta = w.delta()
+        base = (w.base.astype(delta.dtype) - delta).astype(w.base.dtype)
+        again = w.replace(base=base).dense().astype(delta.dtype)
+        target = w.base.astype(delta.dtype)
+        drift[site.leaf.path] = float(jnp.linalg.norm(again - target) / jnp.maximum(jnp.linalg.norm(target), 1e-30))
+        leaves[site.index] = base
+    return Unmerged(jax.tree.unflatten(treedef, leaves), drift)
+
+
+def scale(adapted: Adapted, x: Any) -> Adapted:
+    """The adapter weakened, strengthened or switched off: every delta times `x` (0 is the base, 1 the adapter).
+
+    `x` is a scalar and may be traced: the scales are data, so nothing recompiles.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2, alpha=4))
+      >>> float(jlora.scale(adapted, 0.5).frozen.factors["query/kernel"]["s"])
+      1.0
+    """
+    if jnp.ndim(x) != 0:
+        raise ValueError(f"scale takes a scalar, not an array of shape {jnp.shape(x)}; vmap over adapters instead")
+    factors = {
+        group: {name: (a * jnp.asarray(x, a.dtype) if name == "s" else a) for name, a in named.items()}
+        for group, named in adapted.frozen.factors.items()
+    }
+    return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, factors=factors))

@@ -1,0 +1,176 @@
+"""The words of the algebra: arrays, functions of arrays, and the equation that makes them a change of a weight.
+
+    W = gain * (W0 + sum of deltas)
+
+Each delta is a network: operands whose axes carry labels, and one einsum-like equation such as `r I, r O -> I O`.
+`I` stands for all input axes of the kernel, `O` for all output axes, `K` for a convolution's window where an
+equation names it (else the window belongs to `I`); other letters are the method's own. A side in parentheses,
+`i o, j p -> (i j) (o p)`, is one flat axis made of several letters. Stack axes are never written: every operand
+that is not shared carries them in front.
+
+Everything here is static: hashable, comparable, no array in sight.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from jlora._axes import Leaf
+
+Labels: TypeAlias = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """A stored factor, `(stack..., letters...)`: the rank first, then the kernel's own axes.
+
+    Attributes:
+      name: its key in the tree, the paper's letter in lower case.
+      init: `init(key, shape, dtype)`, a `jax.nn.initializers`-like callable.
+      shape: the shape without stack axes; `None` where the equation says it.
+      trained: whether it is a trainable leaf or a frozen factor.
+      group: `None` for the weight's own; a name for a factor that several weights share.
+      stacked: whether it carries the stack axes. One that does not enters a scan as a constant.
+    """
+
+    name: str
+    init: Callable[..., Any] = dataclasses.field(compare=False, repr=False)
+    shape: tuple[int, ...] | None = None
+    trained: bool = True
+    group: str | None = None
+    stacked: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """An operand that is computed from arrays (and W0 where `base`) at the point of use, before anything is sliced.
+
+    A view of a shared array, a placement into ranges of an axis, a norm, a mask, a seed. `fn(*arrays)`, or
+    `fn(*arrays, W0)`, sees arrays without their stack axes; it must be hashable, so that equal plans are equal.
+    """
+
+    fn: Callable[..., Any]
+    arrays: tuple[Array, ...]
+    base: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The frozen weight itself as an operand, in its own axes."""
+
+
+Word: TypeAlias = "Array | Function | Base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """One network.
+
+    Attributes:
+      equation: `"r I, r O -> I O"`.
+      operands: one word for each operand of the equation.
+      sizes: the size of each letter.
+      scale: the frozen scalar `s` that multiplies it (`alpha/r` and its kin), one a layer in a stack.
+      ranks: the letters that rank operations act on.
+      dropout: the rate of the activation's dropout on this branch, in [0, 1).
+    """
+
+    equation: str
+    operands: tuple[Word, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
+    scale: float = dataclasses.field(default=1.0, compare=False)  # data: it lives in the factor `s`
+    ranks: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one weight is computed: `gain * (W0 + sum of deltas)`."""
+
+    deltas: tuple[Delta, ...] = ()
+    gain: Delta | None = None
+
+    def arrays(self, leaf: Leaf) -> dict[tuple[str, str], tuple[Array, tuple[int, ...]]]:
+        """Every stored array as `{(group, name): (array, full shape)}`, the scale of each delta among them."""
+        found: dict[tuple[str, str], tuple[Array, tuple[int, ...]]] = {}
+
+        def add(array: Array, shape: tuple[int, ...]) -> None:
+            full = (leaf.stack if array.stacked else ()) + shape
+            place = (array.group or leaf.path, array.name)
+            if place in found and found[place][1] != full:
+                raise ValueError(f"{place[0]!r} would hold {array.name!r} in two shapes, {found[place][1]} and {full}")
+            found[place] = (array, full)
+
+        for delta in (*self.deltas, *((self.gain,) if self.gain else ())):
+            parsed = parse(delta, leaf)
+            for word, labels in zip(delta.operands, parsed.operands, strict=True):
+                if isinstance(word, Array):
+                    add(word, word.shape or tuple(parsed.sizes[x] for x in labels))
+                elif isinstance(word, Function):
+                    for array in word.arrays:
+                        assert array.shape is not None, f"{array.name}: an array inside a Function needs a shape"
+                        add(array, array.shape)
+            if delta is not self.gain:
+                add(scale_of(delta), ())
+        return found
+
+
+def _constant(value: float) -> Callable[..., Any]:
+    import jax.numpy as jnp
+
+    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+
+
+def scale_of(delta: Delta) -> Array:
+    """The scalar factor of a delta: data and not metadata, so that alphas share one compiled program."""
+    return Array("s", _constant(delta.scale), (), trained=False)
+
+
+Blocks: TypeAlias = tuple[tuple[Labels, Labels], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """An equation on one leaf: labels of each operand (without stack), the blocks of the result, sizes by label.
+
+    A block says that some adjacent axes of the weight (atoms) are, flattened, the flattened product of some labels.
+    Most are trivial: an axis is its own label.
+    """
+
+    operands: tuple[Labels, ...]
+    blocks: Blocks
+    sizes: Mapping[str, int]
+
+
+def atoms(leaf: Leaf) -> Labels:
+    """One label an axis of the kernel: `i0`, `o1`, ..."""
+    return tuple(f"{role}{n}" for n, role in enumerate(leaf.roles))
+
+
+def parse(delta: Delta, leaf: Leaf) -> Parsed:
+    """Reads an equation for the shape of one leaf."""
+    names = atoms(leaf)
+    window = "K" in delta.equation
+    sides = {
+        "I": tuple(names[n] for n in leaf.axes("i" if window else "ik")),
+        "O": tuple(names[n] for n in leaf.axes("o")),
+        "K": tuple(names[n] for n in leaf.axes("k")),
+    }
+    sizes = dict(zip(names, leaf.shape, strict=True)) | dict(delta.sizes)
+    left, right = delta.equation.split("->")
+    expand = lambda letter: sides.get(letter, (letter,))
+    operands = tuple(tuple(x for letter in operand.split() for x in expand(letter)) for operand in left.split(","))
+    blocks: list[tuple[Labels, Labels]] = [((names[n],), (names[n],)) for n in leaf.axes("s")]
+    plain = [s for s in ("I", "O") if s in right.split()]
+    flat = [s for s in ("I", "O") if s not in plain]  # the sides that groups stand for, in before out
+    for token in re.findall(r"\([^)]*\)|\S+", right):
+        if token.startswith("("):
+            side, labels = sides[flat.pop(0)], tuple(token[1:-1].split())
+            if math.prod(sizes[a] for a in side) != math.prod(sizes[x] for x in labels):
+                raise ValueError(f"{leaf.path!r} of shape {leaf.shape}: {token} of {delta.equation!r} does not fit it")
+            blocks.append((side, labels))
+        else:
+            blocks += [((a,), (a,)) for a in sides[token]]
+    return Parsed(operands, tuple(blocks), sizes)

@@ -1,0 +1,169 @@
+"""Which weight gets which recipe: the static half of an adapter, resolved from a spec and a tree."""
+
+import dataclasses
+import re
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import _axes, _tree
+from jlora._axes import Leaf
+from jlora._network import Recipe
+from jlora.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted weight: its leaf, the place of its array among the base's leaves, its method and recipe."""
+
+    leaf: Leaf
+    index: int
+    method: Method
+    recipe: Recipe
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The sites, in the order of the tree, and what there is to say of other leaves.
+
+    Plans are interned: equal ones are one object, so comparing two is comparing identities. That keeps the dispatch
+    of a jitted step cheap with a thousand weights, and lets two adapters of one spec share a compiled program.
+    """
+
+    sites: tuple[Site, ...]
+    methods: tuple[Method, ...]
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.sites)} weights, {', '.join(m.describe() for m in self.methods)})"[:200]
+
+    def __deepcopy__(self, memo: Any) -> "Plan":
+        return self
+
+    def __reduce__(self) -> Any:
+        return intern, (self.sites, self.methods, self.notes)
+
+
+_interned: "weakref.WeakValueDictionary[Any, Plan]" = weakref.WeakValueDictionary()
+
+
+def intern(sites: tuple[Site, ...], methods: tuple[Method, ...], notes: tuple[str, ...]) -> Plan:
+    """The one plan with this content."""
+    content = (sites, methods, notes)
+    return _interned.setdefault(content, Plan(*content))
+
+
+def rules(spec: "Method | Sequence[Any]") -> tuple[Method, ...]:
+    """A spec as a flat tuple of methods."""
+    if isinstance(spec, Method):
+        return (spec,)
+    if isinstance(spec, Sequence) and not isinstance(spec, str) and spec:
+        return tuple(m for s in spec for m in rules(s))
+    raise TypeError(f"a spec is a method such as jlora.LoRA(rank=8), or a non-empty sequence of them, not {spec!r}")
+
+
+def _hashable(target: Any) -> Any:
+    return target if isinstance(target, str) or callable(target) else tuple(target)
+
+
+def resolve(
+    tree: _tree.Named, spec: Any, axes: dict[str, str] | None, allow_untied: bool
+) -> tuple[Plan, list[tuple[Method, Recipe]]]:
+    """Matches a spec against a tree: the plan, and for each site the method and recipe with their data as given.
+
+    All bad leaves are reported at once.
+
+    Raises:
+      ValueError: a pattern without a match, integer or complex leaves, ties adapted at one end, what a method
+        refuses.
+    """
+    methods = tuple(
+        dataclasses.replace(m, target=_hashable(m.target), exclude=_hashable(m.exclude)) for m in rules(spec)
+    )
+    hit = [False] * len(methods)
+    sites: list[Site] = []
+    given: list[tuple[Method, Recipe]] = []
+    notes: list[str] = []
+    bad: list[str] = []
+    for index, (path, array) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
+        takers = [
+            n
+            for n, m in enumerate(methods)
+            if _tree.matches(m.target, path, array) and not (m.exclude and _tree.matches(m.exclude, path, array))
+        ]
+        if not takers:
+            continue
+        for n in takers:
+            hit[n] = True
+        method = methods[takers[0]]
+        if len(takers) > 1:
+            others = ", ".join(methods[n].describe() for n in takers[1:])
+            notes.append(f"{path}: rule {takers[0] + 1} ({method.describe()}) takes it before {others}")
+        shape, dtype = _tree.shape_dtype(array)
+        if not _axes.is_trainable_dtype(dtype):
+            bad.append(f"{path!r} of dtype {dtype}: only real floating point leaves can be adapted; exclude it")
+            continue
+        leaf = Leaf(path, shape, np.dtype(dtype), _axes.roles(path, shape, axes))
+        try:
+            if 0 in shape:
+                raise ValueError("a weight without elements cannot be adapted; exclude it")
+            recipe = method.recipe(leaf)
+            if recipe is None:
+                notes.append(f"{path}: rank 0, left as it is")
+                continue
+            recipe.arrays(leaf)
+        except ValueError as error:
+            bad.append(f"{method.describe()} on {path!r} of shape {shape} ({leaf.roles}): {error}")
+            continue
+        sites.append(Site(leaf, index, method.canonical(), recipe))
+        given.append((method, recipe))
+    for n, m in enumerate(methods):
+        if not hit[n]:
+            near = ", ".join(_tree.nearest(m.target, tree.paths)) or "none: the tree has no leaves"
+            bad.append(f"{m.describe()}(target={_show(m.target)}) matches no leaf; the nearest paths are {near}")
+    for pattern in axes or {}:
+        if not any(re.search(pattern, p) for p in tree.paths):
+            near = ", ".join(_tree.nearest(pattern, tree.paths))
+            bad.append(f"axes={{{pattern!r}: ...}} matches no leaf; the nearest paths are {near}")
+    bad += _ties(tree, sites, allow_untied)
+    if bad:
+        raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(bad))
+    return intern(tuple(sites), tuple(m.canonical() for m in methods), tuple(notes)), given
+
+
+def _show(target: Any) -> str:
+    return getattr(target, "__name__", None) or repr(target)
+
+
+def _ties(tree: _tree.Named, sites: Sequence[Site], allow_untied: bool) -> list[str]:
+    """One array (or NNX variable) under two paths: adapted at one end only, the two would part."""
+    ends: dict[int, list[int]] = {}
+    for index, (owner, leaf) in enumerate(zip(tree.owners, tree.leaves, strict=True)):
+        if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim:
+            ends.setdefault(owner, []).append(index)
+    adapted = {s.index for s in sites}
+    bad = []
+    for indices in ends.values():
+        if len(indices) < 2 or not adapted & set(indices):
+            continue
+        paths = [tree.paths[n] for n in indices]
+        if any(tree.owners[n] != id(tree.leaves[n]) for n in indices):
+            bad.append(
+                f"{paths} are one NNX variable under several attributes, which a pytree flattens to separate leaves; "
+                "split the module first: graphdef, params, rest = nnx.split(model, nnx.Param, ...) and adapt(params)"
+            )
+        elif not adapted >= set(indices) and not allow_untied:
+            bad.append(
+                f"{paths} are one array (tied), adapted at one end only: after merging they would differ; "
+                "target all of them, keep one entry in the tree, or say adapt(..., allow_untied=True)"
+            )
+    return bad
+
+
+def describe_rank(site: Site) -> str:
+    """The rank of a site, for tables: the sizes of its rank letters."""
+    ranks = [dict(d.sizes)[x] for d in site.recipe.deltas for x in d.ranks]
+    return "+".join(map(str, ranks)) or "-"

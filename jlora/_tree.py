@@ -1,0 +1,114 @@
+"""Paths of any pytree, made of the user's own names.
+
+A path is `a/b/0/c`: dictionary keys, attribute names and indices, joined by slashes. What JAX's own key paths add
+for boxes (`nnx.Variable`, `nn.Partitioned`: a trailing `.value`) is left out: a box is one leaf. A slash inside a
+name is written `%2F` and a percent sign `%25`, so that two different keys never share a path.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core import meta
+
+Target: TypeAlias = "str | Sequence[str] | Callable[[str, Any], bool]"
+
+
+def is_box(x: Any) -> bool:
+    """Whether `x` wraps a leaf: its attribute steps are no part of a path."""
+    return isinstance(x, (nnx.Variable, meta.AxisMetadata))
+
+
+def escape(name: Any) -> str:
+    """One step of a path: `/` becomes `%2F`, `%` becomes `%25`."""
+    return str(name).replace("%", "%25").replace("/", "%2F")
+
+
+def _step(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return escape(getattr(entry, attribute))
+    return escape(entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A flattened tree: `leaves[n]` stands at `paths[n]`, and `owners[n]` is the identity of its array or box."""
+
+    paths: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    owners: tuple[int, ...]
+    treedef: Any
+
+
+def flatten(tree: Any) -> Named:
+    """Flattens in JAX's own order, naming each leaf by the user's names alone.
+
+    Raises:
+      TypeError: keys that JAX cannot sort (an int beside a str).
+      ValueError: two leaves with one path (the keys `0` and `"0"`).
+    """
+    paths, leaves, owners = [], [], []
+
+    def walk(node: Any, prefix: tuple[str, ...], inside: bool) -> None:
+        below = lambda x: is_box(x) and x is not node
+        try:
+            children = jax.tree_util.tree_flatten_with_path(node, is_leaf=below)[0]
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"the tree at {'/'.join(prefix) or 'its root'!r} cannot be flattened ({error}); "
+                "keys of one dictionary must be of one kind: use str keys throughout"
+            ) from error
+        for keys, child in children:
+            steps = tuple(_step(k) for k in (keys[1:] if inside else keys))  # a box's first step is its attribute
+            if below(child):
+                walk(child, prefix + steps, True)
+            else:
+                paths.append("/".join(prefix + steps))
+                leaves.append(child)
+                owners.append(id(node) if inside else id(child))
+
+    walk(tree, (), is_box(tree))
+    treedef = jax.tree.structure(tree)
+    if len(set(paths)) < len(paths):
+        twice = sorted({p for p in paths if paths.count(p) > 1})
+        raise ValueError(f"two leaves share the path {twice}: keys that print alike (0 and '0') cannot be told apart")
+    return Named(tuple(paths), tuple(leaves), tuple(owners), treedef)
+
+
+def matches(target: Target, path: str, leaf: Any) -> bool:
+    """Whether a target (a regular expression searched in the path, several, or a callable) takes this leaf."""
+    if isinstance(target, str):
+        try:
+            return re.search(target, path) is not None
+        except re.error as error:
+            raise ValueError(f"{target!r} is not a regular expression: {error}") from None
+    if callable(target):
+        return bool(target(path, leaf))
+    if isinstance(target, Sequence):
+        return any(matches(t, path, leaf) for t in target)
+    raise TypeError(
+        f"a target is a regular expression, a list of them or a callable (path, leaf) -> bool, not {target!r}"
+    )
+
+
+def nearest(target: Target, paths: Sequence[str], count: int = 5) -> list[str]:
+    """The paths that look most like a pattern without a match, for its error message."""
+    wanted = target if isinstance(target, str) else " ".join(map(str, target)) if isinstance(target, Sequence) else ""
+    words = re.sub(r"[^\w/]+", "/", wanted).strip("/")
+    tail = lambda p: "/".join(p.split("/")[-words.count("/") - 1 :])
+    score = {p: difflib.SequenceMatcher(None, words, tail(p)).ratio() for p in paths}
+    return sorted(paths, key=lambda p: -score[p])[:count]
+
+
+def shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of an array-like leaf without reading its values."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return tuple(leaf.shape), leaf.dtype
+    array = np.asarray(leaf)
+    return array.shape, array.dtype

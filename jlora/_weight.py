@@ -1,0 +1,370 @@
+"""A frozen weight with its networks: the expression that stands where the array stood.
+
+    W = gain * (W0 + sum of deltas)
+
+The gain is multiplied out, so that W is W0 (once, or inside the products that contain it) plus a sum of products.
+W0 is moved by the very operations of the model; each product follows by relabelling. What cannot be said in labels
+turns one product, never the whole expression, into a dense one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _network
+from jlora._axes import Leaf
+from jlora._contract import contract
+from jlora._network import Array, Base, Blocks, Delta, Labels, Recipe
+
+_static = lambda: dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A labelled array, or a function of arrays that share leading stack labels; no array at all stands for W0."""
+
+    arrays: tuple[jax.Array, ...]
+    fn: Callable[..., Any] | None = _static()
+    stacks: tuple[Labels, ...] = _static()
+    labels: Labels = _static()
+
+    @property
+    def is_base(self) -> bool:
+        return not self.arrays
+
+    def pending(self, label: str) -> bool:
+        """Whether `label` is an axis that a function has yet to make."""
+        return self.fn is not None and label in self.labels and not any(label in s for s in self.stacks)
+
+    def value(self) -> jax.Array:
+        if self.fn is None:
+            return self.arrays[0]
+        fn = self.fn
+        stack = dict.fromkeys(x for s in self.stacks for x in s)
+        for label in reversed(stack):
+            fn = jax.vmap(fn, in_axes=tuple(0 if label in s else None for s in self.stacks))
+        with jax.named_scope("delta"):
+            return fn(*self.arrays)
+
+    def forced(self) -> "Operand":
+        return self if self.fn is None else Operand((self.value(),), None, (), self.labels)
+
+    def axes(self, label: str) -> list[int | None]:
+        """Where each array carries a label."""
+        if self.fn is None:
+            return [self.labels.index(label) if label in self.labels else None for _ in self.arrays]
+        return [s.index(label) if label in s else None for s in self.stacks]
+
+    def dropped(self, label: str, arrays: tuple[Any, ...]) -> "Operand":
+        """The same word after `label` was indexed away."""
+        without = lambda ls: tuple(x for x in ls if x != label)
+        return Operand(arrays, self.fn, tuple(map(without, self.stacks)), without(self.labels))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A product of operands; `blocks` says which axes of the weight its labels make."""
+
+    operands: tuple[Operand, ...]
+    blocks: Blocks = _static()
+    dropout: float = _static()
+
+    def simple(self, atom: str) -> bool:
+        """Whether an axis of the weight is simply one label of this product."""
+        return ((atom,), (atom,)) in self.blocks
+
+    def through(self, axes: Sequence[Labels]) -> list[tuple[int, Labels]] | None:
+        """Reads axes, in order, as runs of whole blocks: (how many axes, the labels they make), or None."""
+        runs: list[tuple[int, Labels]] = []
+        todo = list(axes)
+        while todo:
+            count, group = 1, todo[0]
+            while (labels := self._whole(group)) is None:
+                if count == len(todo):
+                    return None
+                group += todo[count]
+                count += 1
+            runs.append((count, labels))
+            todo = todo[count:]
+        return runs
+
+    def _whole(self, group: Labels) -> Labels | None:
+        labels: Labels = ()
+        while group:
+            for atoms, made in self.blocks:
+                if atoms and group[: len(atoms)] == atoms:
+                    labels, group = labels + made, group[len(atoms) :]
+                    break
+            else:
+                return None
+        return labels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """`base` as the model's operations have moved it so far, and its networks.
+
+    Attributes:
+      base: the array, exactly what the unlifted model would hold here.
+      terms: the products beside it.
+      key: a dropout key (its leading axes are `key_labels`), or None.
+      axes: for each axis of `base`, the atoms it is made of; `()` for an axis of size one.
+      sizes: the size of every atom.
+      plain: whether W0 itself is one of the summands (a gain multiplies it into a term).
+      path: where it stands in the user's tree; kept only for `explain`, so that equal layers look alike elsewhere.
+    """
+
+    base: jax.Array
+    terms: tuple[Term, ...]
+    key: Any
+    axes: tuple[Labels, ...] = _static()
+    sizes: tuple[tuple[str, int], ...] = _static()
+    plain: bool = _static()
+    key_labels: Labels = _static()
+    path: str | None = _static()
+
+    @property
+    def size(self) -> Mapping[str, int]:
+        return dict(self.sizes)
+
+    @property
+    def atoms(self) -> Labels:
+        return tuple(a for group in self.axes for a in group)
+
+    # --- values -----------------------------------------------------------------------------------------------
+
+    def operands(self, term: Term, base: jax.Array | None = None) -> tuple[list[jax.Array], list[Labels]]:
+        """Values and labels; W0, where a product contains it, is split into its atoms."""
+        base = self.base if base is None else base
+        values = [base.reshape([self.size[a] for a in self.atoms]) if o.is_base else o.value() for o in term.operands]
+        return values, [self.atoms if o.is_base else o.labels for o in term.operands]
+
+    def matrix(self, term: Term, dtype: Any) -> jax.Array:
+        """The dense dW of one product, its axes the atoms in their present order."""
+        values, labels = self.operands(term)
+        runs = [b for b in term.blocks if b[0]]
+        out = tuple(x for _, made in runs for x in made)
+        dense = contract([v.astype(dtype) for v in values], labels, out, precision=lax.Precision.HIGHEST)
+        order = [a for atoms, _ in runs for a in atoms]
+        dense = dense.reshape([self.size[a] for a in order])
+        return lax.transpose(dense, [order.index(a) for a in self.atoms])
+
+    def delta(self) -> jax.Array:
+        """What is added to W0, dense and in at least float32, in the shape of `base`."""
+        dtype = jnp.promote_types(self.base.dtype, jnp.float32)
+        total = jnp.zeros(self.base.shape, dtype)
+        for term in self.terms:
+            total = total + self.matrix(term, dtype).reshape(self.base.shape)
+        return total if self.plain else total - self.base.astype(dtype)
+
+    def dense(self) -> jax.Array:
+        """The weight as an array: summed in at least float32, then cast to the dtype of `base`."""
+        dtype = jnp.promote_types(self.base.dtype, jnp.float32)
+        total = self.base.astype(dtype) if self.plain else None
+        with jax.named_scope("delta"):
+            for term in self.terms:
+                part = self.matrix(term, dtype).reshape(self.base.shape)
+                total = part if total is None else total + part
+        assert total is not None
+        return total.astype(self.base.dtype)
+
+    # --- moves ------------------------------------------------------------------------------------------------
+
+    def replace(self, **changes: Any) -> "Weight":
+        return dataclasses.replace(self, **changes)
+
+    def flattened(self, term: Term) -> Term:
+        """A product as one dense array whose axes are the atoms: what is left when labels no longer suffice."""
+        value = self.matrix(term, jnp.promote_types(self.base.dtype, jnp.float32))
+        blocks = tuple(((a,), (a,)) for a in self.atoms)
+        return Term((Operand((value,), None, (), self.atoms),), blocks, 0.0)
+
+    def simplified(self, atom: str) -> "Weight":
+        """The same weight with `atom` a plain label of every product, so that it can be sliced or split."""
+        terms = []
+        for term in self.terms:
+            if not term.simple(atom):
+                term = self.flattened(term)
+            operands = tuple(o.forced() if o.pending(atom) else o for o in term.operands)
+            terms.append(dataclasses.replace(term, operands=operands))
+        return self.replace(terms=tuple(terms))
+
+    def each(self, f: Callable[[jax.Array], jax.Array]) -> "Weight":
+        """`f` on every array, labels untouched (stop_gradient, pvary)."""
+        terms = tuple(
+            dataclasses.replace(
+                t,
+                operands=tuple(dataclasses.replace(o, arrays=tuple(map(f, o.arrays))) for o in t.operands),
+            )
+            for t in self.terms
+        )
+        return self.replace(base=f(self.base), terms=terms)
+
+    def along(self, atom: str, base: jax.Array, f: Callable[[jax.Array, int], jax.Array], drop: bool) -> "Weight":
+        """`f(array, axis)` on every array that carries `atom`, which is gone afterwards where `drop`."""
+        me = self.simplified(atom)
+
+        def word(o: Operand) -> Operand:
+            arrays = tuple(a if n is None else f(a, n) for a, n in zip(o.arrays, o.axes(atom), strict=True))
+            return o.dropped(atom, arrays) if drop else dataclasses.replace(o, arrays=arrays)
+
+        terms = []
+        for t in me.terms:
+            blocks = tuple(b for b in t.blocks if b[0] != (atom,)) if drop else t.blocks
+            terms.append(dataclasses.replace(t, operands=tuple(map(word, t.operands)), blocks=blocks))
+        key, key_labels = me.key, me.key_labels
+        if atom in key_labels:
+            key = f(key, key_labels.index(atom))
+            key_labels = tuple(x for x in key_labels if not (drop and x == atom))
+        axes = tuple(tuple(a for a in g if not (drop and a == atom)) for g in me.axes)
+        return me.replace(base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes)
+
+    def resized(self, atom: str, size: int) -> "Weight":
+        return self.replace(sizes=tuple((a, size if a == atom else n) for a, n in self.sizes))
+
+    def transposed(self, base: jax.Array, order: Sequence[int]) -> "Weight":
+        return self.replace(base=base, axes=tuple(self.axes[n] for n in order))
+
+    def scaled(self, base: jax.Array, c: jax.Array) -> "Weight":
+        """Times a scalar. W0 takes it as the model does; so do products that contain W0."""
+        scalar = Operand((jnp.asarray(c),), None, (), ())
+        terms = tuple(
+            t if any(o.is_base for o in t.operands) else dataclasses.replace(t, operands=(*t.operands, scalar))
+            for t in self.terms
+        )
+        return self.replace(base=base, terms=terms)
+
+    def without_units(self) -> "Weight":
+        """Atoms of size one indexed away; their axes, if any, stay as empty groups."""
+        me = self
+        for atom in self.atoms:
+            if me.size[atom] == 1 and all(t.simple(atom) for t in me.terms):
+                me = me.along(atom, me.base, lambda a, n: lax.index_in_dim(a, 0, n, keepdims=False), True)
+        return me
+
+    def reshaped(self, base: jax.Array) -> "Weight | None":
+        """After a reshape that splits or joins axes; None where labels cannot say it."""
+        me = self.without_units()
+        todo = [(a, me.size[a]) for a in me.atoms]
+        axes: list[Labels] = []
+        for n in base.shape:
+            group: Labels = ()
+            while n > 1:
+                if not todo:
+                    return None
+                atom, size = todo.pop(0)
+                if n % size == 0:
+                    group, n = group + (atom,), n // size
+                elif size % n == 0:
+                    me = me._split(atom, n)
+                    todo.insert(0, (atom + "'", size // n))
+                    group, n = group + (atom,), 1
+                else:
+                    return None
+            axes.append(group)
+        if todo:  # atoms of size one that could not be indexed away
+            if not axes:
+                return None
+            axes[-1] += tuple(a for a, _ in todo)
+        return me.replace(base=base, axes=tuple(axes))
+
+    def _split(self, atom: str, outer: int) -> "Weight":
+        """`atom` becomes `(atom, atom')` with `atom` of size `outer`."""
+        inner, size = atom + "'", self.size[atom] // outer
+
+        def word(o: Operand) -> Operand:
+            if atom not in o.labels:
+                return o
+            o = o.forced()
+            n, a = o.labels.index(atom), o.arrays[0]
+            array = a.reshape(*a.shape[:n], outer, size, *a.shape[n + 1 :])
+            return Operand((array,), None, (), (*o.labels[:n], atom, inner, *o.labels[n + 1 :]))
+
+        terms = []
+        for t in self.terms:
+            blocks: list[tuple[Labels, Labels]] = []
+            operands = t.operands
+            for atoms, made in t.blocks:
+                if atoms == made == (atom,):
+                    blocks += [((atom,), (atom,)), ((inner,), (inner,))]
+                    operands = tuple(map(word, operands))
+                else:
+                    n = atoms.index(atom) + 1 if atom in atoms else 0
+                    blocks.append(((*atoms[:n], inner, *atoms[n:]) if n else atoms, made))
+            terms.append(dataclasses.replace(t, operands=operands, blocks=tuple(blocks)))
+        sizes = tuple((a, outer if a == atom else n) for a, n in self.sizes) + ((inner, size),)
+        axes = tuple(tuple(x for a in g for x in ((a, inner) if a == atom else (a,))) for g in self.axes)
+        return self.replace(terms=tuple(terms), sizes=sizes, axes=axes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def weight(
+    leaf: Leaf,
+    recipe: Recipe,
+    base: jax.Array,
+    lookup: Callable[[str, str], Any],
+    *,
+    key: Any = None,
+    path: str | None = None,
+) -> Weight:
+    """The expression of one adapted leaf; `lookup(group, name)` gives its arrays."""
+    names = _network.atoms(leaf)
+    stack = tuple(names[n] for n in leaf.axes("s"))
+
+    def get(array: Array) -> tuple[Any, Labels]:
+        return lookup(array.group or leaf.path, array.name), stack if array.stacked else ()
+
+    def word(w: _network.Word, labels: Labels) -> Operand:
+        if isinstance(w, Base):
+            return Operand((), None, (), ())
+        if isinstance(w, Array):
+            value, front = get(w)
+            return Operand((value,), None, (), front + labels)
+        got = [get(a) for a in w.arrays]
+        if w.base:
+            order = [*leaf.axes("s"), *(n for n in range(len(names)) if leaf.roles[n] != "s")]
+            got.append((lax.transpose(base, order), stack))
+        stacks = tuple(front for _, front in got)
+        front = stack if any(stacks) else ()
+        return Operand(tuple(a for a, _ in got), w.fn, stacks, front + labels)
+
+    def term(delta: Delta, scale: bool, rename: str = "") -> Term:
+        parsed = _network.parse(delta, leaf)
+        mark = lambda ls: tuple(x if x in names else rename + x for x in ls)
+        operands = tuple(word(w, mark(ls)) for w, ls in zip(delta.operands, parsed.operands, strict=True))
+        if scale:
+            operands += (word(_network.scale_of(delta), ()),)
+        return Term(operands, tuple((a, mark(m)) for a, m in parsed.blocks), delta.dropout)
+
+    terms = tuple(term(d, True) for d in recipe.deltas)
+    if recipe.gain is not None:
+        gain = term(recipe.gain, False, rename="gain ").operands
+        identity = tuple(((a,), (a,)) for a in names)
+        terms = (Term((Operand((), None, (), ()),), identity, 0.0), *terms)
+        terms = tuple(dataclasses.replace(t, operands=(*t.operands, *gain)) for t in terms)
+    dropped = key is not None and any(t.dropout for t in terms)
+    return Weight(
+        base=base,
+        terms=terms,
+        key=jax.random.split(key, leaf.stack) if dropped and leaf.stack else key if dropped else None,
+        axes=tuple((a,) for a in names),
+        sizes=tuple(zip(names, leaf.shape, strict=True)),
+        plain=recipe.gain is None,
+        key_labels=stack if dropped else (),
+        path=path,
+    )
+
+
+def total(array: Any) -> int:
+    """The number of elements of an array-like, abstract or not."""
+    return math.prod(array.shape)

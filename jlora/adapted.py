@@ -1,0 +1,337 @@
+"""An adapter and its base, as one pytree: made by `adapt`, taken apart by `split`, put together by `join`."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _plan, _table, _tree
+from jlora._plan import Plan, Site
+from jlora.methods.base import Method
+
+Factors = Mapping[str, Mapping[str, Any]]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What no optimizer touches.
+
+    Attributes:
+      base: the user's tree, untouched and not copied.
+      factors: frozen factors and scales, `{group: {factor: array}}`.
+      key: a dropout key, or None.
+      plan: which weight gets which recipe; static.
+    """
+
+    base: Any
+    factors: Any
+    key: Any
+    plan: Plan
+
+    def tree_flatten_with_keys(self) -> Any:
+        names = ("base", "factors", "key")
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names), self.plan
+
+    def tree_flatten(self) -> Any:
+        return (self.base, self.factors, self.key), self.plan
+
+    @classmethod
+    def tree_unflatten(cls, plan: Plan, children: Any) -> "Frozen":
+        return cls(*children, plan)
+
+    def __repr__(self) -> str:
+        return f"Frozen({len(self.plan.sites)} adapted weights)"
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A base and its adapter. A registered pytree with two children.
+
+    Attributes:
+      trainable: `{group: {factor: array}}`; a group is a weight's path, or a name for factors that weights share.
+      frozen: `Frozen`: the base, frozen factors, and the static plan.
+
+    `print(adapted)` shows a table. A lifted function takes an `Adapted` wherever a parameter tree stood.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> adapted
+      Adapted(1 weight, 20 trainable)
+    """
+
+    trainable: Any
+    frozen: Any
+
+    def tree_flatten_with_keys(self) -> Any:
+        names = ("trainable", "frozen")
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names), None
+
+    def tree_flatten(self) -> Any:
+        return (self.trainable, self.frozen), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Adapted":
+        return cls(*children)
+
+    def __contains__(self, name: Any) -> bool:
+        """Whether a group is trained; Flax's TrainState asks for a name of its own."""
+        return isinstance(self.trainable, Mapping) and name in self.trainable
+
+    def __repr__(self) -> str:
+        if not isinstance(self.frozen, Frozen):
+            return "Adapted(a prefix or a mask)"
+        n = len(self.frozen.plan.sites)
+        return f"Adapted({n} weight{'s' * (n != 1)}, {trainable_size(self.frozen.plan):,} trainable)"
+
+    def __str__(self) -> str:
+        return table(self) if isinstance(self.frozen, Frozen) else repr(self)
+
+
+def is_adapted(x: Any) -> bool:
+    """Whether `x` is an `Adapted`."""
+    return isinstance(x, Adapted)
+
+
+# --- making one ---------------------------------------------------------------------------------------------------
+
+
+def _hash(text: str) -> int:
+    """A hash that is the same in every process (Python's own is salted)."""
+    return zlib.crc32(text.encode())
+
+
+def _checked_key(key: Any) -> Any:
+    if key is None:
+        return jax.random.key(0)
+    is_key = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_raw = hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
+    if not (is_raw or is_key and key.shape == ()):
+        raise TypeError(f"key must be one PRNG key, not {key!r}; write key=jax.random.key(0)")
+    return key
+
+
+def adapt(
+    params: Any,
+    spec: "Method | Sequence[Any]",
+    *,
+    key: Any = None,
+    axes: dict[str, str] | None = None,
+    allow_untied: bool = False,
+) -> Adapted:
+    """Freezes a parameter tree and hangs trainable factors beside the weights that a spec names.
+
+    Args:
+      params: any pytree of arrays: a Linen `params` dictionary, an NNX module or state, `ShapeDtypeStruct`s. It is
+        neither copied nor changed. Values are read only by initialisers that start from them.
+      spec: a method, or a sequence of methods; the first whose `target` matches a leaf takes it.
+      key: a PRNG key, `jax.random.key(0)` by default. A factor's initial value depends on the key and on the path
+        of its weight alone, so adding a target changes no other.
+      axes: `{pattern: letters}` with one letter an axis, i (in), o (out), k (window) or s (stack), where the Flax
+        conventions guess wrong; `jlora.infer_axes` reads them off a trace.
+      allow_untied: adapt one end of an array that stands under two paths.
+
+    Returns:
+      An `Adapted`.
+
+    Raises:
+      ValueError: a pattern that matches nothing (with the nearest paths), a rank above the matrix rank, integer or
+        complex leaves, ties; all bad leaves at once.
+      TypeError: a key or a spec of the wrong kind, dictionary keys that cannot be sorted.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.ones((6, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
+      >>> adapted = jlora.adapt(params, [jlora.LoRA(rank=2), jlora.Full(target="head/")])
+      >>> jlora.count(adapted)
+      (28, 60)
+
+    References:
+      Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
+    """
+    key = _checked_key(key)
+    if is_adapted(params):
+        raise TypeError("params is already an Adapted; adapt(adapted.frozen.base, [method, ...]) takes several methods")
+    tree = _tree.flatten(params)
+    plan, given = _plan.resolve(tree, spec, axes, allow_untied)
+    trainable: dict[str, dict[str, Any]] = {}
+    factors: dict[str, dict[str, Any]] = {}
+    named = lambda group, name: jax.random.fold_in(jax.random.fold_in(key, _hash(group)), _hash(name))
+    for site, (method, recipe) in zip(plan.sites, given, strict=True):
+        arrays = recipe.arrays(site.leaf)
+        for (group, name), value in method.initial(site.leaf, recipe, named, tree.leaves[site.index]).items():
+            side = trainable if arrays[group, name][0].trained else factors
+            side.setdefault(group, {}).setdefault(name, value)
+    return Adapted(trainable, Frozen(params, factors, None, plan))
+
+
+# --- taking it apart ----------------------------------------------------------------------------------------------
+
+
+def split(adapted: Adapted) -> tuple[Any, Frozen]:
+    """`(adapted.trainable, adapted.frozen)`: gradients are taken over the first alone.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> trainable, frozen = jlora.split(jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2)))
+      >>> sorted(trainable)
+      ['query/kernel']
+    """
+    return adapted.trainable, adapted.frozen
+
+
+def join(trainable: Any, frozen: Frozen) -> Adapted:
+    """The inverse of `split`; free inside a jitted loss.
+
+    Raises:
+      TypeError: the halves in the wrong order.
+      ValueError: a group or factor that is missing, extra or misshapen.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> jlora.join(*jlora.split(adapted))
+      Adapted(1 weight, 20 trainable)
+    """
+    if not isinstance(frozen, Frozen) or isinstance(trainable, (Frozen, Adapted)):
+        kinds = f"{type(trainable).__name__}, {type(frozen).__name__}"
+        raise TypeError(f"join takes (trainable, frozen) as split returned them, not ({kinds})")
+    check_trainable(trainable, frozen.plan)
+    return Adapted(trainable, frozen)
+
+
+def check_trainable(trainable: Any, plan: Plan) -> None:
+    """Raises if groups, names or shapes are not the plan's; all of them are named at once."""
+    want = {place: shape for place, (shape, trained) in shapes(plan).items() if trained}
+    if not isinstance(trainable, Mapping) or not all(isinstance(v, Mapping) for v in trainable.values()):
+        raise ValueError(f"trainable is {{group: {{factor: array}}}}, not {type(trainable).__name__}")
+    have = {(g, n): a for g, fs in trainable.items() for n, a in fs.items()}
+    bad = [f"missing {g!r}: {n!r}" for g, n in want if (g, n) not in have]
+    bad += [f"extra {g!r}: {n!r}" for g, n in have if (g, n) not in want]
+    for (g, n), a in have.items():
+        shape = getattr(a, "shape", None)
+        if (g, n) in want and shape is not None and tuple(shape) != want[g, n]:
+            bad.append(f"{g!r}: {n!r} has shape {tuple(shape)}, not {want[g, n]}")
+    if bad:
+        more = f"\n  and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise ValueError("these trainable factors do not fit the plan:\n  " + "\n  ".join(bad[:8]) + more)
+
+
+def shapes(plan: Plan) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
+    """`{(group, factor): (shape, trained)}` of every array of a plan."""
+    found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
+    for site in plan.sites:
+        for place, (array, shape) in site.recipe.arrays(site.leaf).items():
+            found[place] = (shape, array.trained)
+    return found
+
+
+def with_dropout(adapted: Adapted, key: Any) -> Adapted:
+    """The same adapter with a key for the dropout of its branches; without one there is none.
+
+    Called inside the loss, with a key that differs from step to step. `save` and `merge` ignore it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2, dropout=0.1))
+      >>> jlora.with_dropout(adapted, jax.random.key(1))
+      Adapted(1 weight, 20 trainable)
+    """
+    return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, key=_checked_key(key)))
+
+
+# --- looking at it ------------------------------------------------------------------------------------------------
+
+
+def trainable_size(plan: Plan) -> int:
+    """The number of trainable parameters of a plan."""
+    return sum(math.prod(shape) for shape, trained in shapes(plan).values() if trained)
+
+
+def base_size(frozen: Frozen) -> int:
+    """The number of parameters of the base."""
+    return sum(math.prod(_tree.shape_dtype(leaf)[0]) for leaf in jax.tree.leaves(frozen.base))
+
+
+def count(adapted: Adapted) -> tuple[int, int]:
+    """`(trainable, total)`: the total counts the base's parameters and the trainable ones.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.count(jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2)))
+      (20, 44)
+    """
+    trainable = trainable_size(adapted.frozen.plan)
+    return trainable, trainable + base_size(adapted.frozen)
+
+
+_NAMES = {"s": "stack", "i": "in", "k": "in", "o": "out"}
+
+
+def _axes_text(site: Site) -> str:
+    sizes: dict[str, list[str]] = {"stack": [], "in": [], "out": []}
+    for role, n in zip(site.leaf.roles, site.leaf.shape, strict=True):
+        sizes[_NAMES[role]].append(str(n))
+    text = " -> ".join("x".join(sizes[side]) for side in ("in", "out") if sizes[side])
+    return f"{'x'.join(sizes['stack'])} x ({text})" if sizes["stack"] else text
+
+
+def table(adapted: Adapted) -> str:
+    """The adapter as text of at most 100 columns: path (repeated layers folded), in -> out, method, rank, trainable.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> print(jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2)))
+      path          weights  in -> out  method  rank  trainable
+      ------------  -------  ---------  ------  ----  ---------
+      query/kernel        1  6 -> 4     LoRA    2            20
+      <BLANKLINE>
+      20 trainable of 44 parameters (45.4545 %)
+    """
+    plan = adapted.frozen.plan
+    rows, seen = [], set()
+    for site in plan.sites:
+        arrays = {p: v for p, v in site.recipe.arrays(site.leaf).items() if v[0].trained and p not in seen}
+        seen |= set(arrays)
+        size = sum(math.prod(shape) for _, shape in arrays.values())
+        rest = (_axes_text(site), site.method.describe(), _plan.describe_rank(site), size)
+        rows.append((site.leaf.path, rest))
+    folded = [
+        (path, str(n), axes, method, rank, f"{n * size:,}") for path, n, (axes, method, rank, size) in _table.fold(rows)
+    ]
+    trainable, total = count(adapted)
+    lines = [
+        _table.render(("path", "weights", "in -> out", "method", "rank", "trainable"), folded, right=(1, 5)),
+        "",
+    ]
+    lines.append(f"{trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.4f} %)")
+    notes = _table.fold([(note, ()) for note in plan.notes])
+    lines += [_table.shorten(f"note: {text}" + (f" (x{n})" if n > 1 else ""), _table.WIDTH) for text, n, _ in notes]
+    return "\n".join(lines)
+
+
+def trainable_mask(tree: Any) -> Any:
+    """True on trainable leaves, False on frozen ones; depends on structure alone, so optax takes it as a mask.
+
+    Leaves outside any `Adapted` are trainable.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora, optax
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> jlora.trainable_mask(adapted).trainable["query/kernel"]
+      {'a': True, 'b': True}
+    """
+
+    def mask(x: Any) -> Any:
+        if not is_adapted(x):
+            return True
+        fill = lambda half, value: jax.tree.map(lambda _: value, half)
+        return Adapted(fill(x.trainable, True), fill(x.frozen, False))
+
+    return jax.tree.map(mask, tree, is_leaf=is_adapted)

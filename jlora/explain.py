@@ -1,0 +1,129 @@
+"""What a lifted call does with each adapted weight, and what a plain call says of a weight's axes."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jlora import _axes, _interpret, _network, _table, _tree
+from jlora._interpret import Row
+from jlora._plan import Site, intern
+from jlora.adapted import Adapted, Frozen
+from jlora.lift import find
+from jlora.methods import Full
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `explain` found; prints as a table.
+
+    Attributes:
+      rows: one record a use: `path`, `use` (the operation), `plan`, `flops` of the delta, `dense_flops` of the dense
+        operation beside it, `reason` (why it was made dense, with the source line; empty where it was not).
+      dense: the rows that were made dense for want of a rule; a vector, or a dense matrix that the planner chose, is
+        not among them.
+      unused: paths of adapted weights that no use was found for.
+    """
+
+    rows: tuple[Row, ...]
+    unused: tuple[str, ...]
+
+    @property
+    def dense(self) -> tuple[Row, ...]:
+        return tuple(r for r in self.rows if r.reason)
+
+    def __repr__(self) -> str:
+        return f"Report({len(self.rows)} uses, {len(self.dense)} dense, {len(self.unused)} unused)"
+
+    def __str__(self) -> str:
+        lines = []
+        for path, n, (use, plan, flops, dense, _) in _table.fold(
+            [(r.path, (r.use, r.plan, r.flops, r.dense_flops, r.reason)) for r in self.rows]
+        ):
+            share = f"{100 * flops / dense:.1f} %" if dense else "-"
+            lines.append((path, str(n), use, plan, f"{flops:.3g}" if flops else "-", share))
+        header = ("path", "uses", "operation", "plan", "FLOPs", "of dense")
+        text = [_table.render(header, lines, right=(1, 4, 5))]
+        for path, n, (reason,) in _table.fold([(r.path, (r.reason,)) for r in self.dense]):
+            times = f" (x{n})" if n > 1 else ""
+            text.append(_table.shorten(f"dense: {path}{times}: {reason}", _table.WIDTH))
+        for path, n, _ in _table.fold([(p, ()) for p in self.unused]):
+            times = f" (x{n})" if n > 1 else ""
+            text.append(_table.shorten(f"unused: {path}{times}", _table.WIDTH))
+        return "\n".join(text)
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Where each adapted weight is used, which contraction was planned, and why any was made dense.
+
+    Called like the lifted function, with `fn` as it was before lifting. Nothing is computed.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> report = jlora.explain(lambda p, x: x @ p["query"]["kernel"], adapted, jnp.ones((3, 6)))
+      >>> report.rows[0].path, report.rows[0].use, report.dense, report.unused
+      ('query/kernel', 'dot_general', (), ())
+    """
+    fn = getattr(fn, "__wrapped__", fn)  # a lifted function says what it lifts
+    found, fill = find(args, kwargs)
+    if not found:
+        raise ValueError("explain is called like the lifted function, with an Adapted among its arguments")
+    me = _interpret.Interpreter(rows=[])
+    _abstractly(lambda found: _interpret.call(fn, found, fill, me=me), found)
+    assert me.rows is not None
+    many = len(found) > 1
+    paths = [f"{k}:{s.leaf.path}" if many else s.leaf.path for k, a in enumerate(found) for s in a.frozen.plan.sites]
+    used = {r.path for r in me.rows}
+    return Report(tuple(me.rows), tuple(p for p in paths if p not in used))
+
+
+def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """The letters of each weight's axes, read off a trace of `fn(params, *args, **kwargs)`.
+
+    Contracted axes are i, scanned, indexed and batch axes s, a convolution's window k, the rest o; a weight that no
+    contraction was found for is left out. Give it to `adapt(..., axes=...)`.
+
+    Args:
+      fn: the plain function.
+      params: its parameters, plain: the tree that `adapt` will take.
+
+    Returns:
+      `{pattern: letters}` with one pattern a weight, anchored at both ends.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"out": {"kernel": jnp.ones((2, 3, 4))}}
+      >>> f = lambda p, x: jnp.einsum("thk,hkd->td", x, p["out"]["kernel"])
+      >>> jlora.infer_axes(f, params, jnp.ones((5, 2, 3)))
+      {'^out/kernel$': 'iio'}
+    """
+    tree = _tree.flatten(params)
+    sites = []
+    for n, (path, array) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
+        shape, dtype = _tree.shape_dtype(array)
+        if len(shape) >= 2 and _axes.is_trainable_dtype(dtype):
+            leaf = _axes.Leaf(path, shape, jax.numpy.dtype(dtype), _axes.conventions(path, shape))
+            sites.append(Site(leaf, n, Full(target="."), _network.Recipe()))
+    plan = intern(tuple(sites), (), ())
+    found, fill = find((Adapted({}, Frozen(params, {}, None, plan)), *args), kwargs)
+    me = _interpret.Interpreter(roles={})
+    _abstractly(lambda found: _interpret.call(fn, found, fill, me=me), found)
+    letters = {}
+    for site in sites:
+        seen = (me.roles or {}).get(site.leaf.path, {})
+        names = _network.atoms(site.leaf)
+        if any(n in seen for n in names):
+            letters[f"^{re.escape(site.leaf.path)}$"] = "".join(seen.get(n, "o") for n in names)
+    return letters
+
+
+def _abstractly(run: Callable[[Any], Any], found: list[Adapted]) -> None:
+    """Traces without computing; outputs that are no arrays are dropped."""
+
+    def arrays(found: list[Adapted]) -> list[Any]:
+        return [x for x in jax.tree.leaves(run(found)) if isinstance(x, jax.Array)]
+
+    jax.eval_shape(arrays, found)

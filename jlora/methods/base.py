@@ -1,0 +1,94 @@
+"""What a method is: a frozen dataclass of hyperparameters that says how one weight is computed."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jlora._axes import Leaf
+from jlora._network import Recipe
+from jlora._tree import Target
+
+Init: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+def zeros(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The factor that makes a delta exactly zero at initialisation."""
+    return jnp.zeros(shape, dtype)
+
+
+def uniform(bound: float) -> Init:
+    """U(-bound, bound)."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def normal(std: float) -> Init:
+    """N(0, std^2)."""
+    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """The contract of a method.
+
+    A subclass adds its hyperparameters as fields and says, in `recipe`, its equation for a leaf. From that the
+    library derives merging, the forward pass, counting, the table, what is saved, and how factors are sharded.
+
+    Attributes:
+      target: which weights it adapts: a regular expression searched in the path, a list of them, or a callable
+        `(path, leaf) -> bool`.
+      exclude: which of those it leaves alone, said in the same way.
+      dtype: of its factors, whatever the base's.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, jlora
+      >>> from jlora import methods, network
+      >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+      ... class Shift(methods.Method):
+      ...     "dW = s, one number a weight."
+      ...
+      ...     target: str = "kernel$"
+      ...
+      ...     def recipe(self, leaf):
+      ...         word = network.Array(
+      ...             "shift",
+      ...             methods.base.zeros,
+      ...             shape=(1,) * (leaf.roles.count("i") + leaf.roles.count("o")),
+      ...         )
+      ...         spread = network.Function(lambda x: jnp.broadcast_to(x, leaf.shape), (word,))
+      ...         return network.Recipe((network.Delta("I O -> I O", (spread,)),))
+      >>> adapted = jlora.adapt({"kernel": jnp.ones((2, 3))}, Shift())
+      >>> jlora.count(adapted)
+      (1, 7)
+    """
+
+    target: Target = ""
+    exclude: Target = ()
+    dtype: str = "float32"
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        """How a weight of this shape is computed; None where the method leaves it alone (rank 0).
+
+        Raises:
+          ValueError: where the method's formula makes no sense for this shape, in words.
+        """
+        raise NotImplementedError
+
+    def initial(
+        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
+    ) -> dict[tuple[str, str], jax.Array]:
+        """The initial arrays, `{(group, name): array}`; `weight` is there for methods that start from its values."""
+        return {
+            place: array.init(keys(*place), shape, jnp.dtype(self.dtype))
+            for place, (array, shape) in recipe.arrays(leaf).items()
+        }
+
+    def canonical(self) -> "Method":
+        """The method without what is data once it is applied (alpha, the initialiser): it names the program."""
+        return self
+
+    def describe(self) -> str:
+        """The method's short name for tables."""
+        return type(self).__name__

@@ -1,0 +1,54 @@
+"""Optimizer pieces: what optax needs to know of an adapter."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jlora._tree import shape_dtype
+from jlora.adapted import is_adapted, trainable_mask
+
+
+def masked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` on the trainable leaves of an `Adapted`, and an update of -0.0 on the frozen ones.
+
+    For the whole form, where an `Adapted` is the `params` of a TrainState. `optax.masked` alone passes the frozen
+    leaves' raw gradients through and so moves the base; and +0.0 would turn a -0.0 in the base into +0.0. The state
+    holds nothing for frozen leaves. Transforms that mix leaves (clipping by the global norm) belong inside.
+
+    Raises:
+      TypeError: a base with integer leaves, which has no whole form: split it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora, optax
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> tx = jlora.masked(optax.adamw(1e-3))
+      >>> state = tx.init(adapted)
+    """
+    inner = optax.with_extra_args_support(optax.masked(tx, trainable_mask))
+
+    def init(params: Any) -> Any:
+        _check_floating(params)
+        return inner.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        _check_floating(updates)
+        updates, state = inner.update(updates, state, params, **extra)
+        still = lambda u, moves: u if moves else jnp.full_like(u, -0.0)
+        return jax.tree.map(still, updates, trainable_mask(updates)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_floating(tree: Any) -> None:
+    for adapted in jax.tree.leaves(tree, is_leaf=is_adapted):
+        if not is_adapted(adapted):
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path(adapted.frozen):
+            dtype = shape_dtype(leaf)[1]
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise TypeError(
+                    f"the base holds {jax.tree_util.keystr(path)} of dtype {dtype}, which has no gradient; train in "
+                    "the split form: trainable, frozen = jlora.split(adapted), and optimise trainable alone"
+                )

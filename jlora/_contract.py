@@ -189,6 +189,7 @@ class Dot:
     y: Labels
     products: tuple[Product, ...]
     left: bool  # the weight is the dot's left operand
+    dimension_numbers: Any
     compute: Any  # the dtype that factors are cast to: the activation's
     precision: Any
     preferred_element_type: Any
@@ -226,15 +227,9 @@ def _chunks(dot: Dot, operands: Sequence[jax.Array]) -> list[list[jax.Array]]:
 def _base_dot(dot: Dot, x: jax.Array, w: jax.Array) -> jax.Array:
     """The dot exactly as the model wrote it, so that a zero delta changes no bit."""
     assert dot.w is not None
-    (a, la), (b, lb) = ((w, dot.w), (x, dot.x)) if dot.left else ((x, dot.x), (w, dot.w))
-    shared = [n for n in la if n in lb]
-    batch = [n for n in shared if n in dot.y]
-    summed = [n for n in shared if n not in dot.y]
-    index = lambda ls, xs: [ls.index(n) for n in xs]
     return lax.dot_general(
-        a,
-        b,
-        ((index(la, summed), index(lb, summed)), (index(la, batch), index(lb, batch))),
+        *((w, x) if dot.left else (x, w)),
+        dot.dimension_numbers,
         precision=dot.precision,
         preferred_element_type=dot.preferred_element_type,
         out_sharding=dot.out_sharding,
@@ -242,32 +237,29 @@ def _base_dot(dot: Dot, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _merge(dot: Dot, base: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
-    with jax.named_scope("delta"):
-        for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-            base = base + matrix(p, _with_base(p, base, ops), base.dtype, dot.precision)
+    """W0 + dW."""
+    for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
+        base = base + matrix(p, _with_base(p, base, ops), base.dtype, dot.precision)
     return base
 
 
-def _forward(dot: Dot, xs: Sequence[jax.Array], base: jax.Array | None, operands: Sequence[jax.Array]) -> jax.Array:
-    if dot.merged:
-        assert base is not None
-        return _base_dot(dot, xs[0], _merge(dot, base, operands))
-    y = None if dot.w is None else _base_dot(dot, xs[0], base)  # type: ignore[arg-type]
-    with jax.named_scope("delta"):
-        for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-            x = xs[p.branch].astype(dot.compute)
-            x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
-            full = [a.astype(dot.compute) for a in _with_base(p, base, ops)]  # type: ignore[arg-type]
-            dy = contract(
-                [x, *full],
-                [p.x, *p.operands],
-                p.out,
-                precision=dot.precision,
-                preferred_element_type=dot.preferred_element_type,
-                out_sharding=dot.out_sharding if len(p.out) == len(dot.y) else None,
-            )
-            dy = dy if dy.shape == p.out_shape else dy.reshape(p.out_shape)
-            y = dy if y is None else y + dy.astype(y.dtype)
+def _delta(dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.Array]) -> jax.Array:
+    """x . dW, factored."""
+    y = None
+    for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
+        x = xs[p.branch].astype(dot.compute)
+        x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
+        full = [a.astype(dot.compute) for a in _with_base(p, base, ops)]
+        dy = contract(
+            [x, *full],
+            [p.x, *p.operands],
+            p.out,
+            precision=dot.precision,
+            preferred_element_type=dot.preferred_element_type,
+            out_sharding=dot.out_sharding if len(p.out) == len(dot.y) else None,
+        )
+        dy = dy if dy.shape == p.out_shape else dy.reshape(p.out_shape)
+        y = dy if y is None else y + dy
     assert y is not None
     return y
 
@@ -277,70 +269,47 @@ def _like(array: jax.Array) -> dict[str, Any]:
     return {"out_sharding": jax.typeof(array).sharding if explicit_mesh([array]) is not None else None}
 
 
-def _backward(
-    dot: Dot,
-    xs: Sequence[jax.Array],
-    base: jax.Array | None,
-    operands: Sequence[jax.Array],
-    dy: jax.Array,
-) -> tuple[list[jax.Array], jax.Array | None, list[jax.Array]]:
+def _gradients(
+    dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.Array], dy: jax.Array
+) -> tuple[list[Any], Any, list[jax.Array]]:
+    """What the products owe: the activations (unless W' pays for them), W0 and the operands."""
     run = functools.partial(contract, precision=dot.precision)
     dxs: list[Any] = [None] * len(xs)
     dbase = None
-    dy = dy.astype(dot.compute)
-    xs = [x.astype(dot.compute) for x in xs]
-
-    def gather(total: Any, part: jax.Array, like: jax.Array) -> jax.Array:
-        part = (part if part.shape == like.shape else part.reshape(like.shape)).astype(like.dtype)
-        return part if total is None else total + part
-
-    if dot.w is not None:
-        assert base is not None
-        w = _merge(dot, base, operands) if dot.merged else base
-        dxs[0] = gather(None, run([dy, w.astype(dy.dtype)], [dot.y, dot.w], dot.x, **_like(xs[0])), xs[0])
-        # dead code unless somebody asks: W0 is frozen
-        dbase = gather(None, run([xs[0], dy], [dot.x, dot.y], dot.w, **_like(base)), base)
     grads: list[jax.Array] = []
-    with jax.named_scope("delta"):
-        for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-            x = xs[p.branch].reshape(p.x_shape) if xs[p.branch].shape != p.x_shape else xs[p.branch]
-            g = dy if len(p.out) == dy.ndim else dy.reshape([_size(p, x, ops, base, n) for n in p.out])
-            full = [a.astype(dy.dtype) for a in _with_base(p, base, ops)]  # type: ignore[arg-type]
-            if not dot.merged:
-                part = run(
-                    [g, *full],
-                    [p.out, *p.operands],
-                    p.x,
-                    **(_like(x) if len(p.x) == len(dot.x) else {}),
-                )
-                dxs[p.branch] = gather(dxs[p.branch], part, xs[p.branch])
-            place = 0
-            for n, ls in enumerate(p.operands):
-                others = [a for m, a in enumerate(full) if m != n]
-                names = [o for m, o in enumerate(p.operands) if m != n]
-                target = base if n == p.base else ops[place]
-                assert target is not None
-                part = run(
-                    [x, g, *others],
-                    [p.x, p.out, *names],
-                    ls,
-                    preferred_element_type=target.dtype,
-                    **(_like(target) if n != p.base else {}),
-                )
-                if n == p.base:
-                    dbase = gather(dbase, part, target)
-                else:
-                    grads.append(part.astype(target.dtype))
-                    place += 1
-    dxs = [jnp.zeros_like(x) if d is None else d for x, d in zip(xs, dxs, strict=True)]
+    for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
+        x = xs[p.branch].astype(dot.compute)
+        x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
+        full = [a.astype(dy.dtype) for a in _with_base(p, base, ops)]
+        size = {
+            n: s for a, ls in zip((x, *full), (p.x, *p.operands), strict=True) for n, s in zip(ls, a.shape, strict=True)
+        }
+        g = dy if len(p.out) == dy.ndim else dy.reshape([size[n] for n in p.out])
+        if not dot.merged:
+            like = _like(x) if len(p.x) == len(dot.x) else {}
+            dxs[p.branch] = _sum(dxs[p.branch], run([g, *full], [p.out, *p.operands], p.x, **like), xs[p.branch])
+        place = 0
+        for n, ls in enumerate(p.operands):
+            rest = [m for m in range(len(full)) if m != n]
+            target = base if n == p.base else ops[place]
+            part = run(
+                [x, g, *(full[m] for m in rest)],
+                [p.x, p.out, *(p.operands[m] for m in rest)],
+                ls,
+                preferred_element_type=target.dtype,
+                **(_like(target) if n != p.base else {}),
+            )
+            if n == p.base:
+                dbase = _sum(dbase, part, target)
+            else:
+                grads.append(part.astype(target.dtype))
+                place += 1
     return dxs, dbase, grads
 
 
-def _size(p: Product, x: jax.Array, ops: Sequence[jax.Array], base: jax.Array | None, label: str) -> int:
-    for ls, a in ((p.x, x), *zip(p.operands, _with_base(p, base, ops), strict=True)):  # type: ignore[arg-type]
-        if label in ls:
-            return a.shape[ls.index(label)]
-    raise AssertionError(label)
+def _sum(total: Any, part: jax.Array, like: jax.Array) -> jax.Array:
+    part = (part if part.shape == like.shape else part.reshape(like.shape)).astype(like.dtype)
+    return part if total is None else total + part
 
 
 @functools.lru_cache(maxsize=65536)
@@ -348,11 +317,21 @@ def rule(dot: Dot, forward_mode: bool = False) -> Any:
     """`f(xs, base, operands) -> y` for one adapted dot, as a custom rule unless `forward_mode`.
 
     Residuals are the activation, W0 and the factors alone: rebuilding what is narrow, and W', costs less than
-    keeping it, and under a scan a kept W' would be a second copy of the model.
+    keeping it, and under a scan a kept W' would be a second copy of the model. The work on the products is jitted
+    apart, so that equal layers share one trace and one lowered function.
     """
+    named = lambda f: jax.jit(functools.wraps(f)(functools.partial(f, dot)))
+    merge, delta, gradients = named(_merge), named(_delta), named(_gradients)
 
     def f(xs: Any, base: Any, operands: Any) -> jax.Array:
-        return _forward(dot, xs, base, operands)
+        with jax.named_scope("delta"):
+            change = merge(base, operands) if dot.merged else delta(xs, base, operands)
+        if dot.merged:
+            return _base_dot(dot, xs[0], change)
+        if dot.w is None:
+            return change
+        y = _base_dot(dot, xs[0], base)
+        return y + change.astype(y.dtype)
 
     if forward_mode:
         return f
@@ -363,7 +342,18 @@ def rule(dot: Dot, forward_mode: bool = False) -> Any:
 
     def backward(residuals: Any, dy: jax.Array) -> Any:
         xs, base, operands = residuals
-        dxs, dbase, grads = _backward(dot, xs, base, operands, dy)
+        dy = dy.astype(dot.compute)
+        with jax.named_scope("delta"):
+            dxs, dbase, grads = gradients(xs, base, operands, dy)
+            w = merge(base, operands) if dot.merged else base
+        if dot.w is not None:
+            run = functools.partial(contract, precision=dot.precision)
+            dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, **_like(xs[0]))
+            dxs[0] = _sum(dxs[0], dx, xs[0])
+            # dead code unless somebody asks: W0 is frozen
+            dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, **_like(base))
+            dbase = _sum(dbase, dw, base)
+        dxs = [jnp.zeros_like(x) if d is None else d for x, d in zip(xs, dxs, strict=True)]
         return type(xs)(dxs), dbase, type(operands)(grads)
 
     custom.defvjp(forward, backward)

@@ -8,7 +8,6 @@ turns one product, never the whole expression, into a dense one.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -305,7 +304,9 @@ class Weight:
         return self.replace(terms=tuple(terms), sizes=sizes, axes=axes)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def is_weight(x: Any) -> bool:
+    """Whether `x` is an expression and no array."""
+    return isinstance(x, Weight)
 
 
 def weight(
@@ -363,8 +364,3 @@ def weight(
         key_labels=stack if dropped else (),
         path=path,
     )
-
-
-def total(array: Any) -> int:
-    """The number of elements of an array-like, abstract or not."""
-    return math.prod(array.shape)

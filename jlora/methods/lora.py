@@ -1,7 +1,8 @@
 """LoRA: h = W0 x + (alpha / r) B A x.
 
 Hu et al, `LoRA: Low-Rank Adaptation of Large Language Models <https://arxiv.org/abs/2106.09685>`_, 2021.
-Kalajdzievski, `A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA <https://arxiv.org/abs/2312.03732>`_, 2023.
+Kalajdzievski, `A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
+<https://arxiv.org/abs/2312.03732>`_, 2023.
 """
 
 import dataclasses

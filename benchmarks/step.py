@@ -1,0 +1,172 @@
+"""One training step of a BERT of MiniLM's size, as ratios to the cheapest step that could train anything.
+
+    python benchmarks/step.py                      three processes, two minutes each on two cores
+    python benchmarks/step.py --processes 1 --rounds 5
+
+6 layers x 384, 12 heads, batch 32 x 64, float32, adamw, no dropout, r = 8. All variants are compiled once and timed
+in turn, round by round, in one process; a figure is the median over rounds of its ratio to the floor of the same
+round, and the table gives the median over processes. The floor trains the lowest adapted layer's query bias alone:
+the forward pass, and the backward pass for activations.
+
+  floor          the plain model, one bias trained
+  floor, lifted  the same through `jlora.lift` with one bias adapted
+  q, v           LoRA on query and value of every layer
+  all            LoRA on all 36 dense kernels
+  materialise    the same, merging W0 + s a b before the call
+  full           every parameter trained
+  full, lifted   the same through `jlora.lift`, every leaf a `jlora.Full` delta
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from bert import Bert, Config, shapes
+
+import jlora
+
+BATCH, LENGTH, RANK = 32, 64, 8
+KERNELS = r"encoder/layer_\d+/.*(query|key|value|output|intermediate)/kernel$"
+FLOOR = r"layer_0/attention/query/bias$"
+
+
+def random_params(config):
+    """A BERT with random weights, the head's among them: speed does not depend on what it knows."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.asarray(0.02 * rng.standard_normal(s.shape), s.dtype), shapes(config))
+
+
+def variants(config):
+    """`{name: (step, state)}`; a step takes and returns (trainable, optimizer state) and is jitted with donation."""
+    model, params = Bert(config), random_params(config)
+    rng = np.random.default_rng(1)
+    ids = jnp.asarray(rng.integers(config.vocab_size, size=(BATCH, LENGTH)), jnp.int32)
+    mask, labels = jnp.ones((BATCH, LENGTH), bool), jnp.asarray(rng.integers(2, size=BATCH))
+    tx = optax.adamw(1e-4)
+
+    def make(join, frozen, trainable, apply):
+        def loss(trainable, frozen):
+            logits = apply({"params": join(trainable, frozen)}, ids, mask)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        def step(trainable, state, frozen):
+            value, grads = jax.value_and_grad(loss)(trainable, frozen)
+            updates, state = tx.update(grads, state, trainable)
+            return optax.apply_updates(trainable, updates), state, value
+
+        trainable = jax.tree.map(jnp.array, trainable)
+        state = tx.init(trainable)
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trainable, state, frozen).compile()
+        return compiled, (trainable, state), frozen
+
+    def plain(name):
+        return make(lambda t, f: put(f, name, t), params, get(params, name), model.apply)
+
+    def adapted(spec, **how):
+        trainable, frozen = jlora.split(jlora.adapt(params, spec))
+        return make(jlora.join, frozen, trainable, jlora.lift(model.apply, **how))
+
+    bias = ("encoder", "layer_0", "attention", "query", "bias")
+    every = jlora.LoRA(rank=RANK, alpha=16, target=KERNELS)
+    return {
+        "floor": plain(bias),
+        "floor, lifted": adapted(jlora.Full(target=FLOOR)),
+        "q, v": adapted(jlora.LoRA(rank=RANK, alpha=16, target=r"(query|value)/kernel$")),
+        "all": adapted(every),
+        "materialise": adapted(every, dense=True),
+        "full": make(lambda t, f: t, None, params, model.apply),
+        "full, lifted": adapted(jlora.Full(target=".")),
+    }
+
+
+def get(tree, path):
+    """The leaf of a nested dictionary."""
+    for step in path:
+        tree = tree[step]
+    return tree
+
+
+def put(tree, path, leaf):
+    """A nested dictionary with one leaf changed."""
+    head, *rest = path
+    return {**tree, head: put(tree[head], rest, leaf) if rest else leaf}
+
+
+def measure(rounds, only):
+    """`{name: [seconds of each round]}`, and compiled temporary megabytes and optimizer leaves of each."""
+    made = {n: v for n, v in variants(Config(num_hidden_layers=6)).items() if not only or n in only or n == "floor"}
+    seconds = {name: [] for name in made}
+    facts = {}
+    states = {}
+    for name, (step, state, _) in made.items():
+        memory = step.memory_analysis().temp_size_in_bytes / 1e6
+        size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        facts[name] = {"temp": memory, "trainable": size(state[0]), "state": size(state[1])}
+        states[name] = state
+    for k in range(rounds + 2):  # two rounds to warm up
+        for name, (step, _, frozen) in made.items():
+            start = time.perf_counter()
+            trainable, state, value = step(*states[name], frozen)
+            jax.block_until_ready((trainable, state, value))
+            states[name] = (trainable, state)
+            if k >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds, facts
+
+
+def interval(ratios):
+    """Median, and the 5th and 95th percentile of the rounds."""
+    return statistics.median(ratios), *np.quantile(ratios, [0.05, 0.95]).tolist()
+
+
+def main():
+    """Runs the processes and prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(measure(options.rounds, options.only)))
+        return
+    command = [sys.executable, __file__, "--worker", "--rounds", str(options.rounds), "--only", *options.only]
+    runs = []
+    for n in range(options.processes):
+        print(f"process {n + 1} of {options.processes} ...", file=sys.stderr, flush=True)
+        runs.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    print(f"jax {jax.__version__}, {os.cpu_count()} cores, {options.rounds} rounds, {options.processes} processes\n")
+    header = f"{'':14s}  {'x floor':>8s}  {'processes':>19s}  {'90 % of rounds':>14s}  {'x full':>6s}"
+    print(f"{header}  {'temp MB':>8s}  {'trainable':>10s}  {'state':>10s}")
+    for name in runs[0][0]:
+        each = [interval([a / b for a, b in zip(s[name], s["floor"], strict=True)]) for s, _ in runs]
+        full = [
+            statistics.median([a / b for a, b in zip(s[name], s["full"], strict=True)]) if "full" in s else 0
+            for s, _ in runs
+        ]
+        spread = " ".join(f"{m:.3f}" for m, _, _ in each)
+        middle = statistics.median(m for m, _, _ in each)
+        low, high = min(e[1] for e in each), max(e[2] for e in each)
+        fact = runs[0][1][name]
+        print(
+            f"{name:14s}  {middle:8.3f}  {spread:>19s}  {low:6.3f}-{high:6.3f}  {statistics.median(full):6.3f}"
+            f"  {fact['temp']:8.1f}  {fact['trainable']:10,d}  {fact['state']:10,d}"
+        )
+    floor = statistics.median(statistics.median(s["floor"]) for s, _ in runs)
+    print(f"\nthe floor took {1000 * floor:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

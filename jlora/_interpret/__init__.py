@@ -1,0 +1,175 @@
+"""Evaluates a traced function with expressions in place of its adapted weights. The only room that knows jaxprs.
+
+Identity is exact: an input variable is a weight. Operations that move labels move the expression (`moves`), operations
+that contract it use its factors (`contractions`), control flow is rebuilt with JAX's public functions (`control`), and
+anything else gets the dense weight as late as possible, which is always right. What differs between JAX releases is
+read in one place (`jaxpr`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core, source_info_util
+
+from jlora import _merge, _ops
+from jlora._interpret import contractions, control, moves
+from jlora._interpret.jaxpr import bind_params, live, source
+from jlora._ops import Refusal, Use
+from jlora._weight import Weight, is_weight, weight
+from jlora.adapted import Adapted
+
+RULES = {**moves.RULES, **contractions.RULES, **control.RULES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One use of one adapted weight: how it was contracted, or why it was made dense."""
+
+    path: str
+    use: str
+    plan: str
+    flops: float
+    dense_flops: float
+    reason: str
+
+
+@dataclasses.dataclass
+class Interpreter:
+    """Walks jaxprs for one call of a lifted function.
+
+    Attributes:
+      forward_mode: plain factored dots in place of custom rules.
+      rows: where `explain` collects its rows; None when nobody asked.
+      roles: where `infer_axes` collects `{path: {atom: letter}}`; None when nobody asked.
+    """
+
+    forward_mode: bool = False
+    rows: list[Row] | None = None
+    roles: dict[str, dict[str, str]] | None = None
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    uses: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def watched(self) -> bool:
+        return self.rows is not None or self.roles is not None
+
+    # -- walking --
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], want: Sequence[bool]) -> list[Any]:
+        """The outputs of a jaxpr, None where not wanted; each may be an expression."""
+        keep, needed = live(jaxpr, want)
+        env: dict[Any, Any] = {}
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+        stack = source_info_util.current_name_stack()
+        for eqn, kept in zip(jaxpr.eqns, keep, strict=True):
+            if not kept:
+                continue
+            info = eqn.source_info
+            with (
+                source_info_util.user_context(info.traceback, name_stack=stack + info.name_stack),
+                eqn.ctx.manager,
+            ):
+                outs = self.equation(eqn, [read(v) for v in eqn.invars], [v in needed for v in eqn.outvars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) if w else None for v, w in zip(jaxpr.outvars, want, strict=True)]
+
+    def equation(self, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+        if not any(map(is_weight, values)):
+            return self.bind(eqn, values)
+        rule = RULES.get(eqn.primitive.name)
+        if rule is not None:
+            try:
+                return rule(self, eqn, values, want)
+            except Refusal as refusal:
+                return self.bind(eqn, [self.dense(v, eqn, str(refusal)) for v in values])
+        reason = f"{eqn.primitive.name} has no rule"
+        return self.bind(eqn, [self.dense(v, eqn, reason) for v in values])
+
+    def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        subfuns, params = bind_params(eqn)
+        out = eqn.primitive.bind(*subfuns, *values, **params)
+        return list(out) if eqn.primitive.multiple_results else [out]
+
+    def dense(self, value: Any, eqn: Any, reason: str) -> Any:
+        """The array of an expression; an entry in the report unless it is a vector, which costs nothing."""
+        if not is_weight(value):
+            return value
+        name = eqn if isinstance(eqn, str) else eqn.primitive.name
+        if _ops.is_vector(value):
+            self.record(value, name, Use("dense (a vector)", 0.0, 0.0))
+        else:
+            where = "" if isinstance(eqn, str) else source(eqn)
+            self.record(value, name, Use("dense", 0.0, 0.0), f"{reason} at {where}" if where else reason)
+        return value.dense()
+
+    def record(self, w: Weight, use: str, cost: Use, reason: str = "") -> None:
+        if self.rows is not None and w.path is not None:
+            self.rows.append(Row(w.path, use, cost.plan, cost.flops, cost.dense_flops, reason))
+
+    def role(self, w: Weight, axes: Sequence[int], letter: str) -> None:
+        if self.roles is not None and w.path is not None:
+            known = self.roles.setdefault(w.path, {})
+            for atom in (a for n in axes for a in w.axes[n]):
+                known.setdefault(atom, letter)
+
+    def key(self, w: Weight) -> Any:
+        """This use's dropout key: folded with the number of the use, so that two uses draw two masks."""
+        if w.key is None:
+            return None
+        held, count = self.uses.get(id(w.key), (w.key, 0))
+        self.uses[id(w.key)] = (held, count + 1)
+        return _ops.fold(w.key, count)
+
+    def entering(self, value: Any) -> Any:
+        """An expression on its way into a sub-jaxpr: that counts as one use of its key."""
+        return value.replace(key=self.key(value)) if is_weight(value) and value.key is not None else value
+
+    def arrays(self, values: Sequence[Any], eqn: Any, reason: str) -> list[Any]:
+        return [self.dense(v, eqn, reason) for v in values]
+
+
+def call(
+    fn: Callable[..., Any],
+    found: list[Adapted],
+    fill: Callable[[list[Any]], tuple[Any, Any]],
+    *,
+    forward_mode: bool = False,
+    me: Interpreter | None = None,
+) -> Any:
+    """`fn` on a call's arguments, with expressions where the Adapteds' weights stand."""
+    me = me or Interpreter(forward_mode)
+    leaves = [jax.tree.leaves(a.frozen.base) for a in found]
+    bases = [jnp.asarray(leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites]
+    beside: list[Any] = []
+
+    def traced(*arrays: jax.Array) -> list[Any]:
+        rest = iter(arrays)
+        trees = [_merge.replaced(a, [next(rest) for _ in a.frozen.plan.sites]) for a in found]
+        args, kwargs = fill(trees)
+        outs, treedef = jax.tree.flatten(fn(*args, **kwargs))
+        inside = [isinstance(o, jax.Array) for o in outs]
+        beside[:] = [treedef, inside, [None if i else o for o, i in zip(outs, inside, strict=True)]]
+        return [o for o, i in zip(outs, inside, strict=True) if i]
+
+    closed = jax.make_jaxpr(traced)(*bases)
+    many = len(found) > 1
+    expressions: list[Weight] = []
+    for k, a in enumerate(found):
+        get = _merge.lookup(a)
+        for n, s in enumerate(a.frozen.plan.sites):
+            key = a.frozen.key
+            if key is not None:
+                key = jax.random.fold_in(key, n)
+            path = (f"{k}:{s.leaf.path}" if many else s.leaf.path) if me.watched else None
+            base = bases[len(expressions)]
+            expressions.append(weight(s.leaf, s.recipe, base, get, key=key, path=path))
+    outs = me.run(closed.jaxpr, closed.consts, expressions, [True] * len(closed.jaxpr.outvars))
+    treedef, inside, others = beside
+    results = iter(me.dense(o, "output", "returned by the function") for o in outs)
+    filled = [jnp.asarray(next(results)) if i else o for i, o in zip(inside, others, strict=True)]
+    return jax.tree.unflatten(treedef, filled)

@@ -1,0 +1,96 @@
+"""Operations that contract an adapted weight with an activation."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from jlora import _conv, _ops
+from jlora._ops import Refusal, Use
+from jlora._weight import is_weight
+
+if TYPE_CHECKING:
+    from jlora._interpret import Interpreter
+
+
+def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    lhs, rhs = values
+    if is_weight(lhs) and is_weight(rhs):
+        rhs = me.dense(rhs, eqn, "a product of two adapted weights")
+    left = is_weight(lhs)
+    w, x = (lhs, rhs) if left else (rhs, lhs)
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    contracted, batch = (lc, lb) if left else (rc, rb)
+    me.role(w, contracted, "i")
+    me.role(w, batch, "s")
+    me.role(w, range(len(w.axes)), "o")
+    if _ops.is_vector(w):
+        return me.bind(eqn, me.arrays([lhs, rhs], eqn, "a vector"))
+    if _ops.is_dense_delta(w):
+        me.record(w, eqn.primitive.name, Use("dense delta", float(w.base.size), 0.0))
+        dense = w.dense()
+        return me.bind(eqn, [dense, rhs] if left else [lhs, dense])
+    keep = ("precision", "preferred_element_type", "out_sharding")
+    y = _ops.dot(
+        w,
+        x,
+        left,
+        eqn.params["dimension_numbers"],
+        forward_mode=me.forward_mode,
+        key=me.key(w),
+        note=functools.partial(me.record, w, eqn.primitive.name),
+        **{k: eqn.params.get(k) for k in keep},
+    )
+    return [y]
+
+
+def _gather(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    w, indices = values
+    if not is_weight(w) or is_weight(indices):
+        raise Refusal("an index made of weights")
+    picked = eqn.params["dimension_numbers"].start_index_map
+    me.role(w, picked, "s" if indices.ndim == 1 else "i")
+    if indices.ndim > 1:
+        me.role(w, range(len(w.axes)), "o")
+    if _ops.is_vector(w):
+        raise Refusal("a vector")
+    note = functools.partial(me.record, w, eqn.primitive.name)
+    bind = lambda base: me.bind(eqn, [base, indices])[0]
+    return [_ops.lookup(w, indices, eqn.params, bind, me.forward_mode, note)]
+
+
+def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    x, w, sizes, *more = values
+    if not is_weight(w) or is_weight(x) or more or eqn.params.get("group_offset") is not None:
+        raise Refusal("a ragged dot in another form")
+    d = eqn.params["ragged_dot_dimension_numbers"]
+    me.role(w, d.rhs_group_dimensions, "s")
+    me.role(w, d.dot_dimension_numbers[0][1], "i")
+    me.role(w, range(len(w.axes)), "o")
+    note = functools.partial(me.record, w, eqn.primitive.name)
+    return [_conv.ragged(w, x, sizes, eqn.params, lambda base: me.bind(eqn, [x, base, sizes])[0], note)]
+
+
+def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    x, w = values
+    if not is_weight(w) or is_weight(x):
+        raise Refusal("a convolution with the weight as its input")
+    out_axis, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
+    me.role(w, [out_axis], "o")
+    me.role(w, [in_axis], "i")
+    me.role(w, window, "k")
+    if w.plain and _ops.is_dense_delta(w):
+        me.record(w, eqn.primitive.name, Use("dense delta", float(w.base.size), 0.0))
+        return me.bind(eqn, [x, w.dense()])
+    note = functools.partial(me.record, w, eqn.primitive.name)
+    bind = lambda base: me.bind(eqn, [x, base])[0]
+    return [_conv.conv(w, x, eqn.params, bind, me.forward_mode, me.key(w), note)]
+
+
+RULES = {
+    "dot_general": _dot,
+    "gather": _gather,
+    "ragged_dot_general": _ragged,
+    "ragged_dot": _ragged,
+    "conv_general_dilated": _convolution,
+}

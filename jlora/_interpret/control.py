@@ -1,0 +1,220 @@
+"""Control flow, rebuilt with JAX's public functions around the evaluated sub-jaxprs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _ops
+from jlora._interpret.jaxpr import open_jaxpr, scan_counts, unchanged
+from jlora._ops import Refusal
+from jlora._weight import Weight, is_weight
+
+if TYPE_CHECKING:
+    from jlora._interpret import Interpreter
+
+
+def _forwarded(eqn: Any, values: list[Any], want: list[bool]) -> tuple[list[Any], list[bool]]:
+    """Outputs that are inputs unchanged, as expressions; and which others must be computed."""
+    inner = unchanged(eqn) or [None] * len(want)
+    outs = [values[k] if k is not None else None for k in inner]
+    return outs, [w and k is None for w, k in zip(want, inner, strict=True)]
+
+
+def _filled(outs: list[Any], compute: list[bool], results: Sequence[Any]) -> list[Any]:
+    rest = iter(results)
+    return [next(rest) if c else o for o, c in zip(outs, compute, strict=True)]
+
+
+def _chosen(outs: Sequence[Any], compute: Sequence[bool]) -> list[Any]:
+    return [o for o, c in zip(outs, compute, strict=True) if c]
+
+
+def _jit(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    outs, compute = _forwarded(eqn, values, want)
+    if not any(compute) and not eqn.effects:
+        return outs
+    jaxpr, consts = open_jaxpr(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
+    values = [me.entering(v) for v in values]
+    if eqn.params.get("inline") is True:
+        return _filled(outs, compute, _chosen(me.run(jaxpr, consts, values, compute), compute))
+    # one function a jaxpr: blocks under nn.jit share it, and would be traced and compiled one by one without
+    place = (id(jaxpr), tuple(compute))
+    if place not in me.memo or me.watched:
+        name = eqn.params.get("name", "call")
+
+        def inner(*args: Any) -> list[Any]:
+            return _chosen(me.run(jaxpr, consts, args, compute), compute)
+
+        inner.__name__ = inner.__qualname__ = name
+        me.memo[place] = (jax.jit(inner), jaxpr)  # the jaxpr is held so that its id stays its own
+    return _filled(outs, compute, me.memo[place][0](*values))
+
+
+def _checkpoint(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    outs, compute = _forwarded(eqn, values, want)
+    if not any(compute) and not eqn.effects:
+        return outs
+    jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
+
+    def inner(*args: Any) -> list[Any]:
+        return _chosen(me.run(jaxpr, consts, args, compute), compute)
+
+    again = jax.checkpoint(inner, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+    return _filled(outs, compute, again(*[me.entering(v) for v in values]))
+
+
+def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    n_consts, n_carry = scan_counts(eqn.params)
+    length = eqn.params["length"]
+    jaxpr, closed = open_jaxpr(eqn.params["jaxpr"])
+    outs, compute = _forwarded(eqn, values, want)
+    hoisted = [k is not None for k in (unchanged(eqn) or [])[:n_carry]]
+    compute = [c if n >= n_carry else not hoisted[n] for n, c in enumerate(compute)]
+    if not any(compute) and not eqn.effects:
+        return outs
+    values = [me.entering(v) for v in values]
+    consts, carry, xs = (
+        values[:n_consts],
+        values[n_consts : n_consts + n_carry],
+        values[n_consts + n_carry :],
+    )
+    init = me.arrays(_chosen(carry, [not h for h in hoisted]), eqn, "a loop carry that changes")
+    sliced = [_Sliced(me, x, eqn) if is_weight(x) else None for x in xs]
+    counted = any(is_weight(v) and v.key is not None for v in (*consts, *carry))
+
+    def body(state: list[Any], x: Any) -> Any:
+        turn, slices = x
+        fold = lambda v: v.replace(key=_ops.fold(v.key, turn)) if is_weight(v) and v.key is not None else v
+        rest = iter(state)
+        carries = [fold(v) if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
+        items = [s.rebuilt(x) if s else x for s, x in zip(sliced, slices, strict=True)]
+        ys = me.run(jaxpr, closed, [*map(fold, consts), *carries, *items], compute)
+        ys = [me.dense(y, eqn, "an output of the loop's body") for y in ys]
+        return _chosen(ys[:n_carry], compute[:n_carry]), _chosen(ys[n_carry:], compute[n_carry:])
+
+    slices = [s.arrays if s else x for s, x in zip(sliced, xs, strict=True)]
+    turns = jnp.arange(length) if counted else None
+    state, ys = lax.scan(
+        body,
+        init,
+        (turns, slices),
+        length,
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return _filled(outs, compute, [*state, *ys])
+
+
+class _Sliced:
+    """A weight as the input of a scan: the arrays that carry its leading axis, and the rest, which are constants."""
+
+    def __init__(self, me: Interpreter, w: Weight, eqn: Any):
+        if len(w.axes[0]) != 1:
+            raise Refusal("a scan over joined axes")
+        (atom,) = w.axes[0]
+        me.role(w, [0], "s")
+        w = w.simplified(atom)
+        axes: list[int | None] = []
+        here = w.along(atom, w.base, lambda a, n: _Marked(a, n), drop=False)  # type: ignore[arg-type,return-value]
+        leaves, _ = jax.tree.flatten(here, is_leaf=lambda x: isinstance(x, _Marked))
+        base = jax.tree.leaves(w)[0]
+        assert base is w.base
+        self.fixed, self.arrays = [], []
+        for n, leaf in enumerate(leaves):
+            axis = 0 if n == 0 else leaf.axis if isinstance(leaf, _Marked) else None
+            axes.append(axis)
+            array = leaf.array if isinstance(leaf, _Marked) else leaf
+            if axis is None:
+                self.fixed.append(array)
+            else:
+                self.arrays.append(jnp.moveaxis(array, axis, 0))
+        self.axes = axes
+        rest = lambda a, n: jax.ShapeDtypeStruct(a.shape[:n] + a.shape[n + 1 :], a.dtype)
+        inner = w.along(atom, rest(w.base, 0), rest, drop=True)  # type: ignore[arg-type]
+        self.treedef = jax.tree.structure(inner.replace(axes=w.axes[1:]))
+
+    def rebuilt(self, slices: Sequence[Any]) -> Weight:
+        fixed, moving = iter(self.fixed), iter(slices)
+        return jax.tree.unflatten(self.treedef, [next(fixed) if n is None else next(moving) for n in self.axes])
+
+
+@dataclasses.dataclass
+class _Marked:
+    array: Any
+    axis: int
+
+
+def _while(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    values = [me.entering(v) for v in values]
+    cond_consts, body_consts, carry = (
+        values[:n_cond],
+        values[n_cond : n_cond + n_body],
+        values[n_cond + n_body :],
+    )
+    inner = unchanged(eqn) or []
+    hoisted = [k is not None for k in inner]
+    moving = [not h for h in hoisted]
+    outs = [v if h else None for v, h in zip(carry, hoisted, strict=True)]
+    init = me.arrays(_chosen(carry, moving), eqn, "a loop carry that changes")
+    cond, cond_closed = open_jaxpr(p["cond_jaxpr"])
+    body, body_closed = open_jaxpr(p["body_jaxpr"])
+
+    def carries(state: Sequence[Any]) -> list[Any]:
+        rest = iter(state)
+        return [v if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
+
+    def go_on(state: Any) -> Any:
+        (more,) = me.run(cond, cond_closed, [*cond_consts, *carries(state[1])], [True])
+        return more
+
+    def step(state: Any) -> Any:
+        turn, state = state
+        fold = lambda v: v.replace(key=_ops.fold(v.key, turn)) if is_weight(v) and v.key is not None else v
+        args = [*map(fold, body_consts), *map(fold, carries(state))]
+        new = _chosen(me.run(body, body_closed, args, moving), moving)
+        return (None if turn is None else turn + 1), me.arrays(new, eqn, "an output of the loop's body")
+
+    counted = any(is_weight(v) and v.key is not None for v in (*body_consts, *carry))
+    _, state = lax.while_loop(go_on, step, (jnp.zeros((), jnp.int32) if counted else None, init))
+    return _filled(outs, moving, state)
+
+
+def _cond(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    outs, compute = _forwarded(eqn, values, want)
+    if not any(compute) and not eqn.effects:
+        return outs
+    index, *operands = values
+    if is_weight(index):
+        raise Refusal("a branch chosen by a weight")
+    branches = []
+    for branch in eqn.params["branches"]:
+        jaxpr, consts = open_jaxpr(branch)
+
+        def inner(*args: Any, jaxpr: Any = jaxpr, consts: Any = consts) -> list[Any]:
+            ys = _chosen(me.run(jaxpr, consts, args, compute), compute)
+            return [jnp.asarray(y) for y in me.arrays(ys, eqn, "an output of a branch")]
+
+        branches.append(inner)
+    return _filled(outs, compute, lax.switch(index, branches, *[me.entering(v) for v in operands]))
+
+
+RULES = {
+    "jit": _jit,
+    "pjit": _jit,
+    "closed_call": _jit,
+    "core_call": _jit,
+    "remat2": _checkpoint,
+    "checkpoint": _checkpoint,
+    "remat": _checkpoint,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}

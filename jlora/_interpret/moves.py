@@ -1,0 +1,168 @@
+"""Operations that move labels: the model's own on W0, a relabelling of the factors.
+
+Every rule takes (interpreter, equation, values, which outputs are wanted) and returns the outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._ops import Refusal
+from jlora._weight import Weight, is_weight
+
+if TYPE_CHECKING:
+    from jlora._interpret import Interpreter
+
+
+def _cast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    (base,) = me.bind(eqn, [w.base])
+    if not jnp.issubdtype(base.dtype, jnp.floating):
+        raise Refusal(f"a cast to {base.dtype}")
+    return [w.replace(base=base)]
+
+
+def _on_base(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    outs = me.bind(eqn, [v.base if is_weight(v) else v for v in values])
+    return [v.replace(base=o) if is_weight(v) else o for v, o in zip(values, outs, strict=True)]
+
+
+def _stop(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    return [values[0].each(lax.stop_gradient)]
+
+
+def _vary(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    (base,) = me.bind(eqn, [w.base])
+    return [w.replace(base=base)]  # factors are made to vary where they meet an activation
+
+
+def _transpose(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    (base,) = me.bind(eqn, [w.base])
+    return [w.transposed(base, eqn.params["permutation"])]
+
+
+def _reshape(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    w, *sizes = values
+    if sizes or eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
+        raise Refusal("a reshape with dynamic sizes or an order of its own")
+    (base,) = me.bind(eqn, [w.base])
+    moved = w.reshaped(base)
+    if moved is None:
+        raise Refusal("a reshape across axes that labels cannot follow")
+    return [moved]
+
+
+def _broadcast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    w = values[0]
+    dims = eqn.params["broadcast_dimensions"]
+    (base,) = me.bind(eqn, [w.base, *values[1:]])
+    grown = any(base.shape[d] != s for d, s in zip(dims, w.base.shape, strict=True))
+    if grown or any(s != 1 for n, s in enumerate(base.shape) if n not in dims):
+        raise Refusal("a broadcast")
+    axes: list[Any] = [()] * base.ndim
+    for n, d in enumerate(dims):
+        axes[d] = w.axes[n]
+    return [w.replace(base=base, axes=tuple(axes))]
+
+
+def _scalar(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    left = is_weight(values[0])
+    w, c = values if left else values[::-1]
+    if is_weight(c) or jnp.ndim(c) or (eqn.primitive.name == "div" and not left):
+        raise Refusal("a product with an array")
+    (base,) = me.bind(eqn, [w.base, c] if left else [c, w.base])
+    return [w.scaled(base, 1 / c if eqn.primitive.name == "div" else c)]
+
+
+def _neg(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    return [w.scaled(me.bind(eqn, [w.base])[0], jnp.asarray(-1, w.base.dtype))]
+
+
+def _cut(w: Weight, base: jax.Array, cuts: Sequence[Callable[[jax.Array, int], jax.Array] | None]) -> list[Any]:
+    """A slice of single-label axes."""
+    for axis, cut in enumerate(cuts):
+        if cut is None:
+            continue
+        if not w.axes[axis]:
+            continue
+        if len(w.axes[axis]) != 1:
+            raise Refusal("a slice of joined axes")
+        (atom,) = w.axes[axis]
+        w = w.along(atom, w.base, cut, drop=False).resized(atom, base.shape[axis])
+    return [w.replace(base=base)]
+
+
+def _reverse(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    (base,) = me.bind(eqn, [w.base])
+    flip = lambda a, m: lax.rev(a, (m,))
+    return _cut(w, base, [flip if n in eqn.params["dimensions"] else None for n in range(base.ndim)])
+
+
+def _slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    (base,) = me.bind(eqn, [w.base])
+    start, stop = eqn.params["start_indices"], eqn.params["limit_indices"]
+    steps = eqn.params["strides"] or (1,) * base.ndim
+    me.role(w, [n for n, size in enumerate(base.shape) if size == 1 != w.base.shape[n]], "s")
+    cuts: list[Any] = [
+        None if base.shape[n] == w.base.shape[n] else functools.partial(_static_cut, a=a, b=b, step=s)
+        for n, (a, b, s) in enumerate(zip(start, stop, steps, strict=True))
+    ]
+    return _cut(w, base, cuts)
+
+
+def _static_cut(array: jax.Array, n: int, *, a: int, b: int, step: int) -> jax.Array:
+    return lax.slice_in_dim(array, a, b, step, axis=n)
+
+
+def _dynamic_slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    w, *starts = values
+    if not is_weight(w) or any(map(is_weight, starts)) or len(starts) != w.base.ndim:
+        raise Refusal("a dynamic slice in another form")
+    (base,) = me.bind(eqn, [w.base, *starts])
+    sizes = eqn.params["slice_sizes"]
+    cuts: list[Any] = [
+        None if size == w.base.shape[n] else lambda a, m, i=i, size=size: lax.dynamic_slice_in_dim(a, i, size, m)
+        for n, (i, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+    for n, size in enumerate(sizes):
+        if size == 1 != w.base.shape[n]:
+            me.role(w, [n], "s")
+    return _cut(w, base, cuts)
+
+
+RULES = {
+    "convert_element_type": _cast,
+    "reduce_precision": _cast,
+    "copy": _on_base,
+    "copy_p": _on_base,
+    "name": _on_base,
+    "sharding_constraint": _on_base,
+    "reshard": _on_base,
+    "optimization_barrier": _on_base,
+    "device_put": _on_base,
+    "stop_gradient": _stop,
+    "pvary": _vary,
+    "pcast": _vary,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "expand_dims": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "mul": _scalar,
+    "div": _scalar,
+    "neg": _neg,
+    "rev": _reverse,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+}

@@ -1,0 +1,152 @@
+"""The arrays of an adapter: their names in an Orbax checkpoint, their bytes, and what the manifest says of them."""
+
+import hashlib
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jlora.adapted import Adapted
+from jlora.io import _manifest
+
+
+def stored_name(side: str, group: str, factor: str) -> str:
+    """A flat name without dots and slashes, which Orbax joins names by; two factors never share one."""
+    quote = lambda x: urllib.parse.quote(x, safe="", errors="surrogatepass").replace(".", "%2E")  # noqa: E731
+    return f"{side}:{quote(group)}:{quote(factor)}"
+
+
+def _host(leaf: Any, where: str) -> tuple[np.ndarray, str | None]:
+    """An array in the host's memory, and the name of its generator if it is a key."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) or not hasattr(leaf, "dtype") and not np.isscalar(leaf):
+        raise ValueError(f"{where} is {type(leaf).__name__} and has no values to save")
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(leaf)), str(jax.random.key_impl(leaf))
+    array = np.asarray(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
+    check_dtype(array.dtype, where)
+    return array.astype(array.dtype.newbyteorder("="), copy=False), None
+
+
+#: The number types that JAX has beside NumPy's: bfloat16, float8, int4 and their like.
+_SMALL = {n for n, v in vars(ml_dtypes).items() if isinstance(v, type) and issubclass(v, np.generic)}
+
+
+def _is_number(dtype: np.dtype) -> bool:
+    return dtype.name in _SMALL or dtype.kind in "biufc"
+
+
+def check_dtype(dtype: np.dtype, where: str) -> None:
+    """ValueError where JAX could not hold an array of this dtype as it is."""
+    if not _is_number(dtype):
+        raise ValueError(f"{where} is of dtype {dtype}, not of numbers")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{where} is of dtype {dtype}, which JAX truncates: jax.config.update('jax_enable_x64', True)")
+
+
+def _dtype(name: str, where: str) -> np.dtype:
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, name) if name in _SMALL else name)
+    except Exception:  # NumPy parses the string, and raises what it likes
+        dtype = np.dtype(object)
+    if not _is_number(dtype):
+        raise ValueError(f"{where} has an unknown dtype, {name!r:.60}")
+    return dtype
+
+
+def _stored(dtype: np.dtype) -> np.dtype:
+    """The dtype an array is stored in: Orbax knows bfloat16, but not all of the smaller types."""
+    return dtype if dtype.kind in "biufc" or dtype.name == "bfloat16" else np.dtype(np.uint8)
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """Every array of an adapter by its stored name, and what the manifest says of it."""
+    leaves: dict[tuple[str, str], tuple[Any, str]] = {}
+    for side, tree in (("trainable", adapted.trainable), ("frozen", adapted.frozen.factors)):
+        if not isinstance(tree, Mapping) or not all(isinstance(v, Mapping) for v in tree.values()):
+            raise ValueError(f"the {side} factors are no {{group: {{factor: array}}}}")
+        leaves |= {(group, factor): (leaf, side) for group, named in tree.items() for factor, leaf in named.items()}
+    have = {place: (np.shape(leaf), side == "trainable") for place, (leaf, side) in leaves.items()}
+    bad = _manifest.misfits(have, adapted.frozen.plan)
+    if bad:
+        raise ValueError("the factors of this adapter do not fit its plan:" + _manifest.several(bad))
+    arrays, factors = {}, {}
+    for (group, factor), (leaf, side) in leaves.items():
+        array, key = _host(leaf, f"{side} factor {group!r}: {factor!r}")
+        name = stored_name(side, group, factor)
+        factors[name] = {"shape": list(array.shape), "dtype": array.dtype.name, "key": key, "sha256": _digest(array)}
+        if array.size:  # Orbax refuses the others; the manifest says all there is of them
+            arrays[name] = np.ascontiguousarray(array).view(_stored(array.dtype)).reshape(array.shape)
+    return arrays, factors
+
+
+def rebuild(array: np.ndarray | None, record: Mapping[str, Any], where: str) -> jax.Array:
+    """The inverse: an array as it was, its digest checked."""
+    dtype = _dtype(record["dtype"], where)
+    check_dtype(dtype, where)
+    try:
+        array = np.zeros(record["shape"], dtype) if array is None else np.ascontiguousarray(array)
+        array = array.view(dtype).reshape(record["shape"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} is not of shape {record['shape']} and dtype {dtype} ({error})") from None
+    if _digest(array) != record["sha256"]:
+        raise ValueError(f"{where} is damaged: its bytes do not have the digest that was saved")
+    if record["key"] is None:
+        return jnp.array(array)
+    try:
+        return jax.random.wrap_key_data(jnp.array(array), impl=record["key"])
+    except Exception as error:
+        raise ValueError(f"{where} is no key of {record['key']!r:.60}: {str(error)[:200]}") from None
+
+
+def tree_of(folder: Path) -> dict[str, Any]:
+    """The tree of an Orbax checkpoint, with the shape of each array in its place."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            found: Any = checkpointer.metadata(folder)
+        found = getattr(found, "item_metadata", found)
+        found = getattr(found, "tree", found)
+    except Exception as error:
+        raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder} is no Orbax checkpoint of a dictionary")
+    return found
+
+
+def restore_part(folder: Path, item: Any) -> Any:
+    """A part of a checkpoint as NumPy arrays."""
+    to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    request = ocp.args.PyTreeRestore(item=item, restore_args=to_numpy, partial_restore=True)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder, args=request)
+    except Exception as error:
+        raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
+
+
+def restore(data: Path, want: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The arrays of an adapter as they are stored; ValueError where keys, shapes or dtypes are not the manifest's."""
+    found = tree_of(data)
+    bad = [f"missing {name!r}" for name in want if name not in found]
+    bad += [f"extra {name!r}" for name in found if name not in want]
+    for name in (n for n in want if n in found):
+        shape = getattr(found[name], "shape", None)
+        if shape != want[name]["shape"]:
+            bad.append(f"{name!r} has shape {shape}, not {want[name]['shape']}")
+    if bad:
+        raise ValueError(f"the arrays in {data} are not those that were saved:" + _manifest.several(bad))
+    arrays = restore_part(data, found)
+    for name, array in arrays.items():
+        stored = _stored(_dtype(want[name]["dtype"], f"{data}: {name!r}"))
+        if np.asarray(array).dtype != stored:
+            raise ValueError(f"{data}: {name!r} has dtype {np.asarray(array).dtype}, not {stored}")
+    return arrays

@@ -1,0 +1,124 @@
+"""The fingerprint of a base: paths, shapes, dtypes, and a digest of some values of every leaf."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from jlora import _tree
+from jlora.io._manifest import several
+
+SAMPLES = 1024
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A step for each axis that leaves at most 1,024 elements, as evenly over the axes as can be.
+
+    A step through the flattened array would be simpler, but where a row's length divides it, it sees one column;
+    and it gathers an array that is sharded.
+    """
+    counts = list(shape)
+    while math.prod(counts) > SAMPLES:
+        longest = counts.index(max(counts))
+        counts[longest] = -(-counts[longest] // 2)
+    return tuple(-(-n // m) if m else 1 for n, m in zip(shape, counts, strict=True))
+
+
+def _sample(arrays: list[Any], starts: tuple[tuple[int, ...], ...], steps: tuple[tuple[int, ...], ...]) -> list[Any]:
+    return [
+        x[tuple(slice(a, None, s) for a, s in zip(*cut, strict=True))]
+        for x, *cut in zip(arrays, starts, steps, strict=True)
+    ]
+
+
+_sample_jit = jax.jit(_sample, static_argnums=(1, 2))
+
+
+def samples(leaves: Sequence[Any]) -> list[np.ndarray | None]:
+    """At most 1,024 strided elements of each leaf, None where there are no values to read.
+
+    One jitted program a device: each shard is sliced where it lies, so nothing is gathered, whatever the mesh.
+    """
+    out: list[np.ndarray | None] = [None] * len(leaves)
+    pieces: dict[Any, list[tuple[int, Any, tuple[int, ...], tuple[int, ...]]]] = {}
+    for n, leaf in enumerate(leaves):
+        if not _has_values(leaf):
+            continue
+        steps = _strides(np.shape(leaf))
+        cut = tuple(slice(None, None, s) for s in steps)
+        if not isinstance(leaf, jax.Array):
+            out[n] = np.asarray(leaf)[cut]
+            continue
+        out[n] = np.empty([-(-k // s) for k, s in zip(leaf.shape, steps, strict=True)], leaf.dtype)
+        for shard in leaf.addressable_shards:
+            if shard.replica_id == 0 and shard.data.size:
+                first = tuple(i.start or 0 for i in shard.index)
+                pieces.setdefault(shard.device, []).append((n, shard.data, first, steps))
+    if not pieces:
+        return out
+    nowhere = jax.sharding.Mesh(np.empty((), dtype=object), ())
+    with jax.set_mesh(nowhere):  # a mesh in the caller's context would refuse arrays of one device
+        for group in pieces.values():
+            numbers, arrays, firsts, steps = zip(*group, strict=True)
+            local = tuple(tuple(-a % s for a, s in zip(*pair, strict=True)) for pair in zip(firsts, steps, strict=True))
+            found = jax.device_get(_sample_jit(list(arrays), local, steps))
+            for n, first, step, value in zip(numbers, firsts, steps, found, strict=True):
+                at = [-(-a // s) for a, s in zip(first, step, strict=True)]
+                place = tuple(slice(a, a + k) for a, k in zip(at, value.shape, strict=True))
+                target = out[n]
+                assert target is not None
+                target[place] = value
+    return out
+
+
+def _has_values(leaf: Any) -> bool:
+    if isinstance(leaf, Tracer):
+        return False
+    if isinstance(leaf, jax.Array):  # keys are no weights: two runs of one model differ in them
+        return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return isinstance(leaf, (np.ndarray, np.generic, bool, int, float, complex))
+
+
+def fingerprint(params: Any, tree: _tree.Named) -> list[list[Any]]:
+    """`[path, shape, dtype, digest of some values]` of every leaf. The state of random streams has no digest."""
+    is_stream = lambda x: isinstance(x, nnx.RngState)  # noqa: E731
+    boxes = [x for x in jax.tree.leaves(params, is_leaf=is_stream) if is_stream(x)]
+    streams = {id(x) for box in boxes for x in jax.tree.leaves(box)}
+    values = samples([None if id(x) in streams else x for x in tree.leaves])
+    rows = []
+    for path, leaf, value in zip(tree.paths, tree.leaves, values, strict=True):
+        shape, dtype = _tree.shape_dtype(leaf)
+        digest = None if value is None else hashlib.sha256(value.tobytes()).hexdigest()[:32]
+        rows.append([path, list(shape), str(dtype), digest])
+    return rows
+
+
+def compare(saved: Sequence[Any], here: Sequence[Any], check: str, where: str) -> None:
+    """ValueError where the base an adapter was trained on is not the one at hand, by `check`'s standard."""
+    was = {path: (tuple(shape), dtype, digest) for path, shape, dtype, digest in saved}
+    now = {path: (tuple(shape), dtype, digest) for path, shape, dtype, digest in here}
+    shape_of = [f"{p!r} is not in params" for p in was if p not in now]
+    shape_of += [f"{p!r} is in params alone" for p in now if p not in was]
+    value_of = []
+    for path in (p for p in was if p in now):
+        (old, old_dtype, old_digest), (new, new_dtype, new_digest) = was[path], now[path]
+        if old != new:
+            shape_of.append(f"{path!r} has shape {new}, was {old}")
+        elif old_dtype != new_dtype:
+            value_of.append(f"{path!r} has dtype {new_dtype}, was {old_dtype}")
+        elif None not in (old_digest, new_digest) and old_digest != new_digest:
+            value_of.append(f"{path!r} has other values")
+    bad = shape_of + (value_of if check == "values" else [])
+    if bad:
+        way = (
+            "check='none' asks for no more than that the adapted weights fit"
+            if shape_of
+            else "check='shapes' asks for equal paths and shapes alone"
+        )
+        raise ValueError(f"{where} was trained on another base ({way}):" + several(bad))

@@ -1,0 +1,329 @@
+"""What a saved adapter says of itself: the manifest, and the methods and weights in it.
+
+The manifest is one JSON object in a canonical spelling that ends in a digest of itself, so that any byte of it that
+changes is noticed. Nothing in it is ever imported, evaluated or used as the name of a file to open: it may come from
+anywhere.
+"""
+
+import collections.abc
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora import _plan, _tree, methods, targets
+from jlora._axes import Leaf, is_trainable_dtype
+from jlora._plan import Plan, Site
+from jlora.adapted import shapes
+from jlora.methods.base import Method
+
+NAME = "jlora.json"
+FORMAT = 1
+
+#: Everything a manifest of format 1 holds. JSON's lists become tuples.
+SCHEMA: dict[str, Any] = {
+    "format": int,
+    "jlora": str,  # the version that wrote it; for people
+    "data": str | None,  # the folder of the arrays, None where there are none
+    "files": dict[str, tuple[int, str]],  # below it: {name: (size, sha256)}
+    "factors": dict[str, dict[str, Any]],  # {name: FACTOR}
+    "methods": tuple[dict[str, Any], ...],  # {"method": class name, field: value, ...}
+    "rules": tuple[int, ...],  # the spec, in the order of its rules
+    "sites": tuple[tuple[str, str, int], ...],  # path, one letter an axis, method
+    "notes": tuple[str, ...],
+    "base": tuple[tuple[str, tuple[int, ...], str, str | None], ...],  # path, shape, dtype, digest
+}
+FACTOR: dict[str, Any] = {"shape": tuple[int, ...], "dtype": str, "key": str | None, "sha256": str}
+
+
+def several(bad: Sequence[str], most: int = 8) -> str:
+    """The lines of an error that has many, none of them long."""
+    lines = [line if len(line) < 400 else line[:400] + "..." for line in bad[:most]]
+    more = [f"and {len(bad) - most} more"] if len(bad) > most else []
+    return "\n  ".join(["", *lines, *more])
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def _spell(content: Mapping[str, Any]) -> str:
+    """The one spelling of a manifest: sorted keys, a line for each of the outermost."""
+    lines = (f"{json.dumps(k)}: {json.dumps(v, sort_keys=True, allow_nan=False)}" for k, v in sorted(content.items()))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_spell(content).encode()).hexdigest()
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """A manifest as the bytes of its file."""
+    return _spell({**content, "sha256": _digest(content)}).encode()
+
+
+def unseal(raw: bytes, where: str) -> dict[str, Any]:
+    """The content of a manifest, its types checked; ValueError in words for anything else."""
+    damaged = f"{where} is cut short or damaged"
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{damaged}: it is not JSON ({str(error)[:200]})") from None
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{damaged}: it has no format number")
+    if version > FORMAT:
+        raise ValueError(
+            f"{where} is of format {str(version)[:20]}, newer than {FORMAT}, the newest this jlora reads; upgrade jlora"
+        )
+    digest = content.pop("sha256", None)
+    try:
+        intact = type(digest) is str and digest == _digest(content) and raw == seal(content)
+    except (ValueError, RecursionError, UnicodeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{damaged}: its content does not have the digest it states")
+    try:
+        content = _record(content, SCHEMA, "the manifest")
+        factors = content["factors"].items()
+        content["factors"] = {n: _record(f, FACTOR, f"factor {n!r:.200}") for n, f in factors}
+    except TypeError as error:
+        raise ValueError(f"{where} is no manifest that jlora wrote: {error}") from None
+    return content
+
+
+def _record(content: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> dict[str, Any]:
+    odd = sorted(set(content) ^ set(schema))
+    if odd:
+        raise TypeError(f"{where} has a missing or unknown field {odd[0]!r:.100}")
+    return {k: cast(content[k], hint, f"{k!r} of {where}") for k, hint in schema.items()}
+
+
+def cast(value: Any, hint: Any, where: str) -> Any:
+    """A JSON value as a type hint says it (lists become tuples); TypeError where it is something else."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return cast(value, option, where)
+            except TypeError:
+                pass
+    elif origin is typing.Literal:
+        if any(type(value) is type(a) and value == a for a in args):
+            return value
+    elif origin in (tuple, list, collections.abc.Sequence):
+        endless = origin is not tuple or args[-1] is Ellipsis
+        if isinstance(value, list) and (endless or len(value) == len(args)):
+            each = [args[0]] * len(value) if endless else args
+            return tuple(cast(v, h, where) for v, h in zip(value, each, strict=True))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {k: cast(v, args[1], where) for k, v in value.items()}
+    elif type(value) is hint or value is hint is None or hint is float and type(value) is int:
+        return value
+    raise TypeError(f"{where} is {str(value)[:60]!r}, not of type {getattr(hint, '__name__', hint)}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+
+
+def known(extra: Sequence[type[Method]]) -> dict[str, type[Method]]:
+    """The methods a file may name: those of `jlora.methods` and the ones the caller passes."""
+    found = {k: v for k, v in vars(methods).items() if _is_method(v) and v is not Method}
+    for cls in extra:
+        if not _is_method(cls):
+            raise TypeError(f"methods=[...] takes subclasses of jlora.methods.Method, not {cls!r}")
+        if found.setdefault(cls.__name__, cls) is not cls:
+            raise ValueError(f"methods=[...] names two classes {cls.__name__!r}; rename one")
+    return found
+
+
+def _is_method(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, Method)
+
+
+def write_methods(plan: Plan) -> dict[str, Any]:
+    """The fields `methods`, `rules` and `sites` of a manifest.
+
+    A site is its exact path with its letters: nothing is matched again when the adapter is read, so rules may
+    overlap. What a rule's target was is kept where it can be written down (a pattern, a callable of
+    `jlora.targets`), since it is part of the plan; another callable becomes the paths it took.
+    """
+    table = list(dict.fromkeys([*plan.methods, *(s.method for s in plan.sites)]))
+    taken: dict[Method, list[str]] = {m: [] for m in table}
+    for site in plan.sites:
+        taken[site.method].append(site.leaf.path)
+    index = {m: n for n, m in enumerate(table)}
+    return {
+        "methods": [_write_method(m, taken[m]) for m in table],
+        "rules": [index[m] for m in plan.methods],
+        "sites": [[s.leaf.path, s.leaf.roles, index[s.method]] for s in plan.sites],
+        "notes": list(plan.notes),
+    }
+
+
+def _write_method(method: Method, paths: Sequence[str]) -> dict[str, Any]:
+    cls = type(method)
+    if vars(methods).get(cls.__name__, cls) is not cls:
+        raise ValueError(f"{cls.__name__!r} is the name of one of jlora's own methods; rename your class")
+    record: dict[str, Any] = {"method": cls.__name__}
+    for field in dataclasses.fields(method):
+        if field.init and field.name not in ("target", "exclude"):
+            record[field.name] = _plain(getattr(method, field.name), f"{cls.__name__}.{field.name}")
+    try:
+        record |= {k: _write_target(getattr(method, k)) for k in ("target", "exclude")}
+    except TypeError:
+        record |= {"target": [rf"\A{re.escape(p)}\Z" for p in paths], "exclude": []}
+    return record
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (tuple, list)):
+        return [_plain(v, where) for v in value]
+    if value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value):
+        return value
+    raise ValueError(
+        f"{where} is {value!r:.100}, which cannot be saved: fields of a method are numbers, strings, None, and tuples "
+        "of them"
+    )
+
+
+def _write_target(target: Any) -> Any:
+    if isinstance(target, str):
+        return target
+    if callable(target):
+        name = getattr(target, "__name__", "")
+        if _named_targets().get(name) is target:
+            return {"jlora.targets": name}
+        raise TypeError("a callable that only Python knows")
+    return [_write_target(t) for t in target]
+
+
+def _named_targets() -> dict[str, Any]:
+    return {
+        k: v
+        for k, v in vars(targets).items()
+        if not k.startswith("_") and isinstance(v, types.FunctionType) and v.__module__ == targets.__name__
+    }
+
+
+def _read_target(value: Any, where: str) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return tuple(_read_target(v, where) for v in value)
+    name = value.get("jlora.targets") if isinstance(value, dict) and len(value) == 1 else None
+    if isinstance(name, str) and name in _named_targets():
+        return _named_targets()[name]
+    raise TypeError(f"{where} is {str(value)[:60]!r}, neither a pattern, a list of them nor a name of jlora.targets")
+
+
+def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]]) -> Method:
+    name = record.get("method")
+    if not isinstance(name, str) or name not in classes:
+        raise ValueError(
+            f"unknown method {str(name)[:100]!r}; this jlora has {', '.join(sorted(classes))}. A method of your own is "
+            "passed as load(..., methods=[MyMethod])"
+        )
+    cls = classes[name]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    values: dict[str, Any] = {}
+    for key, value in record.items():
+        where = f"{key!r:.100} of {name}"
+        if key in ("target", "exclude"):
+            values[key] = _read_target(value, where)
+        elif key in fields:
+            hint = _hint(cls, fields[key])
+            values[key] = _tuples(value) if hint is Any else cast(value, hint, where)
+        elif key != "method":
+            raise TypeError(f"{where} is unknown; it has {', '.join(fields)}")
+    return cls(**values).canonical()
+
+
+def _hint(cls: type, field: dataclasses.Field) -> Any:
+    """A field's type; Any where it is written as a string that cannot be looked up in the class's module."""
+    if not isinstance(field.type, str):
+        return field.type
+    try:
+        return eval(field.type, dict(vars(sys.modules[cls.__module__])))  # the class's own source, not the file's
+    except Exception:
+        return Any
+
+
+def read_plan(content: Mapping[str, Any], tree: _tree.Named, extra: Sequence[type[Method]], where: str) -> Plan:
+    """The plan of a manifest over a tree of parameters. All that does not fit is named at once."""
+    classes, table = known(extra), []
+    for record in content["methods"]:
+        try:
+            table.append(_read_method(record, classes))
+        except Exception as error:  # a method's own checks may raise anything on a value that makes no sense
+            raise ValueError(f"{where}: {str(error)[:500]}") from None
+    saved = {path: tuple(shape) for path, shape, _, _ in content["base"]}
+    index = {path: n for n, path in enumerate(tree.paths)}
+    sites: dict[str, Site] = {}
+    bad = []
+    if not all(0 <= n < len(table) for n in (*content["rules"], *(n for _, _, n in content["sites"]))):
+        raise ValueError(f"{where} is no manifest that jlora wrote: it names a method that it does not hold")
+    for path, roles, number in content["sites"]:
+        if path in sites or path not in saved:
+            raise ValueError(f"{where} is no manifest that jlora wrote: {path!r:.200} is twice or not in its base")
+        if path not in index:
+            near = ", ".join(_tree.nearest(path, tree.paths, 3)) or "none"
+            bad.append(f"{path!r} is not in params; the nearest paths are {near}")
+            continue
+        shape, dtype = _tree.shape_dtype(tree.leaves[index[path]])
+        if shape != saved[path]:
+            bad.append(f"{path!r} has shape {shape}, the adapter's is {saved[path]}")
+        elif not is_trainable_dtype(dtype):
+            bad.append(f"{path!r} has dtype {dtype}; only real floating point leaves can be adapted")
+        elif len(roles) != len(shape) or set(roles) - set("iosk"):
+            raise ValueError(f"{where}: {roles!r:.100} are not the letters of {path!r} of shape {shape}")
+        else:
+            leaf = Leaf(path, shape, np.dtype(dtype), roles)
+            sites[path] = Site(leaf, index[path], table[number], _recipe(table[number], leaf, where))
+    if bad:
+        raise ValueError(f"{where}: the adapter's weights are not those of params:" + several(bad))
+    rules = tuple(table[n] for n in content["rules"])
+    return _plan.intern(tuple(sites.values()), rules, content["notes"])
+
+
+def _recipe(method: Method, leaf: Leaf, where: str) -> Any:
+    try:
+        recipe = method.recipe(leaf)
+        if recipe is not None:
+            recipe.arrays(leaf)
+            return recipe
+        error: Any = "it leaves this weight alone"
+    except Exception as e:
+        error = e
+    message = f"{where}: {method.describe()} on {leaf.path!r} of shape {leaf.shape}: {str(error)[:500]}"
+    raise ValueError(message) from None
+
+
+def misfits(have: Mapping[tuple[str, str], tuple[tuple[int, ...], bool]], plan: Plan) -> list[str]:
+    """What is missing, extra or misshapen in `{(group, factor): (shape, trained)}`, in words."""
+    want = shapes(plan)
+    bad = [f"missing {g!r}: {n!r}" for g, n in want if (g, n) not in have]
+    for (g, n), (shape, trained) in have.items():
+        if (g, n) not in want:
+            bad.append(f"extra {g!r}: {n!r}")
+        elif shape != want[g, n][0]:
+            bad.append(f"{g!r}: {n!r} has shape {shape}, not {want[g, n][0]}")
+        elif trained != want[g, n][1]:
+            bad.append(f"{g!r}: {n!r} is {'trained' if trained else 'frozen'}, and should not be")
+    return bad

@@ -1,0 +1,363 @@
+"""Adapters and merged parameters as Orbax checkpoints.
+
+A saved adapter is a folder of two things: `jlora.json`, the manifest, and the arrays, as an Orbax checkpoint in a
+folder that the manifest names. Saving over an adapter writes new arrays beside the old ones and then replaces the
+manifest, in one step of the file system, so at every moment the folder holds one whole adapter.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import secrets
+import shutil
+import stat
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.core import Tracer
+
+from jlora import _tree
+from jlora._merge import MergeReport, merge, merge_report
+from jlora.adapted import Adapted, Frozen, is_adapted, shapes
+from jlora.io import _arrays, _fingerprint, _folder, _manifest, _training
+from jlora.methods.base import Method
+
+_DATA = re.compile(r"arrays-[0-9a-f]{16}")
+_LARGEST = 2**30
+
+
+def _check_concrete(adapted: Any, parts: Any, what: str) -> None:
+    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
+        raise TypeError(f"{what} takes an Adapted, not {type(adapted).__name__}; jlora.adapt makes one")
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"jlora.{what} runs in one process; save `adapted.trainable` with your own CheckpointManager instead"
+        )
+    for leaf in jax.tree.leaves(parts(adapted)):
+        if isinstance(leaf, Tracer):
+            raise TypeError(f"jlora.{what} writes files and cannot be traced: call it outside jit, grad and vmap")
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(f"an array of this adapter was donated: {what} what the donating function returned")
+
+
+# --- save ---------------------------------------------------------------------------------------------------------
+
+
+def save(path: "str | os.PathLike[str]", adapted: Adapted, *, overwrite: bool = False) -> None:
+    """Saves an adapter: its trainable leaves, frozen factors and scales, the methods, a fingerprint of the base.
+
+    Neither the base nor a dropout key is saved. Factors may be of any shape and dtype, and sharded over the devices
+    of this process. The folder appears at once: a save that is interrupted leaves what was there before readable.
+    A process that is killed leaves a folder `.jlora-tmp-...` beside it, which a save of a later day removes.
+
+    Args:
+      path: a local folder; its parents are made.
+      adapted: what `adapt` made, trained or not.
+      overwrite: replace an adapter that was saved there. Nothing else is ever replaced.
+
+    Raises:
+      FileExistsError: the path exists (with `overwrite`: and holds no saved adapter).
+      TypeError: no `Adapted`, or one that is being traced.
+      ValueError: factors without values (abstract or donated), ones that do not fit the plan, a method with a field
+        that cannot be written down.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+      >>> adapted = jlora.adapt(params, jlora.LoRA(rank=2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.save(folder + "/adapter", adapted)
+      ...     jlora.load(folder + "/adapter", params)
+      Adapted(1 weight, 20 trainable)
+    """
+    target = _folder.local(path)
+    replaces = _folder.check_free(target, overwrite, _manifest.NAME, "adapter")
+    _check_concrete(adapted, lambda x: (x.trainable, x.frozen.factors, x.frozen.base), "save")
+    arrays, factors = _arrays.gather(adapted)
+    tree = _tree.flatten(adapted.frozen.base)
+    content = {
+        "format": _manifest.FORMAT,
+        "jlora": _version(),
+        "factors": factors,
+        **_manifest.write_methods(adapted.frozen.plan),
+        "base": _fingerprint.fingerprint(adapted.frozen.base, tree),
+    }
+    if not replaces:
+        with _folder.beside(target) as folder:
+            _write(folder, _manifest.NAME, arrays, content)
+            _folder.appear(folder, target)
+        return
+    with _folder.locked(target):
+        pending = _manifest.NAME + "-" + secrets.token_hex(8)
+        _write(target, pending, arrays, content)
+        (target / pending).replace(target / _manifest.NAME)  # the moment at which the new adapter is there
+        _folder.sync(target)
+        _sweep(target)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jlora")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _write(folder: Path, manifest: str, arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> None:
+    """Writes arrays into a new folder below this one, and the manifest that names it."""
+    place: dict[str, Any] = {"data": None, "files": {}}
+    if arrays:
+        data = folder / ("arrays-" + secrets.token_hex(8))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(data, args=ocp.args.PyTreeSave(dict(arrays)))
+        _folder.sync_all(data)
+        place = {"data": data.name, "files": {name: list(entry) for name, entry in _folder.files(data).items()}}
+    (folder / manifest).write_bytes(_manifest.seal({**content, **place}))
+    _folder.sync(folder / manifest, folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the arrays that the manifest no longer names, of this save and of ones that were killed."""
+    with contextlib.suppress(OSError, ValueError):
+        current = _read_manifest(folder)["data"]
+        for entry in folder.iterdir():
+            if _DATA.match(entry.name) and entry.name != current:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name.startswith(_manifest.NAME + "-"):
+                entry.unlink()
+
+
+# --- load ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    path: "str | os.PathLike[str]",
+    params: Any,
+    *,
+    check: Literal["values", "shapes", "none"] = "values",
+    spec: Any = None,
+    methods: Sequence[type[Method]] = (),
+) -> Adapted:
+    """Opens a saved adapter over its base: `load(path, params) == adapted`, bit for bit, of the same structure.
+
+    (A rule whose target was a callable of your own comes back with the paths it took.)
+
+    A training checkpoint opens too: the tree `{"trainable": ..., "opt_state": ..., ...}` (or a TrainState whose
+    `params` are the trainable half) under a `CheckpointManager`, of which the newest step is taken, or written by a
+    `StandardCheckpointer`. It does not say which method it is of, so it needs a `spec`; of the base it knows
+    nothing, so all that is checked is that the factors fit.
+
+    Args:
+      path: the folder.
+      params: the base, as `adapt` took it; it may be abstract. Arrays come to the default device.
+      check: how the base is compared with the one that was trained on. `"values"`: paths, shapes, dtypes, and up to
+        1,024 elements a leaf, bit for bit, where both have values. `"shapes"`: paths and shapes, so that an adapter
+        of a quantised base opens over the original. `"none"`: only the adapted weights must fit.
+      spec: for a training checkpoint, what `adapt` was given; or the `Adapted` that it made, where it was given a
+        key or axes of its own.
+      methods: classes of your own that the file may name. A file can name no others and imports nothing.
+
+    Raises:
+      FileNotFoundError: nothing at the path.
+      ValueError: a folder that is cut short, damaged or of a newer format; another base; an unknown method; a key
+        that is missing, extra or misshapen. A damaged file never becomes a wrong number.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.save(folder + "/adapter", jlora.adapt(params, jlora.LoRA(rank=2)))
+      ...     other = {"query": {"kernel": jnp.zeros((6, 4))}}
+      ...     jlora.load(folder + "/adapter", other, check="shapes")
+      Adapted(1 weight, 20 trainable)
+    """
+    if check not in ("values", "shapes", "none"):
+        raise ValueError(f"check={check!r}: write 'values', 'shapes' or 'none'")
+    if is_adapted(params):
+        raise TypeError("params is an Adapted; load takes the base: load(path, adapted.frozen.base)")
+    folder = _folder.local(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"there is nothing at {folder}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a saved adapter is a folder with {_manifest.NAME} in it")
+    if not os.path.lexists(folder / _manifest.NAME):
+        if any(_DATA.match(entry.name) for entry in folder.iterdir()):
+            raise ValueError(f"{folder} is cut short: its manifest, {_manifest.NAME}, is missing")
+        return _training.load(folder, params, spec)
+    if spec is not None:
+        raise ValueError(f"{folder} says itself what it is of; spec= is for training checkpoints, leave it out")
+    content = _read_manifest(folder)
+    _check_files(folder, content)
+    tree = _tree.flatten(params)
+    plan = _manifest.read_plan(content, tree, methods, str(folder))
+    if check != "none":
+        _fingerprint.compare(content["base"], _fingerprint.fingerprint(params, tree), check, str(folder))
+    want = {}
+    for (group, factor), (shape, trained) in shapes(plan).items():
+        want[_arrays.stored_name("trainable" if trained else "frozen", group, factor)] = group, factor, trained, shape
+    records = content["factors"]
+    bad = [f"missing {g!r}: {n!r}" for name, (g, n, *_) in want.items() if name not in records]
+    bad += [f"extra {name!r}" for name in records if name not in want]
+    for name, (group, factor, _, shape) in want.items():
+        key = name in records and records[name]["key"] is not None
+        if name in records and not key and records[name]["shape"] != shape:
+            bad.append(f"{group!r}: {factor!r} has shape {records[name]['shape']}, not {shape}")
+    if bad:
+        raise ValueError(f"the factors in {folder} do not fit its methods:" + _manifest.several(bad))
+    arrays = _read_arrays(folder, content)
+    sides: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
+    for name, (group, factor, trained, shape) in want.items():
+        value = _arrays.rebuild(arrays.get(name), records[name], f"{folder}: factor {group!r}: {factor!r}")
+        if value.shape != shape:
+            raise ValueError(f"{folder}: factor {group!r}: {factor!r} has shape {value.shape}, not {shape}")
+        sides[trained].setdefault(group, {})[factor] = value
+    return Adapted(sides[True], Frozen(params, sides[False], None, plan))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _manifest.NAME
+    info = path.lstat()
+    if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST:
+        raise ValueError(f"{path} is a link, no plain file or too large to be a manifest")
+    content = _manifest.unseal(path.read_bytes(), str(path))
+    data = content["data"]
+    if data is not None and not _DATA.fullmatch(data):
+        raise ValueError(f"{path} is no manifest that jlora wrote: {data!r:.100} is no name of its arrays")
+    return content
+
+
+def _check_files(folder: Path, content: Mapping[str, Any]) -> None:
+    """Compares every file of the arrays with its digest, before Orbax reads any."""
+    if content["data"] is None:
+        return
+    data = folder / content["data"]
+    if data.is_symlink() or not data.is_dir():
+        raise ValueError(f"{folder} is cut short: its arrays, {data.name}, are missing or a link")
+    have, want = _folder.files(data), content["files"]
+    bad = [f"{name} is missing" for name in want if name not in have]
+    bad += [f"{name} was not saved with it" for name in have if name not in want]
+    for name in (n for n in have if n in want and have[n] != want[n]):
+        size, expected = have[name][0], want[name][0]
+        bad.append(f"{name} has " + ("other bytes" if size == expected else f"{size} bytes of {expected}"))
+    if bad:
+        raise ValueError(f"{data} is cut short or damaged:" + _manifest.several(bad))
+
+
+def _read_arrays(folder: Path, content: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    want = {n: r for n, r in content["factors"].items() if 0 not in r["shape"]}
+    if content["data"] is None:
+        if want:
+            raise ValueError(f"{folder} holds no arrays, but names {next(iter(want))!r:.200}")
+        return {}
+    return _arrays.restore(folder / content["data"], want)
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def export(
+    path: "str | os.PathLike[str]", adapted: Adapted, *, allow_loss: bool = False, overwrite: bool = False
+) -> None:
+    """Saves merged parameters, for programs that know nothing of jlora.
+
+    `orbax.checkpoint.StandardCheckpointer().restore(path)` gives them back as plain nested dictionaries of arrays:
+    NNX variables, states and modules and Linen's boxes become their arrays under the user's names, and indices and
+    integer keys become strings (`{"layers": [a, b]}` comes back as `{"layers": {"0": a, "1": b}}`).
+    `flax.traverse_util` or `nnx.update` put them where a model wants them.
+
+    Args:
+      path: a local folder; its parents are made.
+      adapted: an adapter over a base with values.
+      allow_loss: export although less than half of some update survives the cast to its weight's dtype.
+      overwrite: replace an Orbax checkpoint that is there. If the process is killed at that very moment, the old one
+        is `.<name>.jlora-old` beside it, and the next export puts it back.
+
+    Warns:
+      UserWarning: less than 0.9 of some update survives (`jlora.merge_report`).
+
+    Raises:
+      FileExistsError: the path exists (with `overwrite`: and holds no checkpoint).
+      TypeError: no `Adapted`, or one that is being traced.
+      ValueError: less than 0.5 of some update survives; abstract, donated or empty leaves, ones that are no arrays;
+        names that Orbax confuses, since it joins them by dots.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora, orbax.checkpoint as ocp
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.export(folder + "/merged", adapted)
+      ...     ocp.StandardCheckpointer().restore(folder + "/merged")["query"]["kernel"].shape
+      (6, 4)
+    """
+    target = _folder.local(path)
+    _recover(target)
+    replaces = _folder.check_free(target, overwrite, "_METADATA", "exported parameters")
+    _check_concrete(adapted, lambda x: x, "export")
+    params = _plain_tree(adapted.frozen.base)  # the names, before the work
+    _check_loss(merge_report(adapted), allow_loss)
+    params = _plain_tree(merge(adapted))
+    with _folder.beside(target) as folder:
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(folder / "merged", args=ocp.args.StandardSave(params))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Orbax cannot save these parameters: {str(error)[:500]}") from error
+        _folder.sync_all(folder)
+        if replaces:
+            shutil.rmtree(_old(target), ignore_errors=True)
+            target.rename(_old(target))
+        _folder.appear(folder / "merged", target)
+    if replaces:
+        shutil.rmtree(_old(target), ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.jlora-old")
+
+
+def _recover(target: Path) -> None:
+    """Undoes the first half of a replacement whose process was killed before the second."""
+    if not os.path.lexists(target) and _old(target).is_dir():
+        _old(target).rename(target)
+
+
+def _check_loss(report: MergeReport, allow_loss: bool) -> None:
+    lost = sorted((r for r in report.rows if not r.survives >= 0.9), key=lambda r: r.survives)
+    if not lost:
+        return
+    table = str(MergeReport(tuple(lost[:8])))
+    if any(not r.survives >= 0.5 for r in lost) and not allow_loss:
+        raise ValueError(
+            f"merging would lose most of the update of these weights; allow_loss=True exports them all the same, a "
+            f"float32 base loses nothing:\n{table}"
+        )
+    warnings.warn(f"merging loses a part of the update of {len(lost)} weights:\n{table}", stacklevel=3)
+
+
+def _plain_tree(params: Any) -> dict[str, Any]:
+    """Nested dictionaries of arrays under the user's names; ValueError where Orbax could not give them back."""
+    tree = _tree.flatten(params)
+    plain: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    bad = []
+    for path, leaf in zip(tree.paths, tree.leaves, strict=True):
+        *parents, last = (s.replace("%2F", "/").replace("%25", "%") for s in path.split("/"))
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float)):
+            bad.append(f"{path!r} is {type(leaf).__name__}, not an array")
+        elif np.size(leaf) == 0:
+            bad.append(f"{path!r} has shape {np.shape(leaf)}, and Orbax saves no array without elements")
+        other = names.setdefault(".".join((*parents, last)), path)
+        if other != path:
+            bad.append(f"{other!r} and {path!r} are one name to Orbax, which joins names by dots; rename one")
+        node = plain
+        for step in parents:
+            node = node.setdefault(step, {})
+        node[last] = leaf
+    if bad or not plain:
+        raise ValueError("these parameters cannot be exported:" + _manifest.several(bad or ["there are none"]))
+    return plain

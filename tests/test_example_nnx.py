@@ -1,0 +1,135 @@
+"""The NNX example at a small size: it trains, merges and generates, and says the truth about it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jlora
+
+STEPS, PRETRAIN_STEPS = 40, 60
+SIZE = {"width": 32, "heads": 2, "depth": 2, "letters": 4, "batch": 16}
+
+
+@pytest.fixture(scope="module")
+def example():
+    """`examples/nnx_decoder.py` as a module: the folder is no package."""
+    path = Path(__file__).parents[1] / "examples" / "nnx_decoder.py"
+    spec = importlib.util.spec_from_file_location("nnx_decoder", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nnx_decoder"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["nnx_decoder"]
+
+
+@pytest.fixture(scope="module")
+def result(example):
+    """What the example's `main` returns."""
+    return example.main(STEPS, PRETRAIN_STEPS, **SIZE)
+
+
+def bits(tree):
+    """The arrays of a tree as bytes, so that -0.0 and NaN count as what they are."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def numbers(rest):
+    """The leaves of `rest`, the keys of the dropout generators as the numbers they hold."""
+    leaves = jax.tree.leaves(rest)
+    is_key = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+    return [jax.random.key_data(x) if k else x for x, k in zip(leaves, is_key, strict=True)]
+
+
+def test_loss_falls(result):
+    assert result.loss_after < 0.8 * result.loss_before
+
+
+def test_merged_equals_lifted(result):
+    assert result.merged_gap < 1e-5
+
+
+def test_module_form_equals_split_form(result):
+    assert result.module_gap < 1e-5
+
+
+def test_base_is_untouched(result):
+    assert bits(result.adapted.frozen.base) == bits(result.base_before)
+    assert bits(nnx.state(result.model, nnx.Param)) == bits(result.base_before)
+
+
+def test_cache_changes_no_text(result):
+    assert result.same_text
+
+
+def test_merged_module_is_plain(example, result):
+    """The merged model is a Decoder like any other: it can be given a cache and called."""
+    assert type(result.plain) is example.Decoder
+    tokens = example.make_batch(jax.random.key(5), 3, SIZE["letters"], descending=True)
+    whole = result.plain(tokens)
+    model = nnx.clone(result.plain)
+    model.init_cache(3)
+    one_by_one = [model(tokens[:, t : t + 1], decode=True) for t in range(tokens.shape[1])]
+    chex.assert_trees_all_close(jnp.concatenate(one_by_one, axis=1), whole, atol=1e-5)
+
+
+def test_dropout_keys_advance(result):
+    """Every step draws once for the attention and twice for the residuals of a block, in the base's
+    training and in the adapter's: the lifted function hands the counters on."""
+    for block in result.rest["blocks"].values():
+        assert int(block["attention"]["rngs"]["count"][...]) == PRETRAIN_STEPS + STEPS
+        assert int(block["dropout"]["rngs"]["count"][...]) == 2 * (PRETRAIN_STEPS + STEPS)
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["train", "decode"])
+def test_lifted_equals_dense(example, result, decode):
+    """Outputs, new `rest` and, when training, gradients; with dropout, and with a cache."""
+    model = nnx.clone(result.model)
+    if decode:
+        model.init_cache(3)
+    graphdef, _, rest = example.split(model)
+    tokens = example.make_batch(jax.random.key(6), 3, SIZE["letters"], descending=True)
+    trainable, frozen = jlora.split(result.adapted)
+
+    def forward(params, rest, tokens):
+        tokens = tokens[:, :1] if decode else tokens
+        return example.call(graphdef, params, rest, tokens, train=not decode, decode=decode)
+
+    def loss(lifted):
+        def value(trainable, frozen, rest):
+            logits, rest = lifted(jlora.join(trainable, frozen), rest, tokens)
+            return jnp.square(logits).sum(), (logits, rest)
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+    lifted, dense = loss(jlora.lift(forward)), loss(jlora.lift(forward, dense=True))
+    (_, (logits, new_rest)), grads = lifted(trainable, frozen, rest)
+    (_, (logits_d, new_rest_d)), grads_d = dense(trainable, frozen, rest)
+    scale = float(jnp.abs(logits_d).max())
+    chex.assert_trees_all_close(logits, logits_d, atol=1e-5 * scale, rtol=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads_d))
+    chex.assert_trees_all_close(grads, grads_d, atol=1e-5 * scale, rtol=1e-5)
+
+    old, new, new_d = numbers(rest), numbers(new_rest), numbers(new_rest_d)
+    chex.assert_trees_all_close(new, new_d, atol=1e-5, rtol=1e-5)
+    assert any(not np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+
+
+def test_explain_finds_every_weight(example, result):
+    """Four kernels a block, none made dense."""
+    graphdef, _, rest = example.split(result.model)
+    tokens = example.make_batch(jax.random.key(7), 3, SIZE["letters"], descending=True)
+    report = jlora.explain(
+        lambda params, rest, tokens: example.call(graphdef, params, rest, tokens, train=True),
+        result.adapted,
+        rest,
+        tokens,
+    )
+    assert len({row.path for row in report.rows}) == 4 * SIZE["depth"]
+    assert not report.dense and not report.unused

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jlora import _tree
+
 _INTO_HEADS = re.compile(r"(^|[_.])(q|k|v|qkv|kv|query|key|value|q_proj|k_proj|v_proj)([_.]|\d|$)")
 _OUT_OF_HEADS = re.compile(r"(^|[_.])(out|o|o_proj|out_proj|output|attn_vec)([_.]|\d|$)")
 _CONV = re.compile(r"conv|patch|projection", re.IGNORECASE)
@@ -82,7 +84,7 @@ def conventions(path: str, shape: tuple[int, ...]) -> str:
 def roles(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str:
     """The letters of one weight: the user's where a pattern matches, else the conventions'."""
     for pattern, letters in (axes or {}).items():
-        if re.search(pattern, path):
+        if _tree.search(pattern, path):
             if len(letters) != len(shape) or set(letters) - set("iosk"):
                 raise ValueError(
                     f"axes={{{pattern!r}: {letters!r}}} does not fit {path!r} of shape {shape}: "

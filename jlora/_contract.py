@@ -60,7 +60,7 @@ def _specs(arrays: Sequence[Any], labels: Sequence[Labels]) -> dict[str, Any]:
 
 
 def _sharding(mesh: Any, specs: dict[str, Any], labels: Labels) -> NamedSharding:
-    used: set[str] = set()
+    used: set[Any] = set()
     axes = []
     for x in labels:
         axis = specs.get(x)

@@ -53,13 +53,20 @@ def _sizes(w: Weight, values: Sequence[jax.Array], labels: Sequence[Labels]) -> 
     return sizes
 
 
+def _varying(array: Any) -> frozenset[str]:
+    """The manual mesh axes that an array varies over inside shard_map."""
+    kind = jax.typeof(array)
+    manual = getattr(kind, "manual_axis_type", None)
+    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+
+
 def _same_varying(arrays: Sequence[Any]) -> list[Any]:
     """Inside shard_map: every array made varying over the mesh axes that any of them varies over."""
-    vma = [getattr(jax.typeof(a), "vma", frozenset()) for a in arrays]
-    union = frozenset().union(*vma)
+    axes = [_varying(a) for a in arrays]
+    union = frozenset().union(*axes)
     return [
         a if v == union else lax.pcast(a, tuple(sorted(union - v)), to="varying")
-        for a, v in zip(arrays, vma, strict=True)
+        for a, v in zip(arrays, axes, strict=True)
     ]
 
 

@@ -1,8 +1,8 @@
 """Which weight gets which recipe: the static half of an adapter, resolved from a spec and a tree."""
 
 import dataclasses
-import re
 import weakref
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +38,11 @@ class Plan:
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return f"Plan({len(self.sites)} weights, {', '.join(m.describe() for m in self.methods)})"[:200]
+        # JAX prints plans where two structures differ: one line, but unlike for unlike plans
+        digest = zlib.crc32(repr((self.sites, self.methods)).encode())
+        methods = ", ".join(dict.fromkeys(m.describe() for m in self.methods))
+        ranks = ", ".join(dict.fromkeys(describe_rank(s) for s in self.sites))
+        return f"Plan({len(self.sites)} weights, {methods[:80]}, rank {ranks[:40]}, #{digest:08x})"
 
     def __deepcopy__(self, memo: Any) -> "Plan":
         return self
@@ -66,7 +70,7 @@ def rules(spec: "Method | Sequence[Any]") -> tuple[Method, ...]:
 
 
 def _hashable(target: Any) -> Any:
-    return target if isinstance(target, str) or callable(target) else tuple(target)
+    return tuple(target) if isinstance(target, Sequence) and not isinstance(target, str) else target
 
 
 def resolve(
@@ -125,7 +129,7 @@ def resolve(
             near = ", ".join(_tree.nearest(m.target, tree.paths)) or "none: the tree has no leaves"
             bad.append(f"{m.describe()}(target={_show(m.target)}) matches no leaf; the nearest paths are {near}")
     for pattern in axes or {}:
-        if not any(re.search(pattern, p) for p in tree.paths):
+        if not any(_tree.search(pattern, p) for p in tree.paths):
             near = ", ".join(_tree.nearest(pattern, tree.paths))
             bad.append(f"axes={{{pattern!r}: ...}} matches no leaf; the nearest paths are {near}")
     bad += _ties(tree, sites, allow_untied)

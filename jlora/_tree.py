@@ -81,13 +81,18 @@ def flatten(tree: Any) -> Named:
     return Named(tuple(paths), tuple(leaves), tuple(owners), treedef)
 
 
+def search(pattern: str, path: str) -> bool:
+    """`re.search`, refusing in words what is no pattern."""
+    try:
+        return re.search(pattern, path) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
 def matches(target: Target, path: str, leaf: Any) -> bool:
     """Whether a target (a regular expression searched in the path, several, or a callable) takes this leaf."""
     if isinstance(target, str):
-        try:
-            return re.search(target, path) is not None
-        except re.error as error:
-            raise ValueError(f"{target!r} is not a regular expression: {error}") from None
+        return search(target, path)
     if callable(target):
         return bool(target(path, leaf))
     if isinstance(target, Sequence):

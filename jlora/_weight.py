@@ -353,14 +353,17 @@ def weight(
         identity = tuple(((a,), (a,)) for a in names)
         terms = (Term((Operand((), None, (), ()),), identity, 0.0), *terms)
         terms = tuple(dataclasses.replace(t, operands=(*t.operands, *gain)) for t in terms)
-    dropped = key is not None and any(t.dropout for t in terms)
+    if not any(t.dropout for t in terms):
+        key = None
+    elif key is not None and leaf.stack:
+        key = jax.random.split(key, leaf.stack)
     return Weight(
         base=base,
         terms=terms,
-        key=jax.random.split(key, leaf.stack) if dropped and leaf.stack else key if dropped else None,
+        key=key,
         axes=tuple((a,) for a in names),
         sizes=tuple(zip(names, leaf.shape, strict=True)),
         plain=recipe.gain is None,
-        key_labels=stack if dropped else (),
+        key_labels=stack if key is not None else (),
         path=path,
     )

@@ -42,7 +42,8 @@ class Frozen:
 
     @classmethod
     def tree_unflatten(cls, plan: Plan, children: Any) -> "Frozen":
-        return cls(*children, plan)
+        base, factors, key = children
+        return cls(base, factors, key, plan)
 
     def __repr__(self) -> str:
         return f"Frozen({len(self.plan.sites)} adapted weights)"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from jlora.adapted import Adapted
 from jlora.io import _manifest
@@ -57,6 +58,17 @@ def _dtype(name: str, where: str) -> np.dtype:
     if not _is_number(dtype):
         raise ValueError(f"{where} has an unknown dtype, {name!r:.60}")
     return dtype
+
+
+def storable(leaf: Any) -> bool:
+    """Whether Orbax, that is TensorStore, has a type for the elements of an array or scalar."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return True
+    try:
+        tensorstore.dtype(np.result_type(leaf).name)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _stored(dtype: np.dtype) -> np.dtype:

@@ -351,6 +351,8 @@ def _plain_tree(params: Any) -> dict[str, Any]:
             bad.append(f"{path!r} is {type(leaf).__name__}, not an array")
         elif np.size(leaf) == 0:
             bad.append(f"{path!r} has shape {np.shape(leaf)}, and Orbax saves no array without elements")
+        elif not _arrays.storable(leaf):
+            bad.append(f"{path!r} has dtype {np.result_type(leaf)}, which Orbax cannot store")
         other = names.setdefault(".".join((*parents, last)), path)
         if other != path:
             bad.append(f"{other!r} and {path!r} are one name to Orbax, which joins names by dots; rename one")

@@ -92,10 +92,10 @@ def contract(
     No array is reshaped: free axes stay apart, so that activations sharded over batch and sequence stay where they
     are. Under an explicit mesh every label keeps the mesh axes of the operand that brings it.
     """
-    live = list(zip(arrays, map(tuple, labels), strict=True))
+    live, out = list(zip(arrays, map(tuple, labels), strict=True)), tuple(out)
     mesh = explicit_mesh(arrays)
     specs = _specs(arrays, labels) if mesh is not None else {}
-    path, _ = plan(tuple(ls for _, ls in live), tuple(tuple(a.shape) for a, _ in live), tuple(out))
+    path, _ = plan(tuple(ls for _, ls in live), tuple(tuple(a.shape) for a, _ in live), out)
     for step, pair in enumerate(path):
         final = step == len(path) - 1
         chosen = [live.pop(n) for n in sorted(pair, reverse=True)]
@@ -116,9 +116,9 @@ def contract(
                 result = tuple(out)
             live.append((_spread(a, la, result) * _spread(b, lb, result), result))
             continue
-        free_b = [x for x in lb if x not in la]
-        if final and out and next((x for x in out if not (x in la and x in lb)), None) in free_b:
-            (a, la), (b, lb) = (b, lb), (a, la)  # the result then needs no transposition
+        free_a, free_b = ([x for x in p if x not in q] for p, q in ((la, lb), (lb, la)))
+        if free_a and free_b and set(free_a + free_b) <= set(out) and out.index(free_b[0]) < out.index(free_a[0]):
+            (a, la), (b, lb) = (b, lb), (a, la)  # the result then needs no transposition, nor does the wide operand
         batch = tuple(x for x in la if x in lb and x in keep)
         result = batch + tuple(x for x in la if x not in lb) + tuple(x for x in lb if x not in la)
         index = lambda ls, xs: [ls.index(x) for x in xs]

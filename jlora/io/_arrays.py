@@ -60,15 +60,12 @@ def _dtype(name: str, where: str) -> np.dtype:
     return dtype
 
 
-def storable(leaf: Any) -> bool:
-    """Whether Orbax, that is TensorStore, has a type for the elements of an array or scalar."""
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return True
+def storable(dtype: Any) -> bool:
+    """Whether Orbax, that is TensorStore, has a type for elements of this dtype."""
     try:
-        tensorstore.dtype(np.result_type(leaf).name)
-    except (TypeError, ValueError):
+        return tensorstore.dtype(dtype.name) is not None
+    except ValueError:
         return False
-    return True
 
 
 def _stored(dtype: np.dtype) -> np.dtype:
@@ -130,7 +127,7 @@ def tree_of(folder: Path) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{folder} is no Orbax checkpoint of a dictionary")
+        raise ValueError(f"Orbax cannot read {folder}: it is cut short, or holds no dictionary")
     return found
 
 

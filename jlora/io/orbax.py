@@ -191,7 +191,20 @@ def load(
         return _training.load(folder, params, spec)
     if spec is not None:
         raise ValueError(f"{folder} says itself what it is of; spec= is for training checkpoints, leave it out")
-    content = _read_manifest(folder)
+    while True:
+        content = _read_manifest(folder)
+        try:
+            return _open(folder, content, params, check, methods)
+        except (ValueError, OSError):
+            if _read_manifest(folder) == content:
+                raise
+            # else another process has saved over it in the meantime
+
+
+def _open(
+    folder: Path, content: Mapping[str, Any], params: Any, check: str, methods: Sequence[type[Method]]
+) -> Adapted:
+    """The adapter of a manifest."""
     _check_files(folder, content)
     tree = _tree.flatten(params)
     plan = _manifest.read_plan(content, tree, methods, str(folder))
@@ -265,10 +278,11 @@ def export(
 ) -> None:
     """Saves merged parameters, for programs that know nothing of jlora.
 
-    `orbax.checkpoint.StandardCheckpointer().restore(path)` gives them back as plain nested dictionaries of arrays:
-    NNX variables, states and modules and Linen's boxes become their arrays under the user's names, and indices and
-    integer keys become strings (`{"layers": [a, b]}` comes back as `{"layers": {"0": a, "1": b}}`).
-    `flax.traverse_util` or `nnx.update` put them where a model wants them.
+    `orbax.checkpoint.StandardCheckpointer().restore(path)` gives them back, on any machine, as plain nested
+    dictionaries of NumPy arrays: NNX variables, states and modules and Linen's boxes become their arrays under the
+    user's names, and indices and integer keys become strings (`{"layers": [a, b]}` comes back as
+    `{"layers": {"0": a, "1": b}}`). PRNG keys become their data (`jax.random.wrap_key_data`). All of it passes
+    through the memory of this host.
 
     Args:
       path: a local folder; its parents are made.
@@ -304,7 +318,7 @@ def export(
     with _folder.beside(target) as folder:
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                checkpointer.save(folder / "merged", args=ocp.args.StandardSave(params))
+                checkpointer.save(folder / "merged", args=ocp.args.StandardSave(jax.tree.map(_portable, params)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"Orbax cannot save these parameters: {str(error)[:500]}") from error
         _folder.sync_all(folder)
@@ -339,6 +353,16 @@ def _check_loss(report: MergeReport, allow_loss: bool) -> None:
     warnings.warn(f"merging loses a part of the update of {len(lost)} weights:\n{table}", stacklevel=3)
 
 
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _portable(leaf: Any) -> Any:
+    """A leaf that Orbax restores without being told where: it refuses a jax.Array of devices that are not there."""
+    leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
 def _plain_tree(params: Any) -> dict[str, Any]:
     """Nested dictionaries of arrays under the user's names; ValueError where Orbax could not give them back."""
     tree = _tree.flatten(params)
@@ -351,8 +375,8 @@ def _plain_tree(params: Any) -> dict[str, Any]:
             bad.append(f"{path!r} is {type(leaf).__name__}, not an array")
         elif np.size(leaf) == 0:
             bad.append(f"{path!r} has shape {np.shape(leaf)}, and Orbax saves no array without elements")
-        elif not _arrays.storable(leaf):
-            bad.append(f"{path!r} has dtype {np.result_type(leaf)}, which Orbax cannot store")
+        elif not (_is_key(leaf) or _arrays.storable(_tree.shape_dtype(leaf)[1])):
+            bad.append(f"{path!r} has dtype {_tree.shape_dtype(leaf)[1]}, which Orbax cannot store")
         other = names.setdefault(".".join((*parents, last)), path)
         if other != path:
             bad.append(f"{other!r} and {path!r} are one name to Orbax, which joins names by dots; rename one")

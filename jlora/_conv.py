@@ -39,6 +39,7 @@ def ragged(
     group_sizes: jax.Array,
     params: Mapping[str, Any],
     bind: Callable[[jax.Array], jax.Array],
+    key: Any,
     note: Note,
 ) -> jax.Array:
     """`ragged_dot_general` of rows `x (t, in)` with one matrix a group `W (g, in, out)`."""
@@ -69,7 +70,7 @@ def ragged(
         label, end = runs[0][1][0], ends[0][1][0]
         values, names = _chain([v.astype(x.dtype) for v in values], list(names))
         todo = list(zip(values, names, strict=True))
-        h = x
+        h = dropped(x, t.dropout, key) if t.dropout and key is not None else x
         with jax.named_scope("delta"):
             while todo:
                 found = next((n for n, (_, ls) in enumerate(todo) if label in ls), None)

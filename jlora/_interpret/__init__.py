@@ -104,7 +104,8 @@ class Interpreter:
             self.record(value, name, Use("dense (a vector)", 0.0, 0.0))
         else:
             where = "" if isinstance(eqn, str) else source(eqn)
-            self.record(value, name, Use("dense", 0.0, 0.0), f"{reason} at {where}" if where else reason)
+            plan = "dense" if value.key is None else "dense, no dropout"
+            self.record(value, name, Use(plan, 0.0, 0.0), f"{reason} at {where}" if where else reason)
         return value.dense()
 
     def record(self, w: Weight, use: str, cost: Use, reason: str = "") -> None:
@@ -118,12 +119,17 @@ class Interpreter:
                 known.setdefault(atom, letter)
 
     def key(self, w: Weight) -> Any:
-        """This use's dropout key: folded with the number of the use, so that two uses draw two masks."""
+        """This use's dropout keys: folded with the number of the use, so that two uses draw two masks."""
         if w.key is None:
             return None
         held, count = self.uses.get(id(w.key), (w.key, 0))
         self.uses[id(w.key)] = (held, count + 1)
         return _ops.fold(w.key, count)
+
+    def mask_key(self, w: Weight) -> Any:
+        """The one key of a contraction: a mask over the whole activation tells experts and layers apart itself."""
+        key = self.key(w)
+        return key if key is None or key.ndim == 0 else key.reshape(-1)[0]
 
     def entering(self, value: Any) -> Any:
         """An expression on its way into a sub-jaxpr: that counts as one use of its key."""

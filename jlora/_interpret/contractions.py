@@ -37,7 +37,7 @@ def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
         left,
         eqn.params["dimension_numbers"],
         forward_mode=me.forward_mode,
-        key=me.key(w),
+        key=me.mask_key(w),
         note=functools.partial(me.record, w, eqn.primitive.name),
         **{k: eqn.params.get(k) for k in keep},
     )
@@ -68,7 +68,7 @@ def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
     me.role(w, d.dot_dimension_numbers[0][1], "i")
     me.role(w, range(len(w.axes)), "o")
     note = functools.partial(me.record, w, eqn.primitive.name)
-    return [_conv.ragged(w, x, sizes, eqn.params, lambda base: me.bind(eqn, [x, base, sizes])[0], note)]
+    return [_conv.ragged(w, x, sizes, eqn.params, lambda base: me.bind(eqn, [x, base, sizes])[0], me.mask_key(w), note)]
 
 
 def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -84,7 +84,7 @@ def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool])
         return me.bind(eqn, [x, w.dense()])
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base: me.bind(eqn, [x, base])[0]
-    return [_conv.conv(w, x, eqn.params, bind, me.forward_mode, me.key(w), note)]
+    return [_conv.conv(w, x, eqn.params, bind, me.forward_mode, me.mask_key(w), note)]
 
 
 RULES = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora._ops import Refusal
 from jlora._weight import Weight, is_weight
@@ -31,6 +32,15 @@ def _cast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
 def _on_base(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     outs = me.bind(eqn, [v.base if is_weight(v) else v for v in values])
     return [v.replace(base=o) if is_weight(v) else o for v, o in zip(values, outs, strict=True)]
+
+
+def _reshard(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    (base,) = me.bind(eqn, [w.base])
+    mesh = eqn.params["dst_sharding"].mesh
+    if AxisType.Explicit not in mesh.axis_types:  # into a region of automatic axes: the factors go there too
+        w = w.each(lambda a: jax.sharding.reshard(a, NamedSharding(mesh, PartitionSpec(*[None] * a.ndim))))
+    return [w.replace(base=base)]
 
 
 def _stop(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -148,7 +158,7 @@ RULES = {
     "copy_p": _on_base,
     "name": _on_base,
     "sharding_constraint": _on_base,
-    "reshard": _on_base,
+    "reshard": _reshard,
     "optimization_barrier": _on_base,
     "device_put": _on_base,
     "stop_gradient": _stop,

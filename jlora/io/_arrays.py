@@ -1,5 +1,6 @@
 """The arrays of an adapter: their names in an Orbax checkpoint, their bytes, and what the manifest says of them."""
 
+import contextlib
 import hashlib
 import urllib.parse
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
 from jlora.adapted import Adapted
 from jlora.io import _manifest
@@ -117,12 +119,16 @@ def rebuild(array: np.ndarray | None, record: Mapping[str, Any], where: str) -> 
         raise ValueError(f"{where} is no key of {record['key']!r:.60}: {str(error)[:200]}") from None
 
 
+def _handler() -> Any:
+    """Orbax's reader of one item: its Checkpointer would warn of metadata that items of a manager do not have."""
+    return contextlib.closing(ocp.PyTreeCheckpointHandler())
+
+
 def tree_of(folder: Path) -> dict[str, Any]:
     """The tree of an Orbax checkpoint, with the shape of each array in its place."""
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found: Any = checkpointer.metadata(folder)
-        found = getattr(found, "item_metadata", found)
+        with _handler() as handler:
+            found: Any = handler.metadata(epath.Path(folder))
         found = getattr(found, "tree", found)
     except Exception as error:
         raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
@@ -136,8 +142,8 @@ def restore_part(folder: Path, item: Any) -> Any:
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     request = ocp.args.PyTreeRestore(item=item, restore_args=to_numpy, partial_restore=True)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(folder, args=request)
+        with _handler() as handler:
+            return handler.restore(epath.Path(folder), args=request)
     except Exception as error:
         raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
 

@@ -345,8 +345,11 @@ def rule(dot: Dot, forward_mode: bool = False) -> Any:
         dy = dy.astype(dot.compute)
         with jax.named_scope("delta"):
             dxs, dbase, grads = gradients(xs, base, operands, dy)
-            w = merge(base, operands) if dot.merged else base
         if dot.w is not None:
+            # factors first: x is free before dx is made; and W' anew, or the forward pass's would be kept for it
+            dy, grads, operands = lax.optimization_barrier((dy, grads, operands))
+            with jax.named_scope("delta"):
+                w = merge(base, operands) if dot.merged else base
             run = functools.partial(contract, precision=dot.precision)
             dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, **_like(xs[0]))
             dxs[0] = _sum(dxs[0], dx, xs[0])

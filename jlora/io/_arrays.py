@@ -9,11 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
-from etils import epath
 
 from jlora.adapted import Adapted
 from jlora.io import _manifest
@@ -36,25 +33,21 @@ def _host(leaf: Any, where: str) -> tuple[np.ndarray, str | None]:
     return array.astype(array.dtype.newbyteorder("="), copy=False), None
 
 
-#: The number types that JAX has beside NumPy's: bfloat16, float8, int4 and their like.
-_SMALL = {n for n, v in vars(ml_dtypes).items() if isinstance(v, type) and issubclass(v, np.generic)}
-
-
 def _is_number(dtype: np.dtype) -> bool:
-    return dtype.name in _SMALL or dtype.kind in "biufc"
+    return dtype == np.bool_ or bool(jnp.issubdtype(dtype, jnp.number))  # float8, int4 and their like are numbers too
 
 
 def check_dtype(dtype: np.dtype, where: str) -> None:
     """ValueError where JAX could not hold an array of this dtype as it is."""
     if not _is_number(dtype):
         raise ValueError(f"{where} is of dtype {dtype}, not of numbers")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    if dtype.itemsize > (16 if dtype.kind == "c" else 8) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{where} is of dtype {dtype}, which JAX truncates: jax.config.update('jax_enable_x64', True)")
 
 
 def _dtype(name: str, where: str) -> np.dtype:
     try:
-        dtype = np.dtype(getattr(ml_dtypes, name) if name in _SMALL else name)
+        dtype = np.dtype(name)
     except Exception:  # NumPy parses the string, and raises what it likes
         dtype = np.dtype(object)
     if not _is_number(dtype):
@@ -62,12 +55,14 @@ def _dtype(name: str, where: str) -> np.dtype:
     return dtype
 
 
+#: What Orbax, that is TensorStore, can store beside NumPy's own numbers.
+_STORABLE = {"bfloat16", "int2", "int4", "float4_e2m1fn", "float8_e8m0fnu", "float8_e3m4", "float8_e5m2"}
+_STORABLE |= {"float8_e5m2fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz"}
+
+
 def storable(dtype: Any) -> bool:
-    """Whether Orbax, that is TensorStore, has a type for elements of this dtype."""
-    try:
-        return tensorstore.dtype(dtype.name) is not None
-    except ValueError:
-        return False
+    """Whether Orbax has a type for elements of this dtype."""
+    return dtype.name in _STORABLE or dtype.kind in "biufc"
 
 
 def _stored(dtype: np.dtype) -> np.dtype:
@@ -128,7 +123,7 @@ def tree_of(folder: Path) -> dict[str, Any]:
     """The tree of an Orbax checkpoint, with the shape of each array in its place."""
     try:
         with _handler() as handler:
-            found: Any = handler.metadata(epath.Path(folder))
+            found: Any = handler.metadata(folder)
         found = getattr(found, "tree", found)
     except Exception as error:
         raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
@@ -143,7 +138,7 @@ def restore_part(folder: Path, item: Any) -> Any:
     request = ocp.args.PyTreeRestore(item=item, restore_args=to_numpy, partial_restore=True)
     try:
         with _handler() as handler:
-            return handler.restore(epath.Path(folder), args=request)
+            return handler.restore(folder, args=request)
     except Exception as error:
         raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
 

@@ -1,6 +1,6 @@
 """What lifting adds before the first step and to each dispatch, as ratios.
 
-    python benchmarks/trace.py
+    python benchmarks/tracing.py
 
 Trace and lower: the gradient of a 24-layer transformer, plain (with respect to all parameters) and lifted (LoRA on
 every dense kernel), unrolled, under `nn.remat` and under `nn.jit`; the smallest of several. Dispatch: a jitted

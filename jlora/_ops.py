@@ -35,8 +35,8 @@ Note = Callable[[Use], None]
 
 
 def is_vector(w: Weight) -> bool:
-    """Whether at most one axis is no stack axis: made dense, it costs nothing."""
-    return sum(not a.startswith("s") for a in w.atoms) <= 1
+    """Whether there is nothing to contract but a single axis: made dense, it costs nothing."""
+    return sum(not a.startswith("s") for a in w.atoms) <= 1 or not any(a[0] in "ik" for a in w.atoms)
 
 
 def is_dense_delta(w: Weight) -> bool:
@@ -231,7 +231,7 @@ def dot(
     can_merge = w.plain and full32 and len(xs) == 1 and explicit_mesh([x, w.base, *operands]) is None
     made = dataclasses.replace(made, merged=bool(can_merge and dense < factored))
     dense_flops = 2.0 * math.prod(y_shape) * math.prod(size[f"w{n}"] for n in wc)
-    words = "merged in the rule" if made.merged else "factored"
+    words = "merged" if made.merged else "factored"
     note(Use(words, dense if made.merged else factored, dense_flops))
     reads_base = w.plain or any(p.base >= 0 for p in products)
     arrays = _same_varying([*xs, w.base, *operands])

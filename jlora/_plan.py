@@ -69,6 +69,11 @@ def rules(spec: "Method | Sequence[Any]") -> tuple[Method, ...]:
     raise TypeError(f"a spec is a method such as jlora.LoRA(rank=8), or a non-empty sequence of them, not {spec!r}")
 
 
+def named(method: Method) -> Method:
+    """A method as the plan keeps it: what it adapts is said by the sites, and its data by the arrays."""
+    return dataclasses.replace(method.canonical(), target=(), exclude=())
+
+
 def _hashable(target: Any) -> Any:
     return tuple(target) if isinstance(target, Sequence) and not isinstance(target, str) else target
 
@@ -122,7 +127,7 @@ def resolve(
         except ValueError as error:
             bad.append(f"{method.describe()} on {path!r} of shape {shape} ({leaf.roles}): {error}")
             continue
-        sites.append(Site(leaf, index, method.canonical(), recipe))
+        sites.append(Site(leaf, index, named(method), recipe))
         given.append((method, recipe))
     for n, m in enumerate(methods):
         if not hit[n]:
@@ -135,7 +140,7 @@ def resolve(
     bad += _ties(tree, sites, allow_untied)
     if bad:
         raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(bad))
-    return intern(tuple(sites), tuple(m.canonical() for m in methods), tuple(notes)), given
+    return intern(tuple(sites), tuple(map(named, methods)), tuple(notes)), given
 
 
 def _show(target: Any) -> str:

@@ -10,7 +10,7 @@ import jax
 from jlora import _axes, _interpret, _network, _table, _tree
 from jlora._interpret import Row
 from jlora._plan import Site, intern
-from jlora.adapted import Adapted, Frozen
+from jlora.adapted import Adapted, Frozen, is_adapted
 from jlora.lift import find
 from jlora.methods import Full
 
@@ -58,7 +58,8 @@ class Report:
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Where each adapted weight is used, which contraction was planned, and why any was made dense.
 
-    Called like the lifted function, with `fn` as it was before lifting. Nothing is computed.
+    Called like the lifted function, with `fn` as it was before lifting. Nothing is computed; arrays may be
+    `ShapeDtypeStruct`s.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -68,11 +69,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
       ('query/kernel', 'dot_general', (), ())
     """
     fn = getattr(fn, "lifts", fn)  # a lifted function says what it lifts
-    found, fill = find(args, kwargs)
+    found, _ = find(args, kwargs)
     if not found:
         raise ValueError("explain is called like the lifted function, with an Adapted among its arguments")
     me = _interpret.Interpreter(rows=[])
-    _abstractly(lambda found: _interpret.call(fn, found, fill, me=me), found)
+    _abstractly(fn, args, kwargs, me)
     assert me.rows is not None
     many = len(found) > 1
     paths = [f"{k}:{s.leaf.path}" if many else s.leaf.path for k, a in enumerate(found) for s in a.frozen.plan.sites]
@@ -108,9 +109,8 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
             leaf = _axes.Leaf(path, shape, jax.numpy.dtype(dtype), _axes.conventions(path, shape))
             sites.append(Site(leaf, n, Full(target="."), _network.Recipe()))
     plan = intern(tuple(sites), (), ())
-    found, fill = find((Adapted({}, Frozen(params, {}, None, plan)), *args), kwargs)
     me = _interpret.Interpreter(roles={})
-    _abstractly(lambda found: _interpret.call(fn, found, fill, me=me), found)
+    _abstractly(fn, (Adapted({}, Frozen(params, {}, None, plan)), *args), kwargs, me)
     letters = {}
     for site in sites:
         seen = (me.roles or {}).get(site.leaf.path, {})
@@ -120,10 +120,17 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     return letters
 
 
-def _abstractly(run: Callable[[Any], Any], found: list[Adapted]) -> None:
-    """Traces without computing; outputs that are no arrays are dropped."""
+def _is_abstract(x: Any) -> bool:
+    return is_adapted(x) or isinstance(x, jax.ShapeDtypeStruct)
 
-    def arrays(found: list[Adapted]) -> list[Any]:
-        return [x for x in jax.tree.leaves(run(found)) if isinstance(x, jax.Array)]
 
-    jax.eval_shape(arrays, found)
+def _abstractly(fn: Callable[..., Any], args: Any, kwargs: Any, me: _interpret.Interpreter) -> None:
+    """Traces a lifted call without computing; outputs that are no arrays are dropped."""
+    inputs, fill = find(args, kwargs, _is_abstract)
+
+    def arrays(inputs: list[Any]) -> list[Any]:
+        found, refill = find(*fill(inputs))
+        out = _interpret.call(fn, found, refill, me=me)
+        return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
+
+    jax.eval_shape(arrays, inputs)

@@ -12,9 +12,9 @@ from jlora import _merge
 from jlora.adapted import Adapted, is_adapted
 
 
-def _holds_adapted(x: Any) -> bool:
+def _holds(x: Any, wanted: Callable[[Any], bool]) -> bool:
     try:
-        return any(map(is_adapted, jax.tree.leaves(x, is_leaf=is_adapted)))
+        return any(map(wanted, jax.tree.leaves(x, is_leaf=wanted)))
     except (TypeError, ValueError):  # no pytree that JAX can sort: nothing of ours inside
         return False
 
@@ -30,32 +30,30 @@ def _stopped(adapted: Adapted) -> Adapted:
     return Adapted(adapted.trainable, jax.tree.map(_still, adapted.frozen))
 
 
-def find(args: Any, kwargs: Any) -> tuple[list[Adapted], Callable[[list[Any]], tuple[Any, Any]]]:
-    """The Adapteds in a call's arguments, and a function that puts trees in their places.
+def find(
+    args: Any, kwargs: Any, wanted: Callable[[Any], bool] = is_adapted
+) -> tuple[list[Any], Callable[[list[Any]], tuple[Any, Any]]]:
+    """The wanted leaves in a call's arguments, and a function that puts others in their places.
 
     An argument without any is handed over as the very object it is: an NNX module must not be rebuilt.
     """
-    found: list[Adapted] = []
-    slots: list[Callable[[list[Any]], Any]] = []
+    found: list[Any] = []
 
     def slot(x: Any) -> Callable[[list[Any]], Any]:
-        if not _holds_adapted(x):
-            return lambda trees: x
-        leaves, treedef = jax.tree.flatten(x, is_leaf=is_adapted)
+        if not _holds(x, wanted):
+            return lambda others: x
+        leaves, treedef = jax.tree.flatten(x, is_leaf=wanted)
         places = {}
         for n, leaf in enumerate(leaves):
-            if is_adapted(leaf):
+            if wanted(leaf):
                 places[n] = len(found)
-                found.append(_stopped(leaf))
-        fill = lambda trees: [trees[places[n]] if n in places else a for n, a in enumerate(leaves)]
-        return lambda trees: jax.tree.unflatten(treedef, fill(trees))
+                found.append(leaf)
+        fill = lambda others: [others[places[n]] if n in places else a for n, a in enumerate(leaves)]
+        return lambda others: jax.tree.unflatten(treedef, fill(others))
 
     slots = [slot(a) for a in args]
     named = {k: slot(v) for k, v in kwargs.items()}
-    return found, lambda trees: (
-        tuple(s(trees) for s in slots),
-        {k: s(trees) for k, s in named.items()},
-    )
+    return found, lambda others: (tuple(s(others) for s in slots), {k: s(others) for k, s in named.items()})
 
 
 def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = False) -> Callable[..., Any]:
@@ -90,6 +88,7 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
         found, fill = find(args, kwargs)
         if not found:
             return fn(*args, **kwargs)
+        found = [_stopped(a) for a in found]
         if dense:
             args, kwargs = fill([_merge.merge(a) for a in found])
             return fn(*args, **kwargs)

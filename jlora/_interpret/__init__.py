@@ -51,6 +51,7 @@ class Interpreter:
     roles: dict[str, dict[str, str]] | None = None
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
     uses: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
+    around: list[Any] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
 
     @property
     def watched(self) -> bool:
@@ -82,13 +83,15 @@ class Interpreter:
         if not any(map(is_weight, values)):
             return self.bind(eqn, values)
         rule = RULES.get(eqn.primitive.name)
-        if rule is not None:
-            try:
-                return rule(self, eqn, values, want)
-            except Refusal as refusal:
-                return self.bind(eqn, [self.dense(v, eqn, str(refusal)) for v in values])
-        reason = f"{eqn.primitive.name} has no rule"
-        return self.bind(eqn, [self.dense(v, eqn, reason) for v in values])
+        if rule is None:
+            return self.bind(eqn, self.arrays(values, eqn, f"{eqn.primitive.name} has no rule"))
+        self.around.append(eqn)
+        try:
+            return rule(self, eqn, values, want)
+        except Refusal as refusal:
+            return self.bind(eqn, self.arrays(values, eqn, str(refusal)))
+        finally:
+            self.around.pop()
 
     def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         subfuns, params = bind_params(eqn)
@@ -103,7 +106,8 @@ class Interpreter:
         if _ops.is_vector(value):
             self.record(value, name, Use("dense (a vector)", 0.0, 0.0))
         else:
-            where = "" if isinstance(eqn, str) else source(eqn)
+            known = (source(e) for e in (*reversed(self.around), eqn) if not isinstance(e, str))
+            where = next(filter(None, known), "")
             plan = "dense" if value.key is None else "dense, no dropout"
             self.record(value, name, Use(plan, 0.0, 0.0), f"{reason} at {where}" if where else reason)
         return value.dense()

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import sys
 import types
 import typing
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora import _plan, _tree, methods, targets
+from jlora import _plan, _tree, methods
 from jlora._axes import Leaf, is_trainable_dtype
 from jlora._plan import Plan, Site
 from jlora.adapted import shapes
@@ -159,23 +158,19 @@ def write_methods(plan: Plan) -> dict[str, Any]:
     """The fields `methods`, `rules` and `sites` of a manifest.
 
     A site is its exact path with its letters: nothing is matched again when the adapter is read, so rules may
-    overlap. What a rule's target was is kept where it can be written down (a pattern, a callable of
-    `jlora.targets`), since it is part of the plan; another callable becomes the paths it took.
+    overlap and targets may be callables that only Python knows.
     """
     table = list(dict.fromkeys([*plan.methods, *(s.method for s in plan.sites)]))
-    taken: dict[Method, list[str]] = {m: [] for m in table}
-    for site in plan.sites:
-        taken[site.method].append(site.leaf.path)
     index = {m: n for n, m in enumerate(table)}
     return {
-        "methods": [_write_method(m, taken[m]) for m in table],
+        "methods": [_write_method(m) for m in table],
         "rules": [index[m] for m in plan.methods],
         "sites": [[s.leaf.path, s.leaf.roles, index[s.method]] for s in plan.sites],
         "notes": list(plan.notes),
     }
 
 
-def _write_method(method: Method, paths: Sequence[str]) -> dict[str, Any]:
+def _write_method(method: Method) -> dict[str, Any]:
     cls = type(method)
     if vars(methods).get(cls.__name__, cls) is not cls:
         raise ValueError(f"{cls.__name__!r} is the name of one of jlora's own methods; rename your class")
@@ -183,10 +178,6 @@ def _write_method(method: Method, paths: Sequence[str]) -> dict[str, Any]:
     for field in dataclasses.fields(method):
         if field.init and field.name not in ("target", "exclude"):
             record[field.name] = _plain(getattr(method, field.name), f"{cls.__name__}.{field.name}")
-    try:
-        record |= {k: _write_target(getattr(method, k)) for k in ("target", "exclude")}
-    except TypeError:
-        record |= {"target": [rf"\A{re.escape(p)}\Z" for p in paths], "exclude": []}
     return record
 
 
@@ -203,36 +194,6 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _write_target(target: Any) -> Any:
-    if isinstance(target, str):
-        return target
-    if callable(target):
-        name = getattr(target, "__name__", "")
-        if _named_targets().get(name) is target:
-            return {"jlora.targets": name}
-        raise TypeError("a callable that only Python knows")
-    return [_write_target(t) for t in target]
-
-
-def _named_targets() -> dict[str, Any]:
-    return {
-        k: v
-        for k, v in vars(targets).items()
-        if not k.startswith("_") and isinstance(v, types.FunctionType) and v.__module__ == targets.__name__
-    }
-
-
-def _read_target(value: Any, where: str) -> Any:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return tuple(_read_target(v, where) for v in value)
-    name = value.get("jlora.targets") if isinstance(value, dict) and len(value) == 1 else None
-    if isinstance(name, str) and name in _named_targets():
-        return _named_targets()[name]
-    raise TypeError(f"{where} is {str(value)[:60]!r}, neither a pattern, a list of them nor a name of jlora.targets")
-
-
 def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]]) -> Method:
     name = record.get("method")
     if not isinstance(name, str) or name not in classes:
@@ -241,18 +202,16 @@ def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]])
             "passed as load(..., methods=[MyMethod])"
         )
     cls = classes[name]
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    values: dict[str, Any] = {}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in ("target", "exclude")}
+    values: dict[str, Any] = {"target": "."}  # the sites say what it adapts
     for key, value in record.items():
         where = f"{key!r:.100} of {name}"
-        if key in ("target", "exclude"):
-            values[key] = _read_target(value, where)
-        elif key in fields:
+        if key in fields:
             hint = _hint(cls, fields[key])
             values[key] = _tuples(value) if hint is Any else cast(value, hint, where)
         elif key != "method":
             raise TypeError(f"{where} is unknown; it has {', '.join(fields)}")
-    return cls(**values).canonical()
+    return _plan.named(cls(**values))
 
 
 def _hint(cls: type, field: dataclasses.Field) -> Any:

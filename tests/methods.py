@@ -1,0 +1,178 @@
+"""The methods under test, one row each, and what every law needs to put one on a model of the zoo.
+
+A new method joins all laws with one row of METHODS.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+import zoo
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """One method, and what the laws may expect of it.
+
+    Attributes:
+      name: in the test's id.
+      spec: target -> the method. Hyperparameters are small and odd: rank 2, a scale that is not 1.
+      count: leaf -> trainable parameters, by the formula of the paper.
+      on: which weights it is for, "matrices", "vectors" or "all".
+      starts_at_base: its equation gives exact zeros at the start, so that the model is the base, bit for bit.
+      fits: leaf -> whether its formula makes sense for this shape.
+      everywhere: whether it goes over the whole zoo; one that differs from another in numbers alone need not.
+    """
+
+    name: str
+    spec: Callable[[Any], Any]
+    count: Callable[[Any], int]
+    on: str = "matrices"
+    starts_at_base: bool = True
+    fits: Callable[[Any], bool] = lambda leaf: True
+    everywhere: bool = True
+
+    def __repr__(self) -> str:
+        return f"Row({self.name})"
+
+    def takes(self, case: zoo.Case) -> bool:
+        return self.on == "all" or case.vectors == (self.on == "vectors")
+
+
+def low_rank(leaf: Any, rank: int = 2) -> int:
+    return math.prod(leaf.stack) * rank * (leaf.size("ik") + leaf.size("o"))
+
+
+def in_slices(leaf: Any) -> int:
+    """Two slices of 1 and 2 columns, rank 1, each with factors of its own."""
+    return math.prod(leaf.stack) * (2 * leaf.size("ik") + 3)
+
+
+SLICES = ((0, 1), (1, 3))
+
+METHODS = (
+    Row("lora", lambda target: jlora.LoRA(rank=2, alpha=3, target=target), low_rank),
+    Row(
+        "rslora",
+        lambda target: jlora.LoRA(rank=2, alpha=3, scaling="sqrt", init="gaussian", target=target),
+        low_rank,
+        everywhere=False,
+    ),
+    Row(
+        "lora_slices",
+        lambda target: jlora.LoRA(rank=1, alpha=2, slices=SLICES, target=target),
+        in_slices,
+        fits=lambda leaf: leaf.size("o") >= 3,
+    ),
+    Row("bitfit", lambda target: jlora.BitFit(target=target), lambda leaf: math.prod(leaf.shape), on="vectors"),
+    Row("full", lambda target: jlora.Full(target=target), lambda leaf: math.prod(leaf.shape), on="all"),
+)
+LORA = METHODS[0]
+
+# One model for each kind of use. The fast part runs LoRA on these (and once on the whole zoo), other methods on FEW.
+SMALL = (
+    "linen/mlp", "linen/bfloat16_params", "linen/dense_general", "linen/einsum", "linen/tied_attend", "linen/conv_2d",
+    "linen/conv_grouped", "linen/scan_axis_1_remat", "linen/vmap_experts", "linen/ragged_experts", "linen/jit_blocks",
+    "nnx/scan", "plain/cond_of_weights", "plain/biases", "plain/scanned_vectors",
+)  # fmt: skip
+FEW = ("linen/mlp", "linen/tied_attend", "linen/conv_2d", "linen/scan_axis_1_remat", "linen/vmap_experts",
+       "linen/ragged_experts", "plain/biases", "plain/scanned_vectors")  # fmt: skip
+CASES = {case.name: case for case in zoo.CASES}
+
+
+def pairs(rows: Any = METHODS, names: Any = None, lora_on_all: bool = False) -> list[Any]:
+    """Rows of `parametrize("row,case", ...)`, slow but on models chosen for the fast part (`lora_on_all`: or LoRA)."""
+    made = []
+    for row in rows:
+        for case in zoo.CASES if names is None else map(CASES.__getitem__, names):
+            if row.takes(case) and (row.everywhere or case.name in FEW):
+                fast = case.name in (SMALL if row is LORA else FEW) or lora_on_all and row is LORA
+                marks = (*case.marks, *(() if fast else (pytest.mark.slow,)))
+                made.append(pytest.param(row, case, id=f"{row.name}-{case.name}", marks=marks))
+    return made
+
+
+def adapted(row: Row, case: zoo.Case, params: Any) -> jlora.Adapted:
+    """The model of a case under a method, which leaves out what its formula cannot take."""
+    axes = dict(case.axes or {})
+    chosen = jlora.adapt(params, jlora.Full(target=case.target), axes=axes).frozen.plan.sites
+    unfit = [s.leaf.path for s in chosen if not row.fits(s.leaf)]
+    if len(unfit) == len(chosen):
+        pytest.skip(f"{row.name} fits no weight of this model")
+    spec = dataclasses.replace(row.spec(case.target), exclude=lambda path, leaf: path in unfit)
+    return jlora.adapt(params, spec, axes=axes)
+
+
+def moved(trainable: Any, scale: float = 0.3) -> Any:
+    """Factors away from their start, where half of them are zero. NumPy's numbers: nothing is compiled."""
+    leaves, treedef = jax.tree.flatten(trainable)
+    draw = lambda n, a: jnp.asarray(scale * np.random.default_rng(n).standard_normal(a.shape), a.dtype)
+    return treedef.unflatten([draw(n, a) for n, a in enumerate(leaves)])
+
+
+def closed(fn: Callable[..., Any], args: tuple, kwargs: Any) -> tuple[Callable[..., Any], tuple]:
+    """`fn(params, arrays)` and the arrays: flags and strings among the arguments are closed over, as under `jit`."""
+    is_array = lambda a: all(isinstance(x, jax.Array) for x in jax.tree.leaves(a))
+    arrays = tuple(a for a in args if is_array(a))
+
+    def call(params: Any, arrays: tuple) -> Any:
+        rest = iter(arrays)
+        return fn(params, *(next(rest) if is_array(a) else a for a in args), **kwargs)
+
+    return call, arrays
+
+
+def floats(outputs: Any) -> list[jax.Array]:
+    """The floating-point outputs."""
+    return [x for x in zoo.arrays(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def cotangents(outputs: list[Any]) -> list[jax.Array]:
+    """One fixed weight for each element of the outputs: a gradient in which no two play the same part."""
+    draw = lambda n, x: jnp.asarray(np.random.default_rng(n).standard_normal(x.shape), x.dtype)
+    return [draw(n, x) for n, x in enumerate(outputs)]
+
+
+def pulled(f: Callable[[Any], list[jax.Array]], at: Any, differentiable: bool = True) -> tuple[Any, Any]:
+    """Outputs, and their pullback of `cotangents` (nothing where JAX itself cannot)."""
+    if not differentiable:
+        return f(at), ()
+    outputs, pull = jax.vjp(f, at)
+    return outputs, pull(cotangents(outputs))[0]
+
+
+def bits(tree: Any) -> list[bytes]:
+    """Arrays as bytes, so that -0.0 and NaN count as what they are."""
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return [np.asarray(raw(x)).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def errors(got: Any, want: Any) -> list[tuple[float, float]]:
+    """(largest error, largest reference) of each leaf, in float64."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    found = []
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all() and np.isfinite(b).all()
+        found.append((float(np.abs(a - b).max(initial=0)), float(np.abs(b).max(initial=0))))
+    return found
+
+
+def assert_close(got: Any, want: Any, relative: float = 1e-5) -> None:
+    """Every leaf within `relative` of its own largest element (or of the largest of all, a tenth as much).
+
+    The second part is for a leaf that cancels to almost nothing out of terms of the others' size.
+    """
+    found = errors(got, want)
+    largest = max((size for _, size in found), default=0.0)
+    for n, (error, size) in enumerate(found):
+        bound = relative * max(size, 0.1 * largest)
+        assert error <= bound, f"leaf {n}: off by {error:.2e} where {bound:.2e} is allowed (largest {size:.2e})"

@@ -1,0 +1,421 @@
+"""The laws that hold for every method on every model. A method joins with one row of `methods.METHODS`."""
+
+import copy
+import pickle
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+import zoo
+from methods import (
+    CASES,
+    METHODS,
+    adapted,
+    assert_close,
+    bits,
+    closed,
+    errors,
+    floats,
+    moved,
+    pairs,
+    pulled,
+)
+
+HALF_EPS = 2.0**-8  # bfloat16 keeps eight bits
+
+
+def programs(row, case):
+    """The adapter, and one compiled program of its factors that computes all that the first three laws compare.
+
+    Under one `jit`, as compiling is what takes time: outputs and gradients lifted and dense, merged-then-plain, base.
+    """
+    fn, params, args = case.build()
+    before = bits(params)
+    ad = adapted(row, case, params)
+    trainable, frozen = jlora.split(ad)
+    call, arrays = closed(fn, args, case.kwargs)
+
+    @jax.jit
+    def program(trainable, frozen, arrays):
+        def run(dense):
+            lifted = jlora.lift(call, dense=dense)
+            return pulled(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), trainable, case.differentiable)
+
+        plain = floats(call(frozen.base, arrays))
+        return run(False), run(True), plain
+
+    return ad, lambda trainable: program(trainable, frozen, arrays), (call, arrays, params, before)
+
+
+@pytest.mark.parametrize("row,case", pairs(lora_on_all=True))
+def test_first_laws(row, case, subtests):
+    """Lifted equals dense in value and gradient; at the start it is the base; merging gives the same; all is used."""
+    ad, program, (call, arrays, params, before) = programs(row, case)
+    far = moved(ad.trainable)
+    (y, grads), (y_dense, grads_dense), plain = program(far)
+
+    with subtests.test("the adapter moves the outputs"):
+        assert any(error > 1e-3 * size for error, size in errors(y_dense, plain))
+
+    with subtests.test("values"):
+        assert [a.dtype for a in y] == [a.dtype for a in y_dense]
+        if case.dtype == "float32":
+            assert_close(y, y_dense)
+
+    with subtests.test("gradients"):
+        assert [a.dtype for a in jax.tree.leaves(grads)] == [a.dtype for a in jax.tree.leaves(grads_dense)]
+        if case.dtype == "float32":
+            assert_close(grads, grads_dense)
+
+    if row.starts_at_base:
+        with subtests.test("at the start it is the base"):
+            (y, first), _, plain = program(ad.trainable)
+            # not bit for bit here: XLA fuses a forward pass beside its gradient in another way than one alone
+            assert_close(y, plain, 1e-6 if case.dtype == "float32" else 2 * HALF_EPS)
+    else:
+        first = program(ad.trainable)[0][1]
+
+    if case.differentiable:
+        with subtests.test("every factor has a gradient within two steps"):
+            step = jax.tree.map(lambda a, g: (a - 0.1 * g).astype(a.dtype), ad.trainable, first)
+            second = program(step)[0][1]
+            for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
+                assert np.any(np.asarray(a, np.float32)) or np.any(np.asarray(b, np.float32)), path
+
+    with subtests.test("the base is untouched"):
+        assert all(a is b for a, b in zip(jax.tree.leaves(ad.frozen.base), jax.tree.leaves(params), strict=True))
+        assert bits(ad.frozen.base) == before
+
+    with subtests.test("explain finds every weight"):
+        report = jlora.explain(call, jlora.join(far, ad.frozen), arrays)
+        assert not report.unused
+        assert {r.path for r in report.rows} == {s.leaf.path for s in ad.frozen.plan.sites}
+        forced = [r for r in report.dense if not any(re.search(pattern, r.path) for pattern in case.dense_ok)]
+        assert not forced, f"made dense: {forced}"
+
+
+@pytest.mark.parametrize("row,case", pairs([row for row in METHODS if row.starts_at_base]))
+def test_start_is_the_base_bit_for_bit(row, case):
+    """Each operation as the model wrote it, and a delta of exact zeros. Eager, where XLA has nothing to fuse."""
+    fn, params, args = case.build()
+    call, arrays = closed(fn, args, case.kwargs)
+    lifted, plain = jlora.lift(call)(adapted(row, case, params), arrays), call(params, arrays)
+    assert jax.tree.structure(lifted) == jax.tree.structure(plain)
+    for a, b in zip(zoo.arrays(lifted), zoo.arrays(plain), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            np.testing.assert_array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
+        else:
+            assert bits(a) == bits(b)
+
+
+BFLOAT16 = [name for name, case in CASES.items() if case.dtype == "bfloat16"]
+
+
+def in_float32(case, monkeypatch):
+    """The same model with float32 wherever it says bfloat16, and its parameters and arguments as they were."""
+    half = case.build()
+    monkeypatch.setattr(jnp, "bfloat16", jnp.float32)  # undone by the caller
+    fn, params, args = case.build()
+
+    def widened(tree, like):
+        leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+        return jax.tree.unflatten(jax.tree.structure(like), [a.astype(b.dtype) for a, b in leaves])
+
+    return half, (fn, widened(half[1], params), widened(half[2], args))
+
+
+@pytest.mark.parametrize("row,case", pairs(names=BFLOAT16, lora_on_all=True))
+def test_bfloat16(row, case, subtests):
+    """Against float32, lifting errs at most twice as much as merging does, give or take one rounding.
+
+    Merging rounds the weight once, and the product. Lifting rounds each factor, each inner product and the sum, so
+    it cannot be better by rule; that it is not much worse says that nothing is accumulated in bfloat16 but what the
+    model itself accumulates there. One rounding is half of 2^-8 of the largest element; two are given.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        (fn, params, args), (fn32, params32, args32) = in_float32(case, patch)
+        ad32 = adapted(row, case, params32)
+        far = moved(ad32.trainable)
+        call32, arrays32 = closed(fn32, args32, case.kwargs)
+        oracle = jlora.lift(call32, dense=True)
+        want = pulled(lambda t: floats(oracle(jlora.join(t, ad32.frozen), arrays32)), far)
+        assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(want))
+    ad = adapted(row, case, params)
+    call, arrays = closed(fn, args, case.kwargs)
+
+    def run(dense):
+        lifted = jlora.lift(call, dense=dense)
+        f = lambda t, frozen, arrays: pulled(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), t)
+        return jax.jit(f)(far, ad.frozen, arrays)
+
+    for what, got, dense, exact in zip(("values", "gradients"), run(False), run(True), want, strict=True):
+        with subtests.test(what):
+            found = errors(dense, exact)
+            largest = max(size for _, size in found)
+            for (error, _), (merged, size) in zip(errors(got, exact), found, strict=True):
+                size = max(size, 0.2 * largest)  # a gradient may cancel out of terms of the others' size
+                assert error <= 2 * merged + HALF_EPS * size, (error, merged, size)
+
+
+# Counting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row,case", pairs(lora_on_all=True))
+def test_count(row, case):
+    """The paper's formula; what `count` says; what stands in the tree; what the optimizer would hold."""
+    _, params, _ = case.build()
+    ad = adapted(row, case, params)
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    trainable, total = jlora.count(ad)
+    assert trainable == sum(row.count(site.leaf) for site in ad.frozen.plan.sites)
+    assert trainable == size(ad.trainable)
+    assert total == trainable + size(params)
+
+
+# Training ---------------------------------------------------------------------------------
+
+TRAINED = ("linen/mlp", "linen/scan_axis_1_remat", "linen/tied_attend", "linen/bfloat16_params", "plain/biases")
+
+
+@pytest.mark.parametrize("row,case", pairs(names=TRAINED))
+def test_twenty_steps_move_what_is_trained_alone(row, case):
+    """In the whole form, where the optimizer sees the frozen half: the harder one for it."""
+    fn, params, args = case.build()
+    ad = adapted(row, case, params)
+    frozen = bits(ad.frozen)
+    start = jax.tree.map(np.asarray, ad.trainable)
+    call, arrays = closed(fn, args, case.kwargs)
+    lifted, tx = jlora.lift(call), jlora.masked(optax.adamw(1e-2))
+
+    @jax.jit
+    def step(ad, state, arrays):
+        loss = lambda ad: sum(jnp.square(y.astype(jnp.float32) - 1).mean() for y in floats(lifted(ad, arrays)))
+        updates, state = tx.update(jax.grad(loss, allow_int=True)(ad), state, ad)
+        return optax.apply_updates(ad, updates), state
+
+    state = tx.init(ad)
+    for _ in range(20):
+        ad, state = step(ad, state, arrays)
+    assert bits(ad.frozen) == frozen
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ad.trainable), jax.tree.leaves(start), strict=True):
+        assert not np.array_equal(a, b), path
+
+
+# Composition ------------------------------------------------------------------------------
+
+COMPOSED = ("linen/mlp", "linen/tied_attend", "linen/conv_2d", "linen/scan_axis_1_remat", "linen/vmap_experts",
+            "linen/ragged_experts", "nnx/scan", "plain/scanned_vectors")  # fmt: skip
+
+
+def setting(row, case):
+    """(call, arrays, frozen, trainable away from its start)"""
+    fn, params, args = case.build()
+    call, arrays = closed(fn, args, case.kwargs)
+    trainable, frozen = jlora.split(adapted(row, case, params))
+    return call, arrays, frozen, moved(trainable)
+
+
+# JAX itself has no vmap of ragged_dot
+@pytest.mark.parametrize("row,case", pairs(names=[n for n in COMPOSED if "ragged" not in n]))
+def test_vmap_over_adapters(row, case):
+    """Three adapters of one plan, stacked: outputs and gradients as one by one."""
+    call, arrays, frozen, one = setting(row, case)
+    lifted = jlora.lift(call)
+    run = jax.jit(lambda t, frozen: pulled(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), t))
+    many = [jax.tree.map(lambda a, c=c: c * a, one) for c in (1.0, -0.7, 0.0)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *many)
+    together = jax.jit(jax.vmap(run, in_axes=(0, None)))(stacked, frozen)
+    for n, single in enumerate(many):
+        assert_close(jax.tree.map(lambda a, n=n: a[n], together), run(single, frozen))
+
+
+@pytest.mark.parametrize("row,case", pairs(names=("linen/mlp", "linen/tied_attend", "linen/conv_2d", "plain/biases")))
+def test_vmap_over_examples(row, case):
+    call, arrays, frozen, trainable = setting(row, case)
+    lifted, ad = jlora.lift(call), jlora.join(trainable, frozen)
+    alone = lambda *example: floats(lifted(ad, tuple(x[None] for x in example)))
+    mapped = jax.jit(jax.vmap(alone))(*arrays)
+    assert_close([y[:, 0] for y in mapped], floats(jax.jit(lifted)(ad, arrays)))
+
+
+@pytest.mark.parametrize("row,case", pairs(names=COMPOSED))
+def test_products_with_the_hessian(row, case):
+    """`jvp` of `grad`, without `forward_mode`."""
+    call, arrays, frozen, trainable = setting(row, case)
+    direction = jax.tree.map(lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), trainable)
+
+    @jax.jit
+    def product(trainable, direction):
+        def run(dense):
+            lifted = jlora.lift(call, dense=dense)
+            loss = lambda t: sum(jnp.square(y).mean() for y in floats(lifted(jlora.join(t, frozen), arrays)))
+            return jax.jvp(jax.grad(loss), (trainable,), (direction,))
+
+        return run(False), run(True)
+
+    lifted, dense = product(trainable, direction)
+    assert_close(lifted, dense, 2e-5)
+
+
+@pytest.mark.parametrize("row,case", pairs(names=(*COMPOSED, "linen/einsum", "linen/dense_general")))
+def test_forward_mode(row, case):
+    """`jvp` where a custom rule of reverse mode would refuse."""
+    call, arrays, frozen, trainable = setting(row, case)
+    direction = jax.tree.map(lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), trainable)
+
+    @jax.jit
+    def both(trainable, direction):
+        def run(**how):
+            lifted = jlora.lift(call, **how)
+            return jax.jvp(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), (trainable,), (direction,))
+
+        return run(forward_mode=True), run(dense=True)
+
+    lifted, dense = both(trainable, direction)
+    assert_close(lifted, dense)
+
+
+@pytest.mark.parametrize("row", [row for row in METHODS if row.on != "vectors"], ids=lambda row: row.name)
+def test_jacobian_in_forward_mode(row):
+    call, arrays, frozen, trainable = setting(row, CASES["linen/mlp"])
+    f = lambda t, **how: jlora.lift(call, **how)(jlora.join(t, frozen), arrays)
+    forward = jax.jit(jax.jacfwd(lambda t: f(t, forward_mode=True)))(trainable)
+    assert_close(forward, jax.jit(jax.jacrev(f))(trainable))
+
+
+@pytest.mark.parametrize("row,case", pairs(names=COMPOSED))
+def test_eager_equals_jit(row, case):
+    call, arrays, frozen, trainable = setting(row, case)
+    lifted, ad = jlora.lift(call), jlora.join(trainable, frozen)
+    assert_close(floats(lifted(ad, arrays)), floats(jax.jit(lifted)(ad, arrays)), 2e-6)
+
+
+@pytest.mark.parametrize("row,case", pairs(names=("linen/mlp", "linen/scan_axis_1_remat", "nnx/scan")))
+def test_inside_other_transforms(row, case):
+    """A lifted call in a `lax.scan`, in a `lax.cond` and under `jax.checkpoint`."""
+    call, arrays, frozen, trainable = setting(row, case)
+    lifted = jlora.lift(call)
+    plain = lambda t: floats(lifted(jlora.join(t, frozen), arrays))
+
+    def looped(t):
+        step = lambda carry, _: (carry, plain(t))
+        return jax.tree.map(lambda y: y[0], jax.lax.scan(step, 0, None, length=2)[1])
+
+    chosen = lambda t: jax.lax.cond(jnp.array(True), plain, lambda t: jax.tree.map(jnp.zeros_like, plain(t)), t)
+    run = jax.jit(lambda t: [pulled(f, t) for f in (plain, looped, chosen, jax.checkpoint(plain))])
+    want, *others = run(trainable)
+    for got in others:
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+def test_dense_is_merge_then_call(row):
+    case = next(case for case in map(CASES.__getitem__, ("linen/mlp", "plain/biases")) if row.takes(case))
+    call, arrays, frozen, trainable = setting(row, case)
+    ad = jlora.join(trainable, frozen)
+    merged = jlora.merge(ad)
+    assert jax.tree.structure(merged) == jax.tree.structure(frozen.base)
+    same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
+    assert all(jax.tree.leaves(jax.tree.map(same, merged, frozen.base)))
+    assert bits(jlora.lift(call, dense=True)(ad, arrays)) == bits(call(merged, arrays))
+    assert_close(jax.jit(jlora.merge)(ad), merged, 1e-6)
+
+
+# What is static ---------------------------------------------------------------------------
+
+
+def matrices(**options):
+    params = {"query": {"kernel": jnp.ones((6, 4))}, "value": {"kernel": jnp.ones((6, 4))}}
+    return jlora.adapt(params, jlora.LoRA(rank=2, **options))
+
+
+def traced_once():
+    """A jitted lifted function that fails when it is traced a second time."""
+    forward = lambda params, x: x @ params["query"]["kernel"] + x @ params["value"]["kernel"]
+    return jax.jit(chex.assert_max_traces(jlora.lift(forward), n=1))
+
+
+def test_calling_twice_compiles_once():
+    chex.clear_trace_counter()
+    f, x = traced_once(), jnp.ones((3, 6))
+    ad = matrices()
+    f(ad, x)
+    f(ad, x + 1)
+    f(jlora.join(*jlora.split(ad)), x)
+    f(matrices(), x)  # adapted again: an equal plan is the same plan
+    f(jlora.scale(ad, 0.5), x)
+    assert f._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"alpha": 7}, {"alpha": 16, "scaling": "sqrt"}, {"init": "gaussian"}], ids=lambda o: str(o)
+)
+def test_what_is_data_shares_a_program(options):
+    """Alpha, its rule and the initialiser are numbers: no recompilation, and the outputs differ."""
+    chex.clear_trace_counter()
+    f, x = traced_once(), jnp.ones((3, 6))
+    one, other = (jlora.Adapted(moved(ad.trainable), ad.frozen) for ad in (matrices(alpha=2), matrices(**options)))
+    differ = bits(f(one, x)) != bits(f(other, x))
+    assert differ == (float(other.frozen.factors["query/kernel"]["s"]) != 1.0)
+
+
+def test_equal_specs_are_one_plan():
+    plan = matrices().frozen.plan
+    assert matrices().frozen.plan is plan
+    assert matrices(alpha=3, init="gaussian").frozen.plan is plan
+    assert matrices(dropout=0.5).frozen.plan is not plan
+    assert copy.deepcopy(plan) is plan
+    assert pickle.loads(pickle.dumps(jlora.BitFit())) == jlora.BitFit()
+    tree = {"bias": jnp.ones(3)}
+    assert jlora.adapt(tree, jlora.BitFit()).frozen.plan is jlora.adapt(tree, jlora.BitFit()).frozen.plan
+    assert jax.tree.structure(matrices()) == jax.tree.structure(matrices(alpha=5))
+    assert hash(jax.tree.structure(matrices())) == hash(jax.tree.structure(matrices(alpha=5)))
+
+
+def test_the_initial_value_depends_on_key_and_path_alone():
+    params = {"query": {"kernel": jnp.ones((6, 4))}, "value": {"kernel": jnp.ones((6, 4))}}
+    both = jlora.adapt(params, jlora.LoRA(rank=2)).trainable
+    one = jlora.adapt(params, jlora.LoRA(rank=2, target="value")).trainable
+    assert bits(one["value/kernel"]) == bits(both["value/kernel"])
+    assert bits(both["value/kernel"]) != bits(both["query/kernel"])
+    other = jlora.adapt(params, jlora.LoRA(rank=2), key=jax.random.key(1)).trainable
+    assert bits(other["value/kernel"]) != bits(both["value/kernel"])
+
+
+def test_donation():
+    """The trainable half alone is donated: it shares no buffer with the frozen one, which lives on."""
+    ad = matrices()
+    trainable, frozen = jlora.split(ad)
+    pointers = lambda tree: {a.unsafe_buffer_pointer() for a in jax.tree.leaves(tree)}
+    assert not pointers(trainable) & pointers(frozen)
+    lifted = jlora.lift(lambda params, x: x @ params["query"]["kernel"] + x @ params["value"]["kernel"])
+    x = jnp.ones((3, 6))
+
+    def step(trainable, frozen):
+        grads = jax.grad(lambda t: jnp.square(lifted(jlora.join(t, frozen), x) - 1).mean())(trainable)
+        return jax.tree.map(lambda a, g: a - 0.1 * g, trainable, grads)
+
+    start = jax.tree.map(jnp.copy, trainable)
+    kept, donated = jax.jit(step), jax.jit(step, donate_argnums=0)
+    want = kept(kept(start, frozen), frozen)
+    got = donated(donated(trainable, frozen), frozen)
+    assert all(a.is_deleted() for a in jax.tree.leaves(trainable))
+    assert not any(a.is_deleted() for a in jax.tree.leaves(frozen))
+    assert bits(got) == bits(want)
+
+
+def test_base_may_be_stopped_or_differentiated_around():
+    """Gradients stop at the frozen half, whoever asks for them."""
+    ad = matrices()
+    ad = jlora.Adapted(moved(ad.trainable), ad.frozen)
+    lifted = jlora.lift(lambda params, x: x @ params["query"]["kernel"] + x @ params["value"]["kernel"])
+    grads, dx = jax.grad(lambda ad, x: jnp.sin(lifted(ad, x)).sum(), argnums=(0, 1))(ad, jnp.ones((3, 6)))
+    assert not any(np.any(a) for a in jax.tree.leaves(grads.frozen))
+    assert all(np.any(a) for a in jax.tree.leaves(grads.trainable)) and np.any(dx)

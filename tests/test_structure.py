@@ -1,0 +1,126 @@
+"""The house rules: imports point downwards, one room knows jaxprs, extras are imported late, files stay readable."""
+
+import ast
+import datetime
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "jlora"
+
+# From the ground up: a room imports from those before it. A package counts as one room.
+ROOMS = (
+    "_tree", "_axes", "_network", "_contract", "_weight",  # the algebra
+    "_table", "targets", "network", "methods", "_plan", "adapted", "_merge",  # methods know no jaxpr
+    "_ops", "_conv", "_interpret", "lift", "explain", "optim",  # one room knows jaxprs
+    "rank", "quant", "shard", "serve", "combine", "prompt", "bottleneck",
+    "io", "analysis", "plot", "__main__",  # nobody below io knows a file format
+)  # fmt: skip
+
+# Imports that look upwards and have a reason: {(room, imported): why}.
+UPWARDS = {
+    ("lift", "_interpret"): "late, so that `lift(fn, dense=True)`, the oracle of the tests, does without it",
+}
+
+LIMIT = 400
+LONGER: dict[str, tuple[str, str]] = {}  # {file: (until when, why)}
+
+EXTRAS = ("safetensors", "matplotlib", "rich", "tyro", "tokenizers", "transformers", "torch", "peft", "qwix")
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(file: str):
+    """(module, whether it is imported late) for every import but those for type checkers."""
+    tree = ast.parse((ROOT / file).read_text())
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        late = node not in tree.body
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: write absolute imports"
+            if node.module == "jlora":
+                yield from ((f"jlora.{alias.name}", late) for alias in node.names)
+            else:
+                yield node.module, late
+
+
+def own_room(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def test_every_room_has_its_place():
+    assert {own_room(file) for file in FILES} - {"__init__"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != "__init__.py"])
+def test_imports_point_downwards(file):
+    mine = own_room(file)
+    for module, _ in imports(file):
+        if module.split(".")[0] != "jlora":
+            continue
+        theirs = room(module)
+        assert theirs, f"{file}: import from a room, not from the public face"
+        if theirs != mine and (mine, theirs) not in UPWARDS:
+            assert ROOMS.index(theirs) < ROOMS.index(mine), f"{file} imports {module}, which stands above it"
+
+
+def test_lift_imports_the_interpreter_late():
+    assert ("jlora._interpret", True) in set(imports("lift.py"))
+    assert ("jlora._interpret", False) not in set(imports("lift.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_room_knows_jaxprs_and_nobody_knows_the_inside_of_jax(file):
+    for module, _ in imports(file):
+        assert not module.startswith(("jax._src", "jax.interpreters")), f"{file} imports {module}"
+        assert own_room(file) == "_interpret" or not module.startswith("jax.extend"), f"{file} imports {module}"
+    text = (ROOT / file).read_text()
+    if own_room(file) != "_interpret":
+        assert "make_jaxpr" not in text and not re.search(r"\beqns?\b", text), f"{file} knows jaxprs"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_extras_are_imported_late(file):
+    for module, late in imports(file):
+        if module.split(".")[0] in EXTRAS:
+            assert late, f"{file} imports {module} for everybody"
+        if module.split(".")[0] == "orbax":
+            assert own_room(file) == "io", f"{file} knows a file format"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_stay_readable(file):
+    lines = (ROOT / file).read_text().splitlines()
+    until, why = LONGER.get(file, ("", ""))
+    if len(lines) <= LIMIT:
+        assert not until, f"{file} is short again: take it off the list"
+        return
+    assert until, f"{file} has {len(lines)} lines: cut it in two, or say in LONGER until when and why"
+    assert datetime.date.today() <= datetime.date.fromisoformat(until), f"{file} was to be shorter by {until}: {why}"
+
+
+def test_importing_brings_in_no_extra_and_starts_no_device():
+    """In a fresh process: no extra that the core's own dependencies do not load, and no backend of JAX."""
+    code = (
+        "import sys, chex, flax.linen, flax.nnx, optax, orbax.checkpoint; before = set(sys.modules); import jlora; "
+        "from jax._src import xla_bridge as b; "
+        f"print([m for m in {EXTRAS} if m in sys.modules and m not in before], b.backends_are_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert done.stdout.split() == ["[]", "False"]

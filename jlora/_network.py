@@ -75,6 +75,7 @@ class Delta:
       scale: the frozen scalar `s` that multiplies it (`alpha/r` and its kin), one a layer in a stack.
       ranks: the letters that rank operations act on.
       dropout: the rate of the activation's dropout on this branch, in [0, 1).
+      s: the name of the factor that holds the scale; deltas of one scale may share it.
     """
 
     equation: str
@@ -83,6 +84,7 @@ class Delta:
     scale: float = dataclasses.field(default=1.0, compare=False)  # data: it lives in the factor `s`
     ranks: tuple[str, ...] = ()
     dropout: float = 0.0
+    s: str = "s"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Recipe:
     def arrays(self, leaf: Leaf) -> dict[tuple[str, str], tuple[Array, tuple[int, ...]]]:
         """Every stored array as `{(group, name): (array, full shape)}`, the scale of each delta among them."""
         found: dict[tuple[str, str], tuple[Array, tuple[int, ...]]] = {}
+        scales: dict[str, float] = {}
 
         def add(array: Array, shape: tuple[int, ...]) -> None:
             full = (leaf.stack if array.stacked else ()) + shape
@@ -113,6 +116,11 @@ class Recipe:
                         assert array.shape is not None, f"{array.name}: an array inside a Function needs a shape"
                         add(array, array.shape)
             if delta is not self.gain:
+                _check_covers(delta, parsed, leaf)
+                if scales.setdefault(delta.s, delta.scale) != delta.scale:
+                    raise ValueError(
+                        f"two deltas share the factor {delta.s!r} with unlike scales; name them apart (s=)"
+                    )
                 add(scale_of(delta), ())
         return found
 
@@ -125,7 +133,16 @@ def _constant(value: float) -> Callable[..., Any]:
 
 def scale_of(delta: Delta) -> Array:
     """The scalar factor of a delta: data and not metadata, so that alphas share one compiled program."""
-    return Array("s", _constant(delta.scale), (), trained=False)
+    return Array(delta.s, _constant(delta.scale), (), trained=False)
+
+
+def _check_covers(delta: Delta, parsed: "Parsed", leaf: Leaf) -> None:
+    held = {x for labels in parsed.operands for x in labels} | set(atoms(leaf)[n] for n in leaf.axes("s"))
+    covered = {a for side, _ in parsed.blocks for a in side}
+    if covered != set(atoms(leaf)) or not all(set(made) <= held for _, made in parsed.blocks):
+        raise ValueError(
+            f"the equation {delta.equation!r} does not make every axis of a weight with axes {leaf.roles!r}"
+        )
 
 
 Blocks: TypeAlias = tuple[tuple[Labels, Labels], ...]

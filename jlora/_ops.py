@@ -5,6 +5,7 @@ cannot say it; the weight is then made dense. None of them knows what a jaxpr is
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -99,6 +100,7 @@ def _product(
     term: Term,
     values: Sequence[jax.Array],
     names: Sequence[Labels],
+    *,
     x_axes: Sequence[tuple[str, Labels | None]],
     y_axes: Sequence[tuple[str, Labels | None]],
     y_shape: tuple[int, ...],
@@ -181,7 +183,7 @@ def dot(
     group = {f"w{n}": g for n, g in enumerate(w.axes)}
     size = dict(zip(x_labels, x.shape, strict=True)) | dict(zip(w_labels, w.base.shape, strict=True))
     y_shape = tuple(size[n] for n in y_labels)
-    if any(w.axes[n] and sum(len(g) for g in (w.axes[n],)) > 1 for n in wb):
+    if any(len(w.axes[n]) > 1 for n in wb):
         raise Refusal("a batch axis joins several axes of the weight")
 
     xs, products, operands = [x], [], []
@@ -190,22 +192,21 @@ def dot(
         if term.dropout and key is not None:
             branch = len(xs)
             xs.append(dropped(x, term.dropout, key))
-        for attempt in (term, None):
-            term = w.flattened(term) if attempt is None else term
+        met = functools.partial(
+            _product,
+            w,
+            x_axes=[(n, group.get(n)) for n in x_labels],
+            y_axes=[(n, group.get(n)) for n in y_labels],
+            y_shape=y_shape,
+            x_shape=x.shape,
+            branch=branch,
+        )
+        values, names = w.operands(term)
+        product = met(term, values, names)
+        if product is None:  # the dot cuts through a flattened side
+            term = w.flattened(term)
             values, names = w.operands(term)
-            product = _product(
-                w,
-                term,
-                values,
-                names,
-                [(n, group.get(n)) for n in x_labels],
-                [(n, group.get(n)) for n in y_labels],
-                y_shape,
-                x.shape,
-                branch,
-            )
-            if product is not None:
-                break
+            product = met(term, values, names)
         assert product is not None
         products.append(product)
         operands += [v for n, v in enumerate(values) if n != product.base]
@@ -287,8 +288,9 @@ def lookup(
         """Axis `n` replaced by the batch axes of the indices, which come first."""
         numbers = lax.GatherDimensionNumbers(tuple(range(count, count + a.ndim - 1)), (n,), (n,))
         sizes = tuple(1 if m == n else s for m, s in enumerate(a.shape))
-        keep = {k: params[k] for k in ("indices_are_sorted", "unique_indices", "mode", "fill_value")}
-        return lax.gather(a, indices, numbers, sizes, **keep)
+        keep = {k: params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
+        # a row that is not there is filled in W0 alone; its delta is zero, and so is its gradient
+        return lax.gather(a, indices, numbers, sizes, fill_value=0, **keep)
 
     base = bind(w.base)
     if count == 0:

@@ -251,6 +251,8 @@ class Weight:
 
     def reshaped(self, base: jax.Array) -> "Weight | None":
         """After a reshape that splits or joins axes; None where labels cannot say it."""
+        if 0 in base.shape:
+            return None
         me = self.without_units()
         todo = [(a, me.size[a]) for a in me.atoms]
         axes: list[Labels] = []
@@ -352,7 +354,10 @@ def weight(
         gain = term(recipe.gain, False, rename="gain ").operands
         identity = tuple(((a,), (a,)) for a in names)
         terms = (Term((Operand((), None, (), ()),), identity, 0.0), *terms)
-        terms = tuple(dataclasses.replace(t, operands=(*t.operands, *gain)) for t in terms)
+        sizes = {a: n for d in recipe.deltas for a, n in _network.parse(d, leaf).sizes.items()}
+        terms = tuple(
+            dataclasses.replace(t, operands=(*t.operands, *(_regrouped(o, t, sizes) for o in gain))) for t in terms
+        )
     if not any(t.dropout for t in terms):
         key = None
     elif key is not None and leaf.stack:
@@ -367,3 +372,20 @@ def weight(
         key_labels=stack if key is not None else (),
         path=path,
     )
+
+
+def _regrouped(gain: Operand, term: Term, sizes: Mapping[str, int]) -> Operand:
+    """A gain in the letters of a product whose side is flat: `O` becomes the `(o p)` of a Kronecker product."""
+    if gain.is_base:
+        return gain
+    for atoms, made in term.blocks:
+        if atoms == made or not set(atoms) & set(gain.labels):
+            continue
+        n = gain.labels.index(atoms[0])
+        if gain.labels[n : n + len(atoms)] != atoms:
+            raise ValueError(f"a gain on part of a side that {made} makes as a whole")
+        value = gain.value()
+        shape = (*value.shape[:n], *(sizes[m] for m in made), *value.shape[n + len(atoms) :])
+        labels = (*gain.labels[:n], *made, *gain.labels[n + len(atoms) :])
+        gain = Operand((value.reshape(shape),), None, (), labels)
+    return gain

@@ -103,7 +103,7 @@ def is_adapted(x: Any) -> bool:
 # --- making one ---------------------------------------------------------------------------------------------------
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
     """A hash that is the same in every process (Python's own is salted)."""
     return zlib.crc32(text.encode())
 
@@ -163,7 +163,7 @@ def adapt(
     plan, given = _plan.resolve(tree, spec, axes, allow_untied)
     trainable: dict[str, dict[str, Any]] = {}
     factors: dict[str, dict[str, Any]] = {}
-    named = lambda group, name: jax.random.fold_in(jax.random.fold_in(key, _hash(group)), _hash(name))
+    named = lambda group, name: jax.random.fold_in(jax.random.fold_in(key, stable_hash(group)), stable_hash(name))
     for site, (method, recipe) in zip(plan.sites, given, strict=True):
         arrays = recipe.arrays(site.leaf)
         for (group, name), value in method.initial(site.leaf, recipe, named, tree.leaves[site.index]).items():

@@ -1,6 +1,6 @@
 """What is printed of an adapter and of a lifted call, against golden files; and what `explain` and `infer_axes` find.
 
-`JLORA_GOLDEN=write python -m pytest tests/test_explain.py` writes the files anew: read the difference before keeping it.
+`JLORA_GOLDEN=write python -m pytest tests/test_explain.py` writes the files anew: read the difference first.
 """
 
 import os

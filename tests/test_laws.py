@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import jlora
 import zoo
@@ -326,6 +327,158 @@ def test_dense_is_merge_then_call(row):
     assert all(jax.tree.leaves(jax.tree.map(same, merged, frozen.base)))
     assert bits(jlora.lift(call, dense=True)(ad, arrays)) == bits(call(merged, arrays))
     assert_close(jax.jit(jlora.merge)(ad), merged, 1e-6)
+
+
+# Moves of a weight, at random ---------------------------------------------------------------
+
+
+def random_model(seed):
+    """A chain of moves of a weight with random axes, and a contraction: (function, weight's shape, letters, x's)."""
+    rng = np.random.default_rng(seed)
+    pick = lambda n: int(rng.integers(n))
+    ndim = 2 + pick(3)
+    shape, letters = [int(rng.choice([2, 3, 4, 6])) for _ in range(ndim)], ""
+    while not {"i", "o"} <= set(letters):
+        letters = "".join(rng.choice(list("ios" if ndim > 2 else "io"), ndim))
+    moves, s = [], list(shape)
+    for kind in rng.choice(("transpose", "split", "join", "cut", "rev", "scale", "index", "expand"), pick(6)):
+        n = pick(len(s))
+        if kind == "transpose":
+            order = tuple(int(k) for k in rng.permutation(len(s)))
+            moves.append(lambda w, order=order: lax.transpose(w, order))
+            s = [s[k] for k in order]
+        elif kind in ("split", "join"):
+            parts = [k for k in (2, 3) if s[n] % k == 0 and s[n] > k]
+            if kind == "split" and parts:
+                s[n : n + 1] = [parts[0], s[n] // parts[0]]
+            elif kind == "join" and len(s) > 2 and n:
+                s[n - 1 : n + 1] = [s[n - 1] * s[n]]
+            moves.append(lambda w, to=tuple(s): w.reshape(to))
+        elif kind == "cut" and s[n] > 2:
+            s[n] -= 1
+            if pick(2):
+                moves.append(lambda w, n=n, size=s[n]: lax.dynamic_slice_in_dim(w, jnp.array(1), size, axis=n))
+            else:
+                moves.append(lambda w, n=n, size=s[n]: lax.slice_in_dim(w, 0, size, axis=n))
+        elif kind == "rev":
+            moves.append(lambda w, n=n: lax.rev(w, (n,)))
+        elif kind == "scale":
+            moves.append(lambda w: -0.7 * w)
+        elif kind == "index" and len(s) > 2:
+            k = pick(s.pop(n))
+            moves.append(lambda w, n=n, k=k: lax.index_in_dim(w, k, n, keepdims=False))
+        elif kind == "expand":
+            s.insert(n, 1)
+            moves.append(lambda w, n=n: lax.expand_dims(w, (n,)))
+    axes = [int(k) for k in rng.permutation(len(s))]
+    count = 1 + pick(max(1, len(s) - 1))
+    batch = pick(2) if len(s) > count else 0
+    names = [("w", k) for k in axes[: count + batch]] + [("free", int(rng.choice([1, 3, 5]))) for _ in range(pick(3))]
+    names = [names[k] for k in rng.permutation(len(names))]
+    place = lambda ks: [names.index(("w", k)) for k in ks]
+    w_axes = axes[:count], axes[count : count + batch]
+    x_axes = tuple(map(place, w_axes))
+    left = pick(2)
+
+    def f(params, x):
+        w = params["w"]
+        for move in moves:
+            w = move(w)
+        numbers = tuple(zip(w_axes, x_axes, strict=True) if left else zip(x_axes, w_axes, strict=True))
+        return lax.dot_general(*((w, x) if left else (x, w)), numbers)
+
+    return f, shape, letters, [s[k] if kind == "w" else k for kind, k in names]
+
+
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 30 else pytest.mark.slow) for n in range(200)])
+def test_random_moves(seed):
+    """Whatever the labels went through: lifted equals dense in value and in both gradients."""
+    f, shape, letters, x_shape = random_model(seed)
+    x, w = (jnp.asarray(np.random.default_rng(seed + n).standard_normal(s), jnp.float32)
+            for n, s in enumerate((x_shape, shape)))  # fmt: skip
+    ad = jlora.adapt({"w": w}, jlora.LoRA(rank=1, alpha=3, target="w"), axes={"w": letters})
+
+    @jax.jit
+    def program(trainable, frozen, x):
+        def run(dense):
+            lifted = jlora.lift(f, dense=dense)
+            return pulled(lambda tx: [lifted(jlora.join(tx[0], frozen), tx[1])], (trainable, x))
+
+        return run(False), run(True)
+
+    lifted, dense = program(moved(ad.trainable), ad.frozen, x)
+    assert_close(lifted, dense)
+    assert not jlora.explain(f, ad, x).unused
+
+
+def against_dense(f, shape, letters, *args):
+    """Lifted and dense, in value and gradient, for one weight."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    ad = jlora.adapt({"w": w}, jlora.LoRA(rank=2, alpha=3, target="w"), axes={"w": letters})
+
+    @jax.jit
+    def program(trainable, frozen):
+        run = lambda dense: lambda t: [jlora.lift(f, dense=dense)(jlora.join(t, frozen), *args)]
+        return pulled(run(False), trainable), pulled(run(True), trainable)
+
+    assert_close(*program(moved(ad.trainable), ad.frozen))
+
+
+def test_an_axis_that_joins_two_beside_one_of_size_one():
+    """As many labels as axes, and yet not one for each."""
+
+    def f(p, x):
+        w = lax.expand_dims(p["w"].reshape(2, 4, 2), (2,))
+        return lax.dot_general(w, x, (([3], [1]), ([0], [3])))
+
+    against_dense(f, (2, 2, 2, 2), "iois", jnp.ones((5, 2, 5, 2)))
+
+
+def test_rows_out_of_range_that_are_masked_later():
+    """`jnp.take` fills them with NaN, which no gradient must see."""
+    ids = jnp.array([[0, 9], [12, 3]])
+    f = lambda p, ids: jnp.where((ids < 10)[..., None], jnp.take(p["w"], ids, axis=0), 0)
+    against_dense(f, (10, 4), "io", ids)
+
+
+def test_complex_activations():
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 6)), jnp.float32)
+    against_dense(lambda p, x: jnp.abs((x + 1j * jnp.flip(x)) @ p["w"]), (6, 4), "io", x)
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_modes_of_a_lookup(axis, mode):
+    ids = jnp.array([[0, 5], [-3, 2]]) if mode == "fill" else jnp.array([[0, 5], [-3, 22]])
+    f = lambda p, ids: jnp.take(p["w"], ids, axis=axis, mode=mode)
+    against_dense(f, (10, 6) if axis == 0 else (6, 10), "io" if axis == 0 else "oi", ids)
+
+
+# Several adapters -------------------------------------------------------------------------
+
+
+def test_several_adapters_in_one_call():
+    """An encoder and a decoder in a tuple, one of them again under a keyword, and a plain tree beside them."""
+    tree = lambda n: {"w": jnp.asarray(np.random.default_rng(n).standard_normal((6, 6)), jnp.float32)}
+    ads = [jlora.adapt(tree(n), jlora.LoRA(rank=2, target="w")) for n in range(2)]
+    ads = [jlora.Adapted(moved(ad.trainable, 0.3 + n), ad.frozen) for n, ad in enumerate(ads)]
+
+    def f(both, x, plain, *, memory):
+        encoder, decoder = both["models"]
+        return jnp.tanh(x @ encoder["w"]) @ decoder["w"] + x @ memory["w"] + x @ plain["w"], both["name"]
+
+    x = jnp.ones((3, 6))
+
+    def run(dense):
+        lifted = jlora.lift(f, dense=dense)
+        call = lambda one, other: lifted({"models": (one, other), "name": "pair"}, x, tree(2), memory=one)
+        y, name = call(*ads)
+        assert name == "pair"
+        return y, jax.grad(lambda t: call(*[jlora.join(a, ad.frozen) for a, ad in zip(t, ads, strict=True)])[0].sum())(
+            [ad.trainable for ad in ads]
+        )
+
+    assert_close(run(False), run(True))
 
 
 # What is static ---------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from jlora._interpret import contractions, control, moves
 from jlora._interpret.jaxpr import bind_params, live, source
 from jlora._ops import Refusal, Use
 from jlora._weight import Weight, is_weight, weight
-from jlora.adapted import Adapted
+from jlora.adapted import Adapted, stable_hash
 
 RULES = {**moves.RULES, **contractions.RULES, **control.RULES}
 
@@ -171,10 +171,10 @@ def call(
     expressions: list[Weight] = []
     for k, a in enumerate(found):
         get = _merge.lookup(a)
-        for n, s in enumerate(a.frozen.plan.sites):
+        for s in a.frozen.plan.sites:
             key = a.frozen.key
             if key is not None:
-                key = jax.random.fold_in(key, n)
+                key = jax.random.fold_in(key, stable_hash(s.leaf.path))
             path = (f"{k}:{s.leaf.path}" if many else s.leaf.path) if me.watched else None
             base = bases[len(expressions)]
             expressions.append(weight(s.leaf, s.recipe, base, get, key=key, path=path))

@@ -131,8 +131,44 @@ def _slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> li
     return _cut(w, base, cuts)
 
 
+def _dynamic_cut(array: jax.Array, n: int, *, start: jax.Array, size: int) -> jax.Array:
+    starts = [start if k == n else jnp.zeros_like(start) for k in range(array.ndim)]
+    sizes = [size if k == n else s for k, s in enumerate(array.shape)]
+    # the primitive clamps; a negative start was wrapped before it, and must not be once more
+    return lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False)
+
+
 def _static_cut(array: jax.Array, n: int, *, a: int, b: int, step: int) -> jax.Array:
     return lax.slice_in_dim(array, a, b, step, axis=n)
+
+
+def _split(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    outs, start = [], 0
+    for base, size in zip(me.bind(eqn, [w.base]), sizes, strict=True):
+        cut = functools.partial(_static_cut, a=start, b=start + size, step=1)
+        outs += _cut(w, base, [cut if n == axis else None for n in range(base.ndim)])
+        start += size
+    return outs
+
+
+def _unstack(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+    (w,) = values
+    axis = eqn.params["axis"]
+    if len(w.axes[axis]) != 1:
+        raise Refusal("unstacking joined axes")
+    (atom,) = w.axes[axis]
+    me.role(w, [axis], "s")
+    axes = tuple(g for n, g in enumerate(w.axes) if n != axis)
+    return [
+        w.along(atom, base, functools.partial(_pick, k=k), drop=True).replace(axes=axes)
+        for k, base in enumerate(me.bind(eqn, [w.base]))
+    ]
+
+
+def _pick(array: jax.Array, n: int, *, k: int) -> jax.Array:
+    return lax.index_in_dim(array, k, n, keepdims=False)
 
 
 def _dynamic_slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -142,7 +178,7 @@ def _dynamic_slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool
     (base,) = me.bind(eqn, [w.base, *starts])
     sizes = eqn.params["slice_sizes"]
     cuts: list[Any] = [
-        None if size == w.base.shape[n] else lambda a, m, i=i, size=size: lax.dynamic_slice_in_dim(a, i, size, m)
+        None if size == w.base.shape[n] else functools.partial(_dynamic_cut, start=i, size=size)
         for n, (i, size) in enumerate(zip(starts, sizes, strict=True))
     ]
     for n, size in enumerate(sizes):
@@ -175,4 +211,6 @@ RULES = {
     "rev": _reverse,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "unstack": _unstack,
 }

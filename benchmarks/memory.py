@@ -34,7 +34,8 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, x):
         body = nn.remat(Step, prevent_cse=False)
-        return nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(name="layers")(x, None)[0]
+        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        return scan(name="layers")(x, None)[0]
 
 
 def main():
@@ -68,7 +69,8 @@ def main():
     print(f"jax {jax.__version__}: {LAYERS} scanned, rematerialised blocks\n")
     print(f"{'':18s}  {'temp MB':>8s}  {'x floor':>7s}  {'x materialise':>13s}")
     for name, megabytes in rows.items():
-        print(f"{name:18s}  {megabytes:8.1f}  {megabytes / rows['floor']:7.3f}  {megabytes / rows['materialise']:13.3f}")
+        ratios = megabytes / rows["floor"], megabytes / rows["materialise"]
+        print(f"{name:18s}  {megabytes:8.1f}  {ratios[0]:7.3f}  {ratios[1]:13.3f}")
 
 
 if __name__ == "__main__":

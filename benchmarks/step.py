@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bert import Bert, Config, shapes
 
 import jlora
+from bert import Bert, Config, shapes
 
 BATCH, LENGTH, RANK = 32, 64, 8
 KERNELS = r"encoder/layer_\d+/.*(query|key|value|output|intermediate)/kernel$"

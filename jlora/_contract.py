@@ -250,13 +250,14 @@ def _delta(dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.
         x = xs[p.branch].astype(dot.compute)
         x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
         full = [a.astype(dot.compute) for a in _with_base(p, base, ops)]
+        whole = _shape([x, *full], [p.x, *p.operands], p.out) == p.out_shape
         dy = contract(
             [x, *full],
             [p.x, *p.operands],
             p.out,
             precision=dot.precision,
             preferred_element_type=dot.preferred_element_type,
-            out_sharding=dot.out_sharding if len(p.out) == len(dot.y) else None,
+            out_sharding=dot.out_sharding if whole else None,
         )
         dy = dy if dy.shape == p.out_shape else dy.reshape(p.out_shape)
         y = dy if y is None else y + dy
@@ -281,12 +282,10 @@ def _gradients(
         x = xs[p.branch].astype(dot.compute)
         x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
         full = [a.astype(dy.dtype) for a in _with_base(p, base, ops)]
-        size = {
-            n: s for a, ls in zip((x, *full), (p.x, *p.operands), strict=True) for n, s in zip(ls, a.shape, strict=True)
-        }
-        g = dy if len(p.out) == dy.ndim else dy.reshape([size[n] for n in p.out])
+        shape = _shape([x, *full], [p.x, *p.operands], p.out)
+        g = dy if shape == dy.shape else dy.reshape(shape)
         if not dot.merged:
-            like = _like(x) if len(p.x) == len(dot.x) else {}
+            like = _like(x) if p.x_shape == xs[p.branch].shape else {}
             dxs[p.branch] = _sum(dxs[p.branch], run([g, *full], [p.out, *p.operands], p.x, **like), xs[p.branch])
         place = 0
         for n, ls in enumerate(p.operands):
@@ -305,6 +304,11 @@ def _gradients(
                 grads.append(part.astype(target.dtype))
                 place += 1
     return dxs, dbase, grads
+
+
+def _shape(arrays: Sequence[jax.Array], labels: Sequence[Labels], out: Labels) -> tuple[int, ...]:
+    size = {n: s for a, ls in zip(arrays, labels, strict=True) for n, s in zip(ls, a.shape, strict=True)}
+    return tuple(size[n] for n in out)
 
 
 def _sum(total: Any, part: jax.Array, like: jax.Array) -> jax.Array:

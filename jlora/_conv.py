@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._network import Labels
-from jlora._ops import Note, Refusal, Use, dropped, product
+from jlora._ops import Note, Refusal, Use, check_real, dropped, product
 from jlora._weight import Weight
 
 # --- ragged dots (mixtures of experts) ----------------------------------------------------------------------------
@@ -43,6 +43,7 @@ def ragged(
     note: Note,
 ) -> jax.Array:
     """`ragged_dot_general` of rows `x (t, in)` with one matrix a group `W (g, in, out)`."""
+    check_real(x)
     d = params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, wb) = d.dot_dimension_numbers
     if x.ndim != 2 or tuple(xc) != (1,) or xb or wb or d.lhs_ragged_dimensions != (0,) or len(wc) != 1:
@@ -105,6 +106,7 @@ def conv(
     note: Note,
 ) -> jax.Array:
     """`conv_general_dilated` with an adapted kernel: one factor holds the window, the others mix channels."""
+    check_real(x)
     if params["batch_group_count"] != 1:
         raise Refusal("a convolution with batch groups")
     if not w.plain:

@@ -12,10 +12,13 @@ Everything here is static: hashable, comparable, no array in sight.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
+
+import jax.numpy as jnp
 
 from jlora._axes import Leaf
 
@@ -125,15 +128,18 @@ class Recipe:
         return found
 
 
-def _constant(value: float) -> Callable[..., Any]:
-    import jax.numpy as jnp
+def constant(value: float) -> Callable[..., Any]:
+    """An initialiser that fills."""
+    return functools.partial(_constant, value)
 
-    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+
+def _constant(value: float, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jnp.full(shape, value, dtype)
 
 
 def scale_of(delta: Delta) -> Array:
     """The scalar factor of a delta: data and not metadata, so that alphas share one compiled program."""
-    return Array(delta.s, _constant(delta.scale), (), trained=False)
+    return Array(delta.s, constant(delta.scale), (), trained=False)
 
 
 def _check_covers(delta: Delta, parsed: "Parsed", leaf: Leaf) -> None:

@@ -54,6 +54,11 @@ def _sizes(w: Weight, values: Sequence[jax.Array], labels: Sequence[Labels]) -> 
     return sizes
 
 
+def check_real(x: Any) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise Refusal(f"an activation of dtype {x.dtype}")
+
+
 def _varying(array: Any) -> frozenset[str]:
     """The manual mesh axes that an array varies over inside shard_map."""
     kind = jax.typeof(array)
@@ -172,6 +177,7 @@ def dot(
     note: Note,
 ) -> jax.Array:
     """`dot_general` of an activation with an adapted weight on either side."""
+    check_real(x)
     (lc, rc), (lb, rb) = dimension_numbers
     (wc, xc), (wb, xb) = ((lc, rc), (lb, rb)) if left else ((rc, lc), (rb, lb))
     pairs = dict(zip((*xc, *xb), (*wc, *wb), strict=True))

@@ -1,6 +1,7 @@
 """Which weight gets which recipe: the static half of an adapter, resolved from a spec and a tree."""
 
 import dataclasses
+import threading
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -51,13 +52,15 @@ class Plan:
         return intern, (self.sites, self.methods, self.notes)
 
 
+_lock = threading.Lock()
 _interned: "weakref.WeakValueDictionary[Any, Plan]" = weakref.WeakValueDictionary()
 
 
 def intern(sites: tuple[Site, ...], methods: tuple[Method, ...], notes: tuple[str, ...]) -> Plan:
     """The one plan with this content."""
     content = (sites, methods, notes)
-    return _interned.setdefault(content, Plan(*content))
+    with _lock:
+        return _interned.setdefault(content, Plan(*content))
 
 
 def rules(spec: "Method | Sequence[Any]") -> tuple[Method, ...]:

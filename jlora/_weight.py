@@ -158,7 +158,7 @@ class Weight:
 
     def delta(self) -> jax.Array:
         """What is added to W0, dense and in at least float32, in the shape of `base`."""
-        dtype = jnp.promote_types(self.base.dtype, jnp.float32)
+        dtype = wide(self.base.dtype)
         total = jnp.zeros(self.base.shape, dtype)
         for term in self.terms:
             total = total + self.matrix(term, dtype).reshape(self.base.shape)
@@ -166,7 +166,7 @@ class Weight:
 
     def dense(self) -> jax.Array:
         """The weight as an array: summed in at least float32, then cast to the dtype of `base`."""
-        dtype = jnp.promote_types(self.base.dtype, jnp.float32)
+        dtype = wide(self.base.dtype)
         total = self.base.astype(dtype) if self.plain else None
         with jax.named_scope("delta"):
             for term in self.terms:
@@ -182,7 +182,7 @@ class Weight:
 
     def flattened(self, term: Term) -> Term:
         """A product as one dense array whose axes are the atoms: what is left when labels no longer suffice."""
-        value = self.matrix(term, jnp.promote_types(self.base.dtype, jnp.float32))
+        value = self.matrix(term, wide(self.base.dtype))
         blocks = tuple(((a,), (a,)) for a in self.atoms)
         return Term((Operand((value,), None, (), self.atoms),), blocks, 0.0)
 
@@ -304,6 +304,11 @@ class Weight:
         sizes = tuple((a, outer if a == atom else n) for a, n in self.sizes) + ((inner, size),)
         axes = tuple(tuple(x for a in g for x in ((a, inner) if a == atom else (a,))) for g in self.axes)
         return self.replace(terms=tuple(terms), sizes=sizes, axes=axes)
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype that deltas are summed in: at least float32."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def is_weight(x: Any) -> bool:

@@ -68,7 +68,6 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
       >>> report.rows[0].path, report.rows[0].use, report.dense, report.unused
       ('query/kernel', 'dot_general', (), ())
     """
-    fn = getattr(fn, "lifts", fn)  # a lifted function says what it lifts
     found, _ = find(args, kwargs)
     if not found:
         raise ValueError("explain is called like the lifted function, with an Adapted among its arguments")

@@ -96,5 +96,4 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
 
         return _interpret.call(fn, found, fill, forward_mode=forward_mode)
 
-    lifted.lifts = fn  # type: ignore[attr-defined]
     return lifted

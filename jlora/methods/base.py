@@ -1,6 +1,7 @@
 """What a method is: a frozen dataclass of hyperparameters that says how one weight is computed."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -21,12 +22,20 @@ def zeros(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def uniform(bound: float) -> Init:
     """U(-bound, bound)."""
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return functools.partial(_uniform, bound)
 
 
 def normal(std: float) -> Init:
     """N(0, std^2)."""
-    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+    return functools.partial(_normal, std)
+
+
+def _uniform(bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _normal(std: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return std * jax.random.normal(key, shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

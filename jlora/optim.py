@@ -16,7 +16,8 @@ def masked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     For the whole form, where an `Adapted` is the `params` of a TrainState. `optax.masked` alone passes the frozen
     leaves' raw gradients through and so moves the base; and +0.0 would turn a -0.0 in the base into +0.0. The state
     holds nothing for frozen leaves (float32 denormals in the base are flushed by XLA's additions on CPU all the
-    same; the split form touches nothing). Transforms that mix leaves (clipping by the global norm) belong inside.
+    same; the split form touches nothing). Transforms that mix leaves
+    (clipping by the global norm) and wrappers that withhold updates (`MultiSteps`, `apply_if_finite`) belong inside.
 
     Raises:
       TypeError: a base with integer leaves, which has no whole form: split it.

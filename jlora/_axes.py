@@ -51,11 +51,6 @@ class Leaf:
         """The sizes of the stack axes, which stand first in every stored factor."""
         return self.sizes("s")
 
-    @property
-    def vector(self) -> bool:
-        """Whether at most one axis is no stack axis: such a weight is cheap to make dense."""
-        return len(self.shape) - len(self.stack) <= 1
-
 
 def conventions(path: str, shape: tuple[int, ...]) -> str:
     """The letters that Flax's names and shapes suggest."""

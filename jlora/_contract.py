@@ -34,11 +34,6 @@ def plan(
     return tuple(path), float(info.opt_cost)
 
 
-def flops(labels: Sequence[Labels], arrays: Sequence[Any], out: Labels) -> float:
-    """FLOPs of `contract` on these shapes."""
-    return plan(tuple(labels), tuple(tuple(a.shape) for a in arrays), out)[1]
-
-
 def explicit_mesh(arrays: Sequence[Any]) -> Any:
     """The mesh with explicit axes that some array lives on, or None."""
     for a in arrays:

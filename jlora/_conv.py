@@ -160,6 +160,8 @@ def _conv_term(
     forward_mode: bool,
 ) -> tuple[jax.Array, float]:
     size = {n: s for a, ls in zip(values, names, strict=True) for n, s in zip(ls, a.shape, strict=True)}
+    if not {*ins, *outs, *filter(None, window)} <= set(size):
+        raise Refusal("a convolution along an axis that no factor carries; its letters are wrong")
     held = [n for n, ls in enumerate(names) if any(k in ls for k in window if k)]
     if not held:  # a window of size one, indexed away: any operand of the input side may play the part
         held = [n for n, ls in enumerate(names) if set(ins) <= set(ls)][:1]

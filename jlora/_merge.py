@@ -78,7 +78,7 @@ class MergeReport:
 
     @property
     def worst(self) -> float:
-        return min((r.survives for r in self.rows), default=1.0)
+        return min((r.survives for r in self.rows), key=lambda s: (s == s, s), default=1.0)  # NaN is the worst
 
     def __str__(self) -> str:
         rows = [(r.path, f"{100 * r.survives:.1f} %", f"{r.relative_error:.2e}") for r in self.rows]

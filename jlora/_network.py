@@ -36,6 +36,7 @@ class Array:
       trained: whether it is a trainable leaf or a frozen factor.
       group: `None` for the weight's own; a name for a factor that several weights share.
       stacked: whether it carries the stack axes. One that does not enters a scan as a constant.
+      derived: whether `init` makes it bit for bit without a key: it is then no part of a saved adapter.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Array:
     trained: bool = True
     group: str | None = None
     stacked: bool = True
+    derived: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

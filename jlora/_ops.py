@@ -331,5 +331,6 @@ def lookup(
             order[m] = n
         y = y + lax.transpose(dy, order)
         flops += 2.0 * math.prod(dy.shape) * (x.shape[-1] if x.ndim > count else 1)
-    note(Use("rows of the factors", flops, 0.0))
+    # as in loralib, a lookup has no dropout: its input is no activation
+    note(Use("rows of the factors" if w.key is None else "rows of the factors, no dropout", flops, 0.0))
     return y

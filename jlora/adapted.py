@@ -1,6 +1,7 @@
 """An adapter and its base, as one pytree: made by `adapt`, taken apart by `split`, put together by `join`."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -231,6 +232,16 @@ def shapes(plan: Plan) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
         for place, (array, shape) in site.recipe.arrays(site.leaf).items():
             found[place] = (shape, array.trained)
     return found
+
+
+def derived(plan: Plan) -> dict[tuple[str, str], Any]:
+    """`{(group, factor): make()}` of the frozen factors that need not be saved: they are made again."""
+    return {
+        place: functools.partial(array.init, None, shape, jnp.dtype(site.method.dtype))
+        for site in plan.sites
+        for place, (array, shape) in site.recipe.arrays(site.leaf).items()
+        if array.derived
+    }
 
 
 def with_dropout(adapted: Adapted, key: Any) -> Adapted:

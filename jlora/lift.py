@@ -64,7 +64,8 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
     is closed over as it stands, so static and keyword arguments behave as ever. A call without any `Adapted` is a
     call of `fn`. Meant to be called under `jit`; an eager call works and traces again.
 
-    Gradients stop at the frozen subtree.
+    Gradients stop at the frozen subtree. Inside `fn`, an NNX model that updates state of its own is put together with
+    `nnx.merge(graphdef, params, rest, copy=True)`: Flax lets a trace change only what it made.
 
     Args:
       fn: the function.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _ops
-from jlora._interpret.jaxpr import open_jaxpr, scan_counts, unchanged
+from jlora._interpret.jaxpr import CALLS, CHECKPOINTS, open_jaxpr, scan_counts, unchanged
 from jlora._ops import Refusal
 from jlora._weight import Weight, is_weight
 
@@ -207,13 +207,8 @@ def _cond(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
 
 
 RULES = {
-    "jit": _jit,
-    "pjit": _jit,
-    "closed_call": _jit,
-    "core_call": _jit,
-    "remat2": _checkpoint,
-    "checkpoint": _checkpoint,
-    "remat": _checkpoint,
+    **dict.fromkeys(CALLS, _jit),
+    **dict.fromkeys(CHECKPOINTS, _checkpoint),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

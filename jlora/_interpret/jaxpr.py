@@ -43,10 +43,14 @@ def source(eqn: Any) -> str:
     return ""
 
 
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+CHECKPOINTS = ("remat2", "checkpoint", "remat")
+
+
 def unchanged(eqn: Any) -> "list[int | None] | None":
     """For each output of an equation with a sub-jaxpr, the input that it is, unchanged, if any."""
     name, params = eqn.primitive.name, eqn.params
-    if name in ("jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"):
+    if name in CALLS + CHECKPOINTS:
         jaxpr = params.get("jaxpr", params.get("call_jaxpr"))
         return forwards(open_jaxpr(jaxpr)[0])
     if name == "scan":

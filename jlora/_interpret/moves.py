@@ -61,9 +61,11 @@ def _transpose(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -
 
 def _reshape(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     w, *sizes = values
-    if sizes or eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
-        raise Refusal("a reshape with dynamic sizes or an order of its own")
+    if sizes:
+        raise Refusal("a reshape with dynamic sizes")
     (base,) = me.bind(eqn, [w.base])
+    if eqn.primitive.name == "reshape" and (order := eqn.params["dimensions"]) is not None:
+        w = w.transposed(lax.transpose(w.base, order), order)  # vmap of a convolution transposes so
     moved = w.reshaped(base)
     if moved is None:
         raise Refusal("a reshape across axes that labels cannot follow")
@@ -86,6 +88,8 @@ def _broadcast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -
 def _scalar(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     left = is_weight(values[0])
     w, c = values if left else values[::-1]
+    if is_weight(c) and c.base.ndim == 0:
+        c = me.dense(c, eqn, "a scalar")
     if is_weight(c) or jnp.ndim(c) or (eqn.primitive.name == "div" and not left):
         raise Refusal("a product with an array")
     (base,) = me.bind(eqn, [w.base, c] if left else [c, w.base])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora.adapted import Adapted
+from jlora.adapted import Adapted, derived
 from jlora.io import _manifest
 
 
@@ -86,7 +86,10 @@ def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str,
     if bad:
         raise ValueError("the factors of this adapter do not fit its plan:" + _manifest.several(bad))
     arrays, factors = {}, {}
+    made_again = derived(adapted.frozen.plan)
     for (group, factor), (leaf, side) in leaves.items():
+        if (group, factor) in made_again:
+            continue
         array, key = _host(leaf, f"{side} factor {group!r}: {factor!r}")
         name = stored_name(side, group, factor)
         factors[name] = {"shape": list(array.shape), "dtype": array.dtype.name, "key": key, "sha256": _digest(array)}

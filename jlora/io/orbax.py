@@ -25,7 +25,7 @@ from jax.core import Tracer
 
 from jlora import _tree
 from jlora._merge import MergeReport, merge, merge_report
-from jlora.adapted import Adapted, Frozen, is_adapted, shapes
+from jlora.adapted import Adapted, Frozen, derived, is_adapted, shapes
 from jlora.io import _arrays, _fingerprint, _folder, _manifest, _training
 from jlora.methods.base import Method
 
@@ -212,7 +212,10 @@ def _open(
     if check != "none":
         _fingerprint.compare(content["base"], _fingerprint.fingerprint(params, tree), check, str(folder))
     want = {}
+    made_again = derived(plan)
     for (group, factor), (shape, trained) in shapes(plan).items():
+        if (group, factor) in made_again:
+            continue
         want[_arrays.stored_name("trainable" if trained else "frozen", group, factor)] = group, factor, trained, shape
     records = content["factors"]
     bad = [f"missing {g!r}: {n!r}" for name, (g, n, *_) in want.items() if name not in records]
@@ -230,6 +233,8 @@ def _open(
         if value.shape != shape:
             raise ValueError(f"{folder}: factor {group!r}: {factor!r} has shape {value.shape}, not {shape}")
         sides[trained].setdefault(group, {})[factor] = value
+    for (group, factor), make in made_again.items():
+        sides[False].setdefault(group, {})[factor] = make()
     return Adapted(sides[True], Frozen(params, sides[False], None, plan))
 
 

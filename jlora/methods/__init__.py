@@ -1,6 +1,17 @@
 """Methods: one small file each, its paper's equation first."""
 
+from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.base import Method as Method
 from jlora.methods.bitfit import BitFit as BitFit
 from jlora.methods.full import Full as Full
+from jlora.methods.hira import HiRA as HiRA
+from jlora.methods.ia3 import IA3 as IA3
+from jlora.methods.krona import KronA as KronA
+from jlora.methods.loha import LoHa as LoHa
+from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
+from jlora.methods.lora_fa import LoRAFA as LoRAFA
+from jlora.methods.sora import SoRA as SoRA
+from jlora.methods.ssf import SSF as SSF
+from jlora.methods.tied import TiedLoRA as TiedLoRA
+from jlora.methods.vera import VeRA as VeRA

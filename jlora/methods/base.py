@@ -38,6 +38,22 @@ def _normal(std: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Arr
     return std * jax.random.normal(key, shape, dtype)
 
 
+def check_rank(method: Any) -> None:
+    """Raises unless a method's rank is a whole number of at least 0."""
+    rank = method.rank
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise ValueError(f"{type(method).__name__}(rank={rank!r}): a rank is an integer of at least 0")
+
+
+def check_low_rank(leaf: Leaf, rank: int) -> None:
+    """Raises unless a weight has two sides, each at least `rank` wide."""
+    if not leaf.axes("o") or not leaf.axes("ik"):
+        raise ValueError("a low-rank update needs input and output axes; name them with axes={pattern: 'io'}")
+    least = min(leaf.size("ik"), leaf.size("o"))
+    if rank > least:
+        raise ValueError(f"rank {rank} is above min(in, out) = {least}; write a smaller rank")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """The contract of a method.

@@ -15,7 +15,7 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, Recipe
 from jlora._tree import Target
-from jlora.methods.base import Init, Method, normal, uniform, zeros
+from jlora.methods.base import Init, Method, check_low_rank, check_rank, normal, uniform, zeros
 
 Slices = tuple[tuple[int, int], ...]
 
@@ -68,8 +68,7 @@ class LoRA(Method):
     target: Target = targets.attention
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 0:
-            raise ValueError(f"LoRA(rank={self.rank!r}): a rank is an integer of at least 0")
+        check_rank(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA(dropout={self.dropout}): a rate lies in [0, 1)")
         if self.scaling not in ("rank", "sqrt"):
@@ -85,16 +84,19 @@ class LoRA(Method):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank if self.scaling == "rank" else math.sqrt(self.rank))
 
+    @property
+    def trains_a(self) -> bool:
+        """Whether a is trained."""
+        return True
+
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.rank == 0:
             return None
         d_in, d_out = leaf.size("ik"), leaf.size("o")
-        if "o" not in leaf.roles or not (set(leaf.roles) & set("ik")):
-            raise ValueError("a low-rank update needs input and output axes; name them with axes={pattern: 'io'}")
-        if self.rank > min(d_in, d_out):
-            raise ValueError(f"rank {self.rank} is above min(in, out) = {min(d_in, d_out)}; write a smaller rank")
-        flip = leaf.name == "embedding"
-        a = Array("a", zeros if flip else self._init_a(d_in))
+        check_low_rank(leaf, self.rank)
+        # exactly one of the two starts at zero, and it is trained
+        flip = leaf.name == "embedding" and self.trains_a
+        a = Array("a", zeros if flip else self._init_a(d_in), trained=self.trains_a)
         b = Array("b", normal(1.0) if flip else zeros)
         sizes = (("r", self.rank),)
         equation = "r I, r O -> I O"

@@ -1,0 +1,53 @@
+"""AdaLoRA: W = W0 + s P diag(lam) Q.
+
+Zhang et al, `AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning
+<https://arxiv.org/abs/2303.10512>`_, 2023.
+"""
+
+import dataclasses
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Recipe
+from jlora._tree import Target
+from jlora.methods.base import Method, check_low_rank, check_rank, normal, zeros
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaLoRA(Method):
+    """dW = s p diag(lam) q with p (in, r), lam (r,), q (r, out): a singular value decomposition to be pruned.
+
+    lam starts at zero, p and q at N(0, 0.02^2). This is the parametrisation alone; who gets which rank is decided
+    while training.
+
+    Attributes:
+      rank: the initial r, at most min(in, out); the paper takes 1.5 times the target rank.
+      alpha: s = alpha / r with the initial r, which pruning does not change; the rank by default.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.AdaLoRA(rank=3))
+      >>> {name: array.shape for name, array in adapted.trainable["query/kernel"].items()}
+      {'p': (3, 6), 'lam': (3,), 'q': (3, 4)}
+
+    References:
+      Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023.
+    """
+
+    rank: int = 12
+    alpha: float | None = None
+    target: Target = targets.linear
+
+    def __post_init__(self) -> None:
+        check_rank(self)
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        if self.rank == 0:
+            return None
+        check_low_rank(leaf, self.rank)
+        p, lam, q = Array("p", normal(0.02)), Array("lam", zeros), Array("q", normal(0.02))
+        s = 1.0 if self.alpha is None else self.alpha / self.rank
+        return Recipe((Delta("r I, r, r O -> I O", (p, lam, q), (("r", self.rank),), s, ("r",)),))
+
+    def canonical(self) -> "AdaLoRA":
+        return dataclasses.replace(self, alpha=None)

@@ -1,0 +1,61 @@
+"""IA3: W = W0 diag(l), learned rescaling of activations.
+
+Liu et al, `Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
+<https://arxiv.org/abs/2205.05638>`_, 2022.
+"""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+import jax
+
+from jlora._axes import Leaf, is_trainable_dtype
+from jlora._network import Array, Delta, Function, Recipe, constant
+from jlora._tree import Target, shape_dtype
+from jlora.methods.base import Method
+
+
+def keys_and_values(path: str, leaf: Any) -> bool:
+    """Key and value projections: two of the three places of the paper (the third is the input of the FFN's last)."""
+    shape, dtype = shape_dtype(leaf)
+    named = re.search(r"(^|[/_.])(key|value|k|v|k_proj|v_proj)/(kernel|w|weight)$", path) is not None
+    return named and len(shape) >= 2 and is_trainable_dtype(dtype)
+
+
+def weakened(s: jax.Array, gain: jax.Array) -> jax.Array:
+    """1 + s (gain - 1): the gain at s = 1, none at s = 0."""
+    return 1 + s * (gain - 1)
+
+
+def gain(side: str, array: Array) -> Delta:
+    """A trained vector on one side, under the scale `s` of the weight."""
+    s = Array("s", constant(1.0), (), trained=False)
+    return Delta(f"{side} -> {side}", (Function(weakened, (s, array)),))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IA3(Method):
+    """W = W0 l: a trained factor for every output (or input) of a weight, one at the start.
+
+    Attributes:
+      side: `"out"` for keys and values, `"in"` for the last weight of the feed-forward network.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"key": {"kernel": jnp.ones((6, 4))}, "down": {"kernel": jnp.ones((4, 6))}}
+      >>> jlora.count(jlora.adapt(params, [jlora.IA3(), jlora.IA3(side="in", target="down/")]))
+      (8, 56)
+
+    References:
+      Liu et al, `(IA)^3 <https://arxiv.org/abs/2205.05638>`_, 2022.
+    """
+
+    side: Literal["out", "in"] = "out"
+    target: Target = keys_and_values
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        roles, letter = ("o", "O") if self.side == "out" else ("ik", "I")
+        if not leaf.axes(roles):
+            raise ValueError(f"there is no {self.side}put axis to rescale")
+        return Recipe(gain=gain(letter, Array("l", constant(1.0), leaf.sizes(roles))))

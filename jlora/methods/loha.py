@@ -1,0 +1,56 @@
+"""LoHa: dW = s (A1 B1) * (A2 B2), the elementwise product of two low-rank matrices.
+
+Hyeon-Woo et al, `FedPara: Low-rank Hadamard Product for Communication-Efficient Federated Learning
+<https://arxiv.org/abs/2108.06098>`_, 2021; Yeh et al, `Navigating Text-To-Image Customization: From LyCORIS
+Fine-Tuning to Model Evaluation <https://arxiv.org/abs/2309.14859>`_, 2023.
+"""
+
+import dataclasses
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Recipe
+from jlora._tree import Target
+from jlora.methods.base import Method, check_low_rank, check_rank, normal, zeros
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoHa(Method):
+    """dW = s (a1 b1) * (a2 b2): rank up to r^2 for the parameters of two LoRAs of rank r.
+
+    a1 and a2 start at N(0, 1), b1 at N(0, 0.1^2), b2 at zero, as LyCORIS has it.
+
+    Attributes:
+      rank: r of both products, at most min(in, out).
+      alpha: s = alpha / r; the rank by default.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoHa(rank=2))
+      >>> jlora.count(adapted)
+      (40, 64)
+
+    References:
+      Hyeon-Woo et al, `FedPara <https://arxiv.org/abs/2108.06098>`_, 2021.
+      Yeh et al, `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2023.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    target: Target = targets.attention
+
+    def __post_init__(self) -> None:
+        check_rank(self)
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        if self.rank == 0:
+            return None
+        check_low_rank(leaf, self.rank)
+        a1, b1 = Array("a1", normal(1.0)), Array("b1", normal(0.1))
+        a2, b2 = Array("a2", normal(1.0)), Array("b2", zeros)
+        s = 1.0 if self.alpha is None else self.alpha / self.rank
+        sizes = (("r", self.rank), ("s", self.rank))
+        return Recipe((Delta("r I, r O, s I, s O -> I O", (a1, b1, a2, b2), sizes, s, ("r", "s")),))
+
+    def canonical(self) -> "LoHa":
+        return dataclasses.replace(self, alpha=None)

@@ -1,0 +1,70 @@
+"""LoKr: dW = s C x (A B), a Kronecker product whose larger factor is low-rank.
+
+Yeh et al, `Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation
+<https://arxiv.org/abs/2309.14859>`_, 2023.
+"""
+
+import dataclasses
+import math
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Recipe
+from jlora._tree import Target
+from jlora.methods.base import Method, check_rank, uniform, zeros
+from jlora.methods.krona import factorize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoKr(Method):
+    """dW = s c x (a b) with c (i, o), a (j, r), b (r, p), i j = in and o p = out.
+
+    Where r is at least half of max(j, p) the second factor is whole; with `decompose_both` the first is low-rank
+    too where r is below half of max(i, o). If neither is, s is 1, as LyCORIS has it. The last factor starts at zero.
+
+    Attributes:
+      rank: r of the low-rank factors.
+      alpha: s = alpha / r; the rank by default.
+      factor: the size of the small half of each side, -1 for as near to square as divisors allow.
+      decompose_both: whether c may be low-rank too.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((64, 48))}}, jlora.LoKr(rank=2))
+      >>> {name: array.shape for name, array in adapted.trainable["query/kernel"].items()}
+      {'c': (8, 6), 'a': (2, 8), 'b': (2, 8)}
+
+    References:
+      Yeh et al, `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2023.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    factor: int = -1
+    decompose_both: bool = False
+    target: Target = targets.attention
+
+    def __post_init__(self) -> None:
+        check_rank(self)
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        if self.rank == 0:
+            return None
+        if not leaf.axes("ik") or not leaf.axes("o"):
+            raise ValueError("a Kronecker product needs input and output axes")
+        r = self.rank
+        (i, j), (o, p) = factorize(leaf.size("ik"), self.factor), factorize(leaf.size("o"), self.factor)
+        low_second = r < max(j, p) / 2
+        low_first = self.decompose_both and r < max(i, o) / 2
+        first = (Array("c1", uniform(1 / math.sqrt(i))), Array("c2", uniform(1 / math.sqrt(r))))
+        second = (Array("a", uniform(1 / math.sqrt(j))), Array("b", zeros))
+        left = "q i, q o" if low_first else "i o"
+        right = "r j, r p" if low_second else "j p"
+        words = (first if low_first else (Array("c", first[0].init),)) + (second if low_second else second[1:])
+        sizes = (("i", i), ("j", j), ("o", o), ("p", p), ("q", r), ("r", r))
+        s = 1.0 if self.alpha is None or not (low_first or low_second) else self.alpha / r
+        ranks = ("q",) * low_first + ("r",) * low_second
+        return Recipe((Delta(f"{left}, {right} -> (i j) (o p)", words, sizes, s, ranks),))
+
+    def canonical(self) -> "LoKr":
+        return dataclasses.replace(self, alpha=None)

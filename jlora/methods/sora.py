@@ -1,0 +1,54 @@
+"""SoRA: h = W0 x + s B (g * (A x)), with g driven to exact zeros.
+
+Ding et al, `Sparse Low-rank Adaptation of Pre-trained Language Models <https://arxiv.org/abs/2311.11696>`_, 2023.
+"""
+
+import dataclasses
+import math
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Recipe
+from jlora._tree import Target
+from jlora.methods.base import Method, check_low_rank, check_rank, normal, uniform, zeros
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoRA(Method):
+    """dW = s a diag(g) b with a gate g (r,); ranks whose gate is zero can be dropped without a change.
+
+    a starts as in LoRA, g at N(0, 1), b at zero. This is the parametrisation alone; the proximal step on g is the
+    optimizer's.
+
+    Attributes:
+      rank: the maximal r, at most min(in, out).
+      alpha: s = alpha / r with the maximal r; the rank by default.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.SoRA(rank=3))
+      >>> {name: array.shape for name, array in adapted.trainable["query/kernel"].items()}
+      {'a': (3, 6), 'g': (3,), 'b': (3, 4)}
+
+    References:
+      Ding et al, `SoRA <https://arxiv.org/abs/2311.11696>`_, 2023.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    target: Target = targets.linear
+
+    def __post_init__(self) -> None:
+        check_rank(self)
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        if self.rank == 0:
+            return None
+        check_low_rank(leaf, self.rank)
+        a = Array("a", uniform(1 / math.sqrt(leaf.size("ik"))))
+        g, b = Array("g", normal(1.0)), Array("b", zeros)
+        s = 1.0 if self.alpha is None else self.alpha / self.rank
+        return Recipe((Delta("r I, r, r O -> I O", (a, g, b), (("r", self.rank),), s, ("r",)),))
+
+    def canonical(self) -> "SoRA":
+        return dataclasses.replace(self, alpha=None)

@@ -1,0 +1,75 @@
+"""Tied-LoRA: h = W0 x + v * (B (u * (A x))), with A and B tied across layers.
+
+Renduchintala et al, `Tied-Lora: Enhancing parameter efficiency of LoRA with weight tying
+<https://arxiv.org/abs/2311.09578>`_, 2023.
+"""
+
+import dataclasses
+import math
+import re
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Recipe, Word, constant
+from jlora._tree import Target
+from jlora.methods.base import Init, Method, check_low_rank, check_rank, uniform, zeros
+from jlora.methods.vera import shared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiedLoRA(Method):
+    """dW = a diag(u) b diag(v): a, b one copy for all layers where tied; u (r,), v (out,) one a layer.
+
+    Weights whose paths differ in numbers alone (`layer_0/query/kernel`, `layer_1/query/kernel`) share a tied factor,
+    as do the layers of a scanned stack; its gradient sums over them. a starts as in LoRA, b at zero, u and v at one;
+    where b is frozen it starts as a does, and v at zero, so that the start is always the base.
+
+    Attributes:
+      rank: r, at most min(in, out).
+      tied: which of "a" and "b" are tied.
+      trained: which of "a", "b", "u", "v" are trained; the rest stay as they start.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {f"layer_{n}": {"query": {"kernel": jnp.ones((6, 4))}} for n in range(3)}
+      >>> jlora.count(jlora.adapt(params, jlora.TiedLoRA(rank=2)))
+      (38, 110)
+
+    References:
+      Renduchintala et al, `Tied-Lora <https://arxiv.org/abs/2311.09578>`_, 2023.
+    """
+
+    rank: int = 8
+    tied: tuple[str, ...] = ("a", "b")
+    trained: tuple[str, ...] = ("a", "b", "u", "v")
+    target: Target = targets.attention
+
+    def __post_init__(self) -> None:
+        check_rank(self)
+        object.__setattr__(self, "tied", tuple(self.tied))
+        object.__setattr__(self, "trained", tuple(self.trained))
+        if set(self.tied) - set("ab") or set(self.trained) - set("abuv"):
+            raise ValueError(
+                f"TiedLoRA(tied={self.tied}, trained={self.trained}): factors are a, b (tied or not), u, v"
+            )
+        if not {"b", "v"} & set(self.trained):
+            raise ValueError("TiedLoRA trains neither b nor v: the update would stay zero for ever")
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        if self.rank == 0:
+            return None
+        check_low_rank(leaf, self.rank)
+        group = "tied/" + re.sub(r"\d+", "#", leaf.path)
+
+        def matrix(name: str, sizes: tuple[int, ...], init: Init) -> Word:
+            if name in self.tied:
+                return shared(name, group, self.rank, sizes, init, trained=name in self.trained)
+            return Array(name, init, (self.rank, *sizes), name in self.trained)
+
+        # exactly one factor starts at zero: b, or v where b is frozen
+        a = matrix("a", leaf.sizes("ik"), uniform(1 / math.sqrt(leaf.size("ik"))))
+        frozen_b = uniform(1 / math.sqrt(self.rank))
+        b = matrix("b", leaf.sizes("o"), zeros if "b" in self.trained else frozen_b)
+        u = Array("u", constant(1.0), trained="u" in self.trained)
+        v = Array("v", constant(1.0) if "b" in self.trained else zeros, trained="v" in self.trained)
+        return Recipe((Delta("r I, r, r O, O -> I O", (a, u, b, v), (("r", self.rank),), 1.0, ("r",)),))

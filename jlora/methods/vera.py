@@ -1,0 +1,91 @@
+"""VeRA: h = W0 x + diag(b) B diag(d) A x, with A and B random, frozen and shared by all layers.
+
+Kopiczko et al, `VeRA: Vector-based Random Matrix Adaptation <https://arxiv.org/abs/2310.11454>`_, 2023.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Function, Recipe, constant
+from jlora._tree import Target
+from jlora.methods.base import Method, check_rank, zeros
+
+
+def draw(seed: int, which: int, bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A (r, n) matrix of U(-bound, bound), drawn column by column: a narrower one is the leading slice of a wider."""
+    root = jax.random.fold_in(jax.random.key(seed), which)
+    column = lambda n: jax.random.uniform(jax.random.fold_in(root, n), shape[:1], dtype, -bound, bound)
+    return jax.vmap(column, out_axes=1)(jax.numpy.arange(shape[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A (r, n) matrix in the axes of a side."""
+
+    sizes: tuple[int, ...]
+
+    def __call__(self, a: jax.Array) -> jax.Array:
+        return a.reshape(*a.shape[:1], *self.sizes)
+
+
+def shared(name: str, group: str, rank: int, sizes: tuple[int, ...], init: Any, **kind: bool) -> Function:
+    """A matrix that several weights share, seen through the axes of one of them."""
+    array = Array(name, init, (rank, math.prod(sizes)), group=group, stacked=False, **kind)
+    return Function(Side(sizes), (array,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeRA(Method):
+    """dW = a diag(d) b' diag(b): only the vectors d (r,) and b (out,) are trained.
+
+    A (r, in) and B (r, out) are drawn from a seed, one pair for every width, and shared by all weights of that
+    width; the narrower are leading slices of the wider. They are no part of a saved adapter: they are drawn again,
+    bit for bit. d starts at `d_initial`, b at zero.
+
+    Attributes:
+      rank: r, which may be large: each costs one parameter.
+      d_initial: 0.1, as in the paper.
+      seed: of the random matrices.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.VeRA(rank=16))
+      >>> {name: array.shape for name, array in adapted.trainable["query/kernel"].items()}
+      {'d': (16,), 'b': (4,)}
+
+    References:
+      Kopiczko et al, `VeRA <https://arxiv.org/abs/2310.11454>`_, 2023.
+    """
+
+    rank: int = 256
+    d_initial: float = 0.1
+    seed: int = 0
+    target: Target = targets.attention
+
+    def __post_init__(self) -> None:
+        check_rank(self)
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        if self.rank == 0:
+            return None
+        if not leaf.axes("ik") or not leaf.axes("o"):
+            raise ValueError("VeRA needs input and output axes; name them with axes={pattern: 'io'}")
+        r, n_in, n_out = self.rank, leaf.size("ik"), leaf.size("o")
+        # kaiming with a gain of sqrt(2): A's fan is the input, B's the rank
+        group = f"vera/{self.seed}/{r}"
+        a_init = functools.partial(draw, self.seed, 0, math.sqrt(6 / n_in))
+        b_init = functools.partial(draw, self.seed, 1, math.sqrt(6 / r))
+        frozen = {"trained": False, "derived": True}
+        a = shared("A", f"{group}/in {n_in}", r, leaf.sizes("ik"), a_init, **frozen)
+        big_b = shared("B", f"{group}/out {n_out}", r, leaf.sizes("o"), b_init, **frozen)
+        d, b = Array("d", constant(self.d_initial)), Array("b", zeros)
+        return Recipe((Delta("r I, r, r O, O -> I O", (a, d, big_b, b), (("r", r),)),))
+
+    def canonical(self) -> "VeRA":
+        return dataclasses.replace(self, d_initial=0.1)

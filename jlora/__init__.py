@@ -26,6 +26,7 @@ from jlora.methods import IA3 as IA3
 from jlora.methods import SSF as SSF
 from jlora.methods import AdaLoRA as AdaLoRA
 from jlora.methods import BitFit as BitFit
+from jlora.methods import DoRA as DoRA
 from jlora.methods import Full as Full
 from jlora.methods import HiRA as HiRA
 from jlora.methods import KronA as KronA

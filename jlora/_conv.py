@@ -109,23 +109,26 @@ def conv(
     check_real(x)
     if params["batch_group_count"] != 1:
         raise Refusal("a convolution with batch groups")
-    if not w.plain:
-        raise Refusal("a convolution under a gain")
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     out_axis, in_axis, *window_axes = numbers.rhs_spec
     if any(len(w.axes[n]) > 1 for n in window_axes):
         raise Refusal("a convolution over joined window axes")
     window = [w.axes[n][0] if w.axes[n] else None for n in window_axes]
-    y = bind(w.base)
+    y = bind(w.base) if w.plain else None
     flops = 0.0
     for t in w.terms:
-        if any(k is not None and not t.simple(k) for k in window) or any(o.is_base for o in t.operands):
+        if any(k is not None and not t.simple(k) for k in window):
             raise Refusal("a convolution whose window is not labelled")
         runs_in, runs_out = t.through([w.axes[in_axis]]), t.through([w.axes[out_axis]])
         if runs_in is None or runs_out is None:
             raise Refusal("a convolution across a flattened side")
         values, names = w.operands(t)
         values = [v.astype(x.dtype) for v in values]
+        if any(o.is_base for o in t.operands):
+            rest = [n for n, o in enumerate(t.operands) if not o.is_base]
+            dy = _rescaled(bind(w.base), [values[n] for n in rest], [names[n] for n in rest], runs_out[0][1], numbers)
+            y = dy if y is None else y + dy
+            continue
         xt = dropped(x, t.dropout, key) if t.dropout and key is not None else x
         with jax.named_scope("delta"):
             dy, cost = _conv_term(
@@ -140,11 +143,27 @@ def conv(
                 groups,
                 forward_mode,
             )
+        assert y is not None  # W0 stands first among the terms
         y = y + dy.reshape(y.shape).astype(y.dtype)
         flops += cost
+    assert y is not None
     dense = 2.0 * math.prod(y.shape) * math.prod(w.base.shape) / w.base.shape[out_axis]
     note(Use("factored convolution", flops, dense))
     return y
+
+
+def _rescaled(y: jax.Array, values: list[jax.Array], names: list[Labels], outs: Labels, numbers: Any) -> jax.Array:
+    """The model's own convolution times vectors on its output channels."""
+    if not all(set(ls) <= set(outs) for ls in names):
+        raise Refusal("a convolution with a product of W0 and more than output channels")
+    feature = numbers.out_spec[1]
+    size = {n: s for a, ls in zip(values, names, strict=True) for n, s in zip(ls, a.shape, strict=True)}
+    if not set(outs) <= set(size):
+        raise Refusal("a convolution with a gain that lacks an output axis")
+    axes = [f"y{n}" for n in range(y.ndim)]
+    labels = (*axes[:feature], *outs, *axes[feature + 1 :])
+    split = y.reshape(*y.shape[:feature], *(size[o] for o in outs), *y.shape[feature + 1 :])
+    return product(split, labels, values, names, labels, False).reshape(y.shape)
 
 
 def _conv_term(

@@ -185,9 +185,14 @@ def scale(adapted: Adapted, x: Any) -> Adapted:
     """
     if jnp.ndim(x) != 0:
         raise ValueError(f"scale takes a scalar, not an array of shape {jnp.shape(x)}; vmap over adapters instead")
-    scales = {d.s for site in adapted.frozen.plan.sites for d in site.recipe.deltas} | {"s"}
+    scales = {
+        place
+        for site in adapted.frozen.plan.sites
+        for place, (array, _) in site.recipe.arrays(site.leaf).items()
+        if array.scale
+    }
     factors = {
-        group: {name: (a * jnp.asarray(x, a.dtype) if name in scales else a) for name, a in named.items()}
+        group: {name: (a * jnp.asarray(x, a.dtype) if (group, name) in scales else a) for name, a in named.items()}
         for group, named in adapted.frozen.factors.items()
     }
     return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, factors=factors))

@@ -36,6 +36,7 @@ class Array:
       trained: whether it is a trainable leaf or a frozen factor.
       group: `None` for the weight's own; a name for a factor that several weights share.
       stacked: whether it carries the stack axes. One that does not enters a scan as a constant.
+      scale: whether `jlora.scale` multiplies it: at zero the weight is the base.
       derived: whether `init` makes it bit for bit without a key: it is then no part of a saved adapter.
     """
 
@@ -45,6 +46,7 @@ class Array:
     trained: bool = True
     group: str | None = None
     stacked: bool = True
+    scale: bool = False
     derived: bool = False
 
 
@@ -141,7 +143,7 @@ def _constant(value: float, key: Any, shape: tuple[int, ...], dtype: Any) -> Any
 
 def scale_of(delta: Delta) -> Array:
     """The scalar factor of a delta: data and not metadata, so that alphas share one compiled program."""
-    return Array(delta.s, constant(delta.scale), (), trained=False)
+    return Array(delta.s, constant(delta.scale), (), trained=False, scale=True)
 
 
 def _check_covers(delta: Delta, parsed: "Parsed", leaf: Leaf) -> None:

@@ -301,16 +301,16 @@ def lookup(
     base = bind(w.base)
     if count == 0:
         return w.along(atom, base, rows, drop=True).replace(axes=tuple(g for n, g in enumerate(w.axes) if n != axis))
-    if not all(t.simple(atom) for t in w.terms) or not w.plain:
+    if not all(t.simple(atom) for t in w.terms):
         raise Refusal("a lookup in a weight whose rows are not labelled")
     batch = tuple(f"row{n}" for n in range(count))
     others = [g for n, g in enumerate(w.axes) if n != axis]
-    y = base
+    y = base if w.plain else jnp.zeros_like(base)
     flops = 0.0
     for t in w.terms:
         values, names = w.operands(t)
         runs = t.through(others)
-        if runs is None or any(o.is_base for o in t.operands):
+        if runs is None:
             raise Refusal("a lookup across a flattened side")
         picked, labels = [], []
         for a, ls in zip(values, names, strict=True):

@@ -182,6 +182,8 @@ def _write_method(method: Method) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Method):
+        return _write_method(value)
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, (tuple, list)):
@@ -208,6 +210,9 @@ def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]])
         where = f"{key!r:.100} of {name}"
         if key in fields:
             hint = _hint(cls, fields[key])
+            if isinstance(value, dict) and "method" in value:  # a method within a method
+                values[key] = _read_method(value, classes)
+                continue
             values[key] = _tuples(value) if hint is Any else cast(value, hint, where)
         elif key != "method":
             raise TypeError(f"{where} is unknown; it has {', '.join(fields)}")

@@ -3,6 +3,7 @@
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.base import Method as Method
 from jlora.methods.bitfit import BitFit as BitFit
+from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.full import Full as Full
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.ia3 import IA3 as IA3

@@ -30,7 +30,7 @@ def weakened(s: jax.Array, gain: jax.Array) -> jax.Array:
 
 def gain(side: str, array: Array) -> Delta:
     """A trained vector on one side, under the scale `s` of the weight."""
-    s = Array("s", constant(1.0), (), trained=False)
+    s = Array("s", constant(1.0), (), trained=False, scale=True)
     return Delta(f"{side} -> {side}", (Function(weakened, (s, array)),))
 
 

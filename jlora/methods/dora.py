@@ -1,0 +1,165 @@
+"""DoRA: W = m (W0 + dW) / ||W0 + dW||, the norm taken over each output's column.
+
+Liu et al, `DoRA: Weight-Decomposed Low-Rank Adaptation <https://arxiv.org/abs/2402.09353>`_, 2024.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _network
+from jlora._axes import Leaf
+from jlora._contract import contract
+from jlora._network import Array, Base, Delta, Function, Labels, Recipe, constant
+from jlora._tree import Target
+from jlora.methods.base import Method, zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """1 + t (m / ||W0 + dW|| - 1), the norm from ||W0||^2 + 2 <W0, dW> + ||dW||^2 without forming W0 + dW.
+
+    float32 cancels where the result is far below ||W0||: below a tenth, the norm is taken of the sum itself. The
+    norm is a constant of the gradient, as in the paper.
+    """
+
+    leaf: Leaf  # of one layer of a stack
+    deltas: tuple[Delta, ...]
+
+    def __call__(self, *arrays: jax.Array) -> jax.Array:
+        *arrays, n0, m, t, w0 = arrays
+        w0 = w0.astype(jnp.float32)
+        out = tuple(_network.atoms(self.leaf)[n] for n in self.leaf.axes("o"))
+        terms = list(self._terms([a.astype(jnp.float32) for a in arrays]))
+        square = n0 + sum(2 * self._over(term, out, w0=w0) for term in terms)
+        square = square + sum(self._over(x, out, other=y) for x in terms for y in terms)
+        direct = lambda: jnp.sum((w0 + sum(map(self._dense, terms))) ** 2, self.leaf.axes("ik"))
+        square = lax.cond(jnp.any(square < 0.01 * n0), direct, lambda: square)
+        norm = lax.stop_gradient(jnp.sqrt(square))
+        return 1 + t * (m / jnp.where(norm > 0, norm, 1.0) - 1)
+
+    def _terms(self, arrays: list[jax.Array]) -> Any:
+        """(operands, their labels, blocks) of each delta, its scale among the operands."""
+        for delta in self.deltas:
+            parsed = _network.parse(delta, self.leaf)
+            values = []
+            for word in delta.operands:
+                count = len(word.arrays) if isinstance(word, Function) else 1
+                own, arrays = arrays[:count], arrays[count:]
+                values.append(word.fn(*own) if isinstance(word, Function) else own[0])
+            yield [*values, arrays[0]], [*parsed.operands, ()], parsed
+            arrays = arrays[1:]
+
+    def _over(self, term: Any, out: Labels, w0: Any = None, other: Any = None) -> jax.Array:
+        """The sum over input axes of dW times W0, or times another dW."""
+        values, names, parsed = term
+        made = {atom: labels for atoms, labels in parsed.blocks for atom in atoms}
+        result = tuple(dict.fromkeys(x for atom in out for x in made[atom]))
+        if w0 is not None:
+            order = [a for atoms, _ in parsed.blocks for a in atoms]
+            labels = tuple(x for _, ls in parsed.blocks for x in ls)
+            axes = _network.atoms(self.leaf)
+            w0 = lax.transpose(w0, [axes.index(a) for a in order]).reshape([parsed.sizes[x] for x in labels])
+            square = contract([w0, *values], [labels, *names], result)
+        elif other[2].blocks == parsed.blocks:
+            kept = {x for _, ls in parsed.blocks for x in ls}
+            mark = lambda ls: tuple(x if x in kept else "other " + x for x in ls)
+            square = contract([*values, *other[0]], [*names, *map(mark, other[1])], result)
+        else:
+            square = jnp.sum(self._dense(term) * self._dense(other), self.leaf.axes("ik"))
+        return square.reshape(self.leaf.sizes("o"))
+
+    def _dense(self, term: Any) -> jax.Array:
+        values, names, parsed = term
+        order = [a for atoms, _ in parsed.blocks for a in atoms]
+        dense = contract(values, names, tuple(x for _, ls in parsed.blocks for x in ls))
+        axes = _network.atoms(self.leaf)
+        dense = dense.reshape([parsed.sizes[a] for a in order])
+        return lax.transpose(dense, [order.index(a) for a in axes])
+
+
+@dataclasses.dataclass(frozen=True)
+class DoRA(Method):
+    """The direction of W0 + dW under a trained magnitude m (out,): `DoRA(LoRA(rank=8))`.
+
+    m starts at the column norms of W0, so that the start is the base; reading them takes the values of the weight.
+    `target` and `exclude` are the inner method's.
+
+    Attributes:
+      inner: a method that adds to W0: LoRA, AdaLoRA, SoRA, LoHa, LoKr, KronA, VeRA, Tied-LoRA.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+      >>> jlora.count(jlora.adapt(params, jlora.DoRA(jlora.LoRA(rank=2))))
+      (24, 48)
+
+    References:
+      Liu et al, `DoRA <https://arxiv.org/abs/2402.09353>`_, 2024.
+    """
+
+    inner: Method
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Method):
+            raise TypeError(f"DoRA takes a method, DoRA(LoRA(rank=8)), not {self.inner!r}")
+        for name in ("target", "exclude"):
+            mine, inner = _tuple(getattr(self, name)), _tuple(getattr(self.inner, name))
+            if inner != () and mine not in ("", (), inner):  # a plan keeps methods without their targets
+                raise ValueError(f"DoRA({name}={mine!r}): the {name} stands on the inner method")
+            object.__setattr__(self, name, inner)
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        inner = self.inner.recipe(leaf)
+        if inner is None:
+            return None
+        words = [w for d in inner.deltas for w in d.operands]
+        if inner.gain is not None or not inner.deltas:
+            raise ValueError(f"DoRA({self.inner.describe()}): the inner method must add to W0, not rescale it")
+        if any(isinstance(w, Base) or isinstance(w, Function) and w.base for w in words):
+            raise ValueError(f"DoRA({self.inner.describe()}): the inner update must not depend on W0")
+        kept = [n for n, role in enumerate(leaf.roles) if role != "s"]
+        roles = "".join(leaf.roles[n] for n in kept)
+        one = Leaf(leaf.path, tuple(leaf.shape[n] for n in kept), leaf.dtype, roles)
+        arrays: list[Array] = []
+        for delta in inner.deltas:
+            parsed = _network.parse(delta, one)
+            for word, labels in zip(delta.operands, parsed.operands, strict=True):
+                if isinstance(word, Array):
+                    arrays.append(dataclasses.replace(word, shape=tuple(parsed.sizes[x] for x in labels)))
+                elif isinstance(word, Function):
+                    arrays += word.arrays
+            arrays.append(_network.scale_of(delta))
+        out = leaf.sizes("o")
+        n0 = Array("n0", zeros, out, trained=False)
+        t = Array("t", constant(1.0), (), trained=False, scale=True)
+        gain = Function(Gain(one, inner.deltas), (*arrays, n0, Array("m", zeros, out), t), base=True)
+        return Recipe(inner.deltas, Delta("O -> O", (gain,)))
+
+    def initial(
+        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
+    ) -> dict[tuple[str, str], jax.Array]:
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            raise ValueError(f"DoRA on {leaf.path!r} starts from the values of the weight, and it has none")
+        arrays = self.inner.initial(leaf, dataclasses.replace(recipe, gain=None), keys, weight)
+        w0 = jnp.asarray(weight).astype(jnp.float32)
+        order = [*leaf.axes("s"), *(n for n, role in enumerate(leaf.roles) if role != "s")]
+        w0 = lax.transpose(w0, order)
+        n0 = jnp.sum(w0 * w0, tuple(n for n, k in enumerate(order) if leaf.roles[k] in "ik"))
+        norms = {"n0": n0, "m": jnp.sqrt(n0).astype(self.dtype), "t": jnp.ones(leaf.stack, jnp.float32)}
+        return arrays | {(leaf.path, name): value for name, value in norms.items()}
+
+    def canonical(self) -> "DoRA":
+        inner = dataclasses.replace(self.inner.canonical(), target=(), exclude=())
+        return dataclasses.replace(self, inner=inner, target=(), exclude=())
+
+    def describe(self) -> str:
+        return f"DoRA({self.inner.describe()})"
+
+
+def _tuple(target: Target) -> Target:
+    return tuple(target) if isinstance(target, list) else target

@@ -1,0 +1,213 @@
+"""Every method's equation against numbers from outside: files that peft wrote, and closed forms in float64 NumPy."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jlora
+
+FILES = Path(__file__).parent / "fixtures" / "peft"
+BASE = load_file(FILES / "base.safetensors")
+PARAMS = {name: {"kernel": jnp.asarray(BASE[f"{name}.weight"].T)} for name in ("lin0", "lin1")}
+KERNELS = r"lin\d/kernel$"
+
+
+def lora(f):
+    return {"a": f["lora_A.weight"], "b": f["lora_B.weight"].T}
+
+
+def lokr(f):
+    """C is (out, in) there; W2 = w2_a w2_b."""
+    return {"c": f["lokr_w1"].T, "a": f["lokr_w2_b"], "b": f["lokr_w2_a"].T}
+
+
+# file -> (method, its factors for one layer's tensors). Torch stores (out, in): the transpose of a kernel.
+GOLDEN = {
+    "lora_linear": (jlora.LoRA(rank=4, alpha=6, target=KERNELS), lora),
+    "dora_linear": (
+        jlora.DoRA(jlora.LoRA(rank=4, alpha=6, target=KERNELS)),
+        lambda f: lora(f) | {"m": f["lora_magnitude_vector"]},
+    ),
+    "adalora": (
+        jlora.AdaLoRA(rank=6, alpha=8, target=KERNELS),
+        lambda f: {"p": f["lora_A"], "lam": f["lora_E"][:, 0], "q": f["lora_B"].T},
+    ),
+    "loha_linear": (
+        jlora.LoHa(rank=4, alpha=6, target=KERNELS),
+        lambda f: {"a1": f["hada_w1_b"], "b1": f["hada_w1_a"].T, "a2": f["hada_w2_b"], "b2": f["hada_w2_a"].T},
+    ),
+    "lokr_linear": (jlora.LoKr(rank=2, alpha=3, target=KERNELS), lokr),
+    "lokr_factor": (jlora.LoKr(rank=1, alpha=3, factor=2, decompose_both=True, target=KERNELS), lokr),
+    "ia3": (
+        [jlora.IA3(target="lin0/"), jlora.IA3(side="in", target="lin1/")],
+        lambda f: {"l": f["ia3_l"].ravel()},
+    ),
+    "vera": (
+        jlora.VeRA(rank=5, target=KERNELS),
+        lambda f: {"d": f["vera_lambda_d"], "b": f["vera_lambda_b"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_against_files_of_peft(name):
+    spec, factors = GOLDEN[name]
+    tensors = load_file(FILES / name / "adapter_model.safetensors")
+    adapted = jlora.adapt(PARAMS, spec)
+    for layer in PARAMS:
+        prefix = f"base_model.model.{layer}."
+        mine = factors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        assert set(mine) == set(adapted.trainable[f"{layer}/kernel"])
+        adapted.trainable[f"{layer}/kernel"].update({k: jnp.asarray(v) for k, v in mine.items()})
+    if name == "vera":  # peft's random matrices are its own: the leading parts of one pair
+        for group, arrays in adapted.frozen.factors.items():
+            if group.startswith("vera/"):
+                n = int(group.rsplit(" ", 1)[1])
+                A, B = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+                arrays.update({k: jnp.asarray(A[:, :n] if k == "A" else B[:n].T) for k in arrays})
+    adapted = jlora.join(adapted.trainable, adapted.frozen)
+    expected = load_file(FILES / name / "expected.safetensors")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((7, 5, 12)), jnp.float32)
+    y = jlora.lift(lambda p, x: jnp.tanh(x @ p["lin0"]["kernel"]) @ p["lin1"]["kernel"])(adapted, x)
+    want = [expected[f"merged.{layer}.weight"].T for layer in ("lin0", "lin1")]
+    for layer, w in zip(PARAMS, want, strict=True):
+        np.testing.assert_allclose(jlora.merge(adapted)[layer]["kernel"], w, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(y, np.tanh(x @ want[0]) @ want[1], rtol=1e-4, atol=1e-5)
+
+
+W0 = np.random.default_rng(1).standard_normal((6, 8))
+
+# method -> dW, of its factors in float64; the scale is not one where there is one
+CLOSED = {
+    "SoRA": (jlora.SoRA(rank=2, alpha=3, target="w"), lambda a, g, b: 1.5 * (a.T * g) @ b),
+    "KronA": (jlora.KronA(factors=(3, 2), scale=0.5, target="w"), lambda a, b: 0.5 * np.kron(a, b)),
+    "LoKr": (
+        jlora.LoKr(rank=1, alpha=3, decompose_both=True, target="w"),
+        lambda c, a, b: 3 * np.kron(c, a.T @ b),
+    ),
+    "LoKr, whole": (jlora.LoKr(rank=4, alpha=3, target="w"), lambda c, b: np.kron(c, b)),
+    "LoHa": (
+        jlora.LoHa(rank=2, alpha=3, target="w"),
+        lambda a1, b1, a2, b2: 1.5 * (a1.T @ b1) * (a2.T @ b2),
+    ),
+    "HiRA": (jlora.HiRA(rank=2, alpha=3, target="w"), lambda a, b: W0 * (1.5 * a.T @ b)),
+    "IA3": (jlora.IA3(target="w"), lambda l: W0 * (l - 1)),
+    "IA3 in": (jlora.IA3(side="in", target="w"), lambda l: W0 * (l[:, None] - 1)),
+    "SSF": (jlora.SSF(target="w"), lambda gamma: W0 * (gamma - 1)),
+    "TiedLoRA": (jlora.TiedLoRA(rank=2, target="w"), lambda a, b, u, v: ((a.T * u) @ b) * v),
+    "DoRA": (
+        jlora.DoRA(jlora.LoRA(rank=2, alpha=3, target="w")),
+        lambda a, b, m: m * (W0 + 1.5 * a.T @ b) / np.linalg.norm(W0 + 1.5 * a.T @ b, axis=0) - W0,
+    ),
+    "DoRA of KronA": (
+        jlora.DoRA(jlora.KronA(factors=(3, 2), target="w")),
+        lambda a, b, m: m * (W0 + np.kron(a, b)) / np.linalg.norm(W0 + np.kron(a, b), axis=0) - W0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_against_closed_forms(name):
+    method, delta = CLOSED[name]
+    adapted = jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, method)
+    np.testing.assert_array_equal(jlora.merge(adapted)["w"], np.float32(W0), err_msg="the start is the base")
+    rng = np.random.default_rng(2)
+    move = lambda a: a + jnp.asarray(rng.standard_normal(a.shape), a.dtype)
+    adapted = jlora.join(jax.tree.map(move, adapted.trainable), adapted.frozen)
+    factors = {k: np.float64(a) for named in adapted.trainable.values() for k, a in named.items()}
+    want = W0 + delta(**factors)
+    np.testing.assert_allclose(jlora.merge(adapted)["w"], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jlora.merge(jlora.scale(adapted, 0.0))["w"], W0, rtol=1e-6)
+    x = rng.standard_normal((3, 6))
+    lifted = jlora.lift(lambda p, x: x @ p["w"])(adapted, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(lifted, x @ want, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_where_float32_cancels():
+    """||W0 + dW|| at 0.005 of ||W0||: the identity alone is wrong by 6 %."""
+    adapted = jlora.adapt({"w": jnp.eye(4)}, jlora.DoRA(jlora.LoRA(rank=4, target="w")))
+    for small in (0.05, 0.005, 0.0005):
+        trained = {"w": {"a": jnp.eye(4), "b": -(1 - small) * jnp.eye(4), "m": jnp.ones(4)}}
+        np.testing.assert_allclose(jlora.merge(jlora.join(trained, adapted.frozen))["w"], np.eye(4), atol=1e-3)
+
+
+def test_ssf_scales_and_shifts_the_output():
+    params = {"dense": {"kernel": jnp.asarray(W0, jnp.float32), "bias": jnp.arange(8.0)}}
+    adapted = jlora.adapt(params, jlora.SSF(target="dense/"))
+    gamma, beta = np.linspace(0.5, 2, 8), np.linspace(-1, 1, 8)
+    trained = {"ssf/dense": {"gamma": jnp.asarray(gamma, jnp.float32), "beta": jnp.asarray(beta, jnp.float32)}}
+    x = np.random.default_rng(3).standard_normal((5, 6))
+    f = jlora.lift(lambda p, x: x @ p["dense"]["kernel"] + p["dense"]["bias"])
+    y = f(jlora.join(trained, adapted.frozen), jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, gamma * (x @ W0 + np.arange(8)) + beta, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_gradients_sum_over_layers():
+    """One a and b for three layers, unrolled or stacked: the gradient is the sum of what each layer gives."""
+    w = jnp.asarray(np.random.default_rng(4).standard_normal((3, 6, 6)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((2, 6)), jnp.float32)
+    method = jlora.TiedLoRA(rank=2, target="w")
+    unrolled = {f"layer_{n}": {"w": w[n]} for n in range(3)}
+    one, many = jlora.adapt(w_stack := {"layer_0": {"w": w}}, method, axes={"w": "sio"}), jlora.adapt(unrolled, method)
+    assert jlora.count(one) == jlora.count(many) == (12 + 12 + 3 * (2 + 6), w.size + 48)
+    assert sum(jax.tree.leaves(jax.tree.map(jnp.size, w_stack))) == w.size
+    shared = many.trainable["tied/layer_#/w"] | {"b": jnp.ones((2, 6))}
+    scanned = lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["layer_0"]["w"])[0]
+
+    def loop(p, x):
+        for n in range(3):
+            x = jnp.tanh(x @ p[f"layer_{n}"]["w"])
+        return x
+
+    def gradient(adapted, fn):
+        loss = lambda s: jlora.lift(fn)(jlora.join({**adapted.trainable, "tied/layer_#/w": s}, adapted.frozen), x).sum()
+        return jax.grad(loss)(shared)
+
+    first, second = gradient(one, scanned), gradient(many, loop)
+    for name in ("a", "b"):
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: jlora.DoRA(jlora.IA3(target="w")), "must add to W0"),
+        (lambda: jlora.DoRA(jlora.HiRA(rank=1, target="w")), "must not depend on W0"),
+        (lambda: jlora.DoRA(jlora.DoRA(jlora.LoRA(rank=1, target="w"))), "must add to W0"),
+        (lambda: jlora.DoRA(jlora.LoRA(rank=1, target="w"), target="v"), "stands on the inner method"),
+        (lambda: jlora.KronA(factors=(4, 2), target="w"), "do not divide"),
+        (lambda: jlora.TiedLoRA(trained=("a", "u"), target="w"), "stay zero for ever"),
+        (lambda: jlora.SSF(), "layers named"),
+        (lambda: jlora.AdaLoRA(rank=7, target="w"), "above min"),
+        (lambda: jlora.VeRA(rank=-1, target="w"), "integer of at least 0"),
+    ],
+)
+def test_refused_in_words(make, words):
+    with pytest.raises(ValueError, match=words):
+        jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, make())
+
+
+@pytest.mark.parametrize("method", [m for m, _ in CLOSED.values()], ids=list(CLOSED))
+def test_saved_and_loaded(method, tmp_path):
+    params = {"w": jnp.asarray(W0, jnp.float32)}
+    adapted = jlora.adapt(params, method)
+    jlora.save(tmp_path / "x", adapted)
+    back = jlora.load(tmp_path / "x", params)
+    assert jax.tree.structure(back) == jax.tree.structure(adapted)
+    for a, b in zip(jax.tree.leaves(adapted), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_random_matrices_are_drawn_again_not_saved(tmp_path):
+    params = {"q": jnp.ones((6, 4)), "v": jnp.ones((6, 8))}
+    adapted = jlora.adapt(params, jlora.VeRA(rank=5, target="."))
+    jlora.save(tmp_path / "x", adapted)
+    assert b"vera" not in (tmp_path / "x" / "jlora.json").read_bytes()
+    back = jlora.load(tmp_path / "x", params).frozen.factors
+    narrow, wide = back["vera/0/5/out 4"]["B"], back["vera/0/5/out 8"]["B"]
+    np.testing.assert_array_equal(narrow, wide[:, :4])
+    np.testing.assert_array_equal(wide, adapted.frozen.factors["vera/0/5/out 8"]["B"])

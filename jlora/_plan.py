@@ -100,6 +100,7 @@ def resolve(
     given: list[tuple[Method, Recipe]] = []
     notes: list[str] = []
     bad: list[str] = []
+    places: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
     for index, (path, array) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
         takers = [
             n
@@ -126,7 +127,12 @@ def resolve(
             if recipe is None:
                 notes.append(f"{path}: rank 0, left as it is")
                 continue
-            recipe.arrays(leaf)
+            for place, (array, full) in recipe.arrays(leaf).items():
+                if places.setdefault(place, (full, array.trained)) != (full, array.trained):
+                    raise ValueError(
+                        f"it would share the factor {place[1]!r} of {place[0]!r}, which has shape {places[place][0]} "
+                        f"elsewhere and {full} here"
+                    )
         except ValueError as error:
             bad.append(f"{method.describe()} on {path!r} of shape {shape} ({leaf.roles}): {error}")
             continue

@@ -28,6 +28,8 @@ class Row:
       on: which weights it is for, "matrices", "vectors" or "all".
       starts_at_base: its equation gives exact zeros at the start, so that the model is the base, bit for bit.
       fits: leaf -> whether its formula makes sense for this shape.
+      in_parts: a factor may see a part of the weight alone, such as columns that the model never uses.
+      dense_on: models on which its formula has no cheap contraction, by the design.
       everywhere: whether it goes over the whole zoo; one that differs from another in numbers alone need not.
     """
 
@@ -37,6 +39,8 @@ class Row:
     on: str = "matrices"
     starts_at_base: bool = True
     fits: Callable[[Any], bool] = lambda leaf: True
+    in_parts: bool = False
+    dense_on: tuple[str, ...] = ()
     everywhere: bool = True
 
     def __repr__(self) -> str:
@@ -48,6 +52,18 @@ class Row:
 
 def low_rank(leaf: Any, rank: int = 2) -> int:
     return math.prod(leaf.stack) * rank * (leaf.size("ik") + leaf.size("o"))
+
+
+def gated(leaf: Any, rank: int = 2) -> int:
+    return low_rank(leaf, rank) + math.prod(leaf.stack) * rank
+
+
+def kronecker(leaf: Any) -> int:
+    """(i, o) and (j, p), as near to square as divisors allow."""
+    half = lambda n: max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
+    d_in, d_out = leaf.size("ik"), leaf.size("o")
+    i, o = half(d_in), half(d_out)
+    return math.prod(leaf.stack) * (i * o + d_in // i * (d_out // o))
 
 
 def in_slices(leaf: Any) -> int:
@@ -70,6 +86,59 @@ METHODS = (
         lambda target: jlora.LoRA(rank=1, alpha=2, slices=SLICES, target=target),
         in_slices,
         fits=lambda leaf: leaf.size("o") >= 3,
+        in_parts=True,
+    ),
+    Row(
+        "lora_fa",
+        lambda target: jlora.LoRAFA(rank=2, alpha=3, target=target),
+        lambda leaf: math.prod(leaf.stack) * 2 * leaf.size("o"),
+        everywhere=False,
+    ),
+    Row("adalora", lambda target: jlora.AdaLoRA(rank=2, alpha=3, target=target), gated, everywhere=False),
+    Row("sora", lambda target: jlora.SoRA(rank=2, alpha=3, target=target), gated, everywhere=False),
+    Row(
+        "loha",
+        lambda target: jlora.LoHa(rank=2, alpha=3, target=target),
+        lambda leaf: 2 * low_rank(leaf),
+        dense_on=("linen/conv_2d", "linen/ragged_experts"),
+        everywhere=False,
+    ),
+    Row(
+        "krona",
+        lambda target: jlora.KronA(scale=0.5, target=target),
+        kronecker,
+        dense_on=("linen/conv_2d", "linen/ragged_experts", "linen/tied_attend"),
+        everywhere=False,
+    ),
+    Row(
+        "vera",
+        lambda target: jlora.VeRA(rank=3, target=target),
+        lambda leaf: math.prod(leaf.stack) * (3 + leaf.size("o")),
+        dense_on=("linen/ragged_experts",),
+        everywhere=False,
+    ),
+    Row(
+        "hira",
+        lambda target: jlora.HiRA(rank=2, alpha=3, target=target),
+        low_rank,
+        dense_on=("linen/conv_2d", "linen/ragged_experts"),
+        everywhere=False,
+    ),
+    Row(
+        "ia3",
+        lambda target: jlora.IA3(target=target),
+        lambda leaf: math.prod(leaf.stack) * leaf.size("o"),
+        starts_at_base=False,  # a gain of one is no delta of zero: the last bit may differ
+        dense_on=("linen/ragged_experts",),
+        everywhere=False,
+    ),
+    Row(
+        "dora",
+        lambda target: jlora.DoRA(jlora.LoRA(rank=2, alpha=3, target=target)),
+        lambda leaf: low_rank(leaf) + math.prod(leaf.stack) * leaf.size("o"),
+        starts_at_base=False,
+        dense_on=("linen/ragged_experts",),
+        everywhere=False,
     ),
     Row("bitfit", lambda target: jlora.BitFit(target=target), lambda leaf: math.prod(leaf.shape), on="vectors"),
     Row("full", lambda target: jlora.Full(target=target), lambda leaf: math.prod(leaf.shape), on="all"),
@@ -106,14 +175,16 @@ def adapted(row: Row, case: zoo.Case, params: Any) -> jlora.Adapted:
     unfit = [s.leaf.path for s in chosen if not row.fits(s.leaf)]
     if len(unfit) == len(chosen):
         pytest.skip(f"{row.name} fits no weight of this model")
-    spec = dataclasses.replace(row.spec(case.target), exclude=lambda path, leaf: path in unfit)
+    spec = row.spec(case.target)
+    if unfit:
+        spec = dataclasses.replace(spec, exclude=lambda path, leaf: path in unfit)
     return jlora.adapt(params, spec, axes=axes)
 
 
 def moved(trainable: Any, scale: float = 0.3) -> Any:
-    """Factors away from their start, where half of them are zero. NumPy's numbers: nothing is compiled."""
+    """Factors away from their start, where half of them are zero. NumPy's numbers, and others than the zoo's."""
     leaves, treedef = jax.tree.flatten(trainable)
-    draw = lambda n, a: jnp.asarray(scale * np.random.default_rng(n).standard_normal(a.shape), a.dtype)
+    draw = lambda n, a: jnp.asarray(scale * np.random.default_rng(1000 + n).standard_normal(a.shape), a.dtype)
     return treedef.unflatten([draw(n, a) for n, a in enumerate(leaves)])
 
 

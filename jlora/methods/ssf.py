@@ -44,7 +44,8 @@ class SSF(Method):
         sizes = leaf.sizes("o")
         if not sizes:
             raise ValueError("there is no output axis to scale")
-        group = f"ssf/{leaf.path.rpartition('/')[0]}"
+        layer = leaf.path.rpartition("/")[0] if leaf.name in ("kernel", "scale", "bias") else leaf.path
+        group = f"ssf/{layer}"
         gamma = Array("gamma", constant(1.0), sizes, group=group)
         if leaf.name != "bias":
             return Recipe(gain=gain("O", gamma))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora import _table
 from jlora._network import Base, Function
@@ -88,20 +89,21 @@ class MergeReport:
 @jax.jit
 def _survival(w: Weight) -> tuple[jax.Array, jax.Array]:
     delta = w.delta()
-    kept = w.dense().astype(delta.dtype) - w.base.astype(delta.dtype)
+    # a barrier, or XLA drops the cast and its inverse together and finds that nothing is lost
+    merged = lax.optimization_barrier(w.dense())
+    kept = merged.astype(delta.dtype) - w.base.astype(delta.dtype)
     square = jnp.sum(delta * delta)
-    lost = jnp.sum((kept - delta) ** 2)
     empty = square == 0
     square = jnp.where(empty, 1.0, square)
-    share = 1 - jnp.sqrt(jnp.minimum(lost / square, 1.0))
-    return jnp.where(empty, 1.0, share), jnp.where(empty, 0.0, jnp.sqrt(lost / square))
+    share = jnp.where(empty, 1.0, jnp.sum(kept * delta) / square)
+    return share, jnp.sqrt(jnp.sum((kept - delta) ** 2) / square)
 
 
 def merge_report(adapted: Adapted) -> MergeReport:
     """For each weight, the share of its delta that survives the cast to the weight's dtype.
 
-    In bfloat16 a delta a thousand times smaller than its weight loses half of itself or more. `survives` is
-    1 - |kept - delta| / |delta|, at least 0, where `kept` is what the merged weight differs by from the base.
+    In bfloat16 a delta a thousand times smaller than its weight loses half of itself. `survives` is
+    <kept, delta> / <delta, delta>, where `kept` is what the merged weight differs by from the base.
 
     Example:
       >>> import jax.numpy as jnp, jlora

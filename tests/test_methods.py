@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -319,8 +322,24 @@ def test_merge_report_in_bfloat16(size):
     (row,) = jlora.merge_report(ad).rows
     assert row.path == "query/kernel"
     assert abs(row.relative_error - lost) < 1e-2 * lost
-    assert abs(row.survives - max(0, 1 - lost)) < 1e-2
+    assert abs(row.survives - np.sum(kept * delta) / np.sum(delta**2)) < 1e-2
     assert jlora.merge_report(settled(size=size)[0]).worst > 0.9999
+
+
+OPTIMISED = """
+import jax, jax.numpy as jnp, jlora
+w = jax.random.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16)
+fresh = jlora.adapt({"w": w}, jlora.LoRA(rank=4, target="w"))
+a, b = (jax.random.normal(jax.random.key(n), (4, 64)) for n in (1, 2))
+print(jlora.merge_report(jlora.join({"w": {"a": 5e-4 * a, "b": b}}, fresh.frozen)).worst)
+"""
+
+
+def test_merge_report_with_the_optimiser_on():
+    """Left to itself XLA drops a cast and its inverse together, and finds that nothing is lost."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", OPTIMISED], env=env, capture_output=True, text=True, check=True)
+    assert 0.3 < float(done.stdout) < 0.7  # a thousandth of the weight: half is lost in bfloat16
 
 
 def test_unmerge():

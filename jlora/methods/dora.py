@@ -31,10 +31,10 @@ class Gain:
     deltas: tuple[Delta, ...]
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
-        *arrays, n0, m, t, w0 = arrays
+        *factors, n0, m, t, w0 = arrays
         w0 = w0.astype(jnp.float32)
         out = tuple(_network.atoms(self.leaf)[n] for n in self.leaf.axes("o"))
-        terms = list(self._terms([a.astype(jnp.float32) for a in arrays]))
+        terms = list(self._terms([a.astype(jnp.float32) for a in factors]))
         square = n0 + sum(2 * self._over(term, out, w0=w0) for term in terms)
         square = square + sum(self._over(x, out, other=y) for x in terms for y in terms)
         direct = lambda: jnp.sum((w0 + sum(map(self._dense, terms))) ** 2, self.leaf.axes("ik"))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _table
+from jlora._express import express
 from jlora._network import Base, Function
 from jlora._plan import Site
-from jlora._weight import Weight, weight
+from jlora._weight import Weight
 from jlora.adapted import Adapted
 
 
@@ -29,7 +30,7 @@ def lookup(adapted: Adapted) -> Any:
 def weights(adapted: Adapted, leaves: list[Any]) -> list[Weight]:
     """The expression of every adapted weight over the base's leaves."""
     get = lookup(adapted)
-    return [weight(s.leaf, s.recipe, jnp.asarray(leaves[s.index]), get) for s in adapted.frozen.plan.sites]
+    return [express(s.leaf, s.recipe, jnp.asarray(leaves[s.index]), get) for s in adapted.frozen.plan.sites]
 
 
 def replaced(adapted: Adapted, values: list[Any]) -> Any:

@@ -114,33 +114,7 @@ def _product(
 ) -> Product | None:
     """How one term meets the activation. Axes are `(label, atoms)`, the atoms None for the activation's free axes."""
     sizes = _sizes(w, values, names)
-
-    def read(axes: Sequence[tuple[str, Labels | None]], shape: tuple[int, ...]) -> Any:
-        labels: list[str] = []
-        split: list[int] = []
-        n = 0
-        while n < len(axes):
-            name, group = axes[n]
-            if group is None:
-                labels.append(name)
-                split.append(shape[n])
-                n += 1
-                continue
-            run = [g for _, g in axes[n:]]
-            stop = next((m for m, g in enumerate(run) if g is None), len(run))
-            for count in range(1, stop + 1):  # the shortest run of axes that is a run of whole blocks
-                runs = term.through(run[:count])  # type: ignore[arg-type]
-                if runs is not None and len(runs) == 1:
-                    made = runs[0][1]
-                    labels += made
-                    split += [sizes[x] for x in made]
-                    n += count
-                    break
-            else:
-                return None
-        return tuple(labels), tuple(split)
-
-    x, y = read(x_axes, x_shape), read(y_axes, y_shape)
+    x, y = term.spelled(x_axes, x_shape, sizes), term.spelled(y_axes, y_shape, sizes)
     if x is None or y is None:
         return None
     blocks = [b for b in term.blocks if b[0]]

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
 from jlora import _merge, _ops
+from jlora._express import express
 from jlora._interpret import contractions, control, moves
 from jlora._interpret.jaxpr import bind_params, live, source
 from jlora._ops import Refusal, Use
-from jlora._weight import Weight, is_weight, weight
+from jlora._weight import Weight, is_weight
 from jlora.adapted import Adapted, stable_hash
 
 RULES = {**moves.RULES, **contractions.RULES, **control.RULES}
@@ -177,7 +178,7 @@ def call(
                 key = jax.random.fold_in(key, stable_hash(s.leaf.path))
             path = (f"{k}:{s.leaf.path}" if many else s.leaf.path) if me.watched else None
             base = bases[len(expressions)]
-            expressions.append(weight(s.leaf, s.recipe, base, get, key=key, path=path))
+            expressions.append(express(s.leaf, s.recipe, base, get, key=key, path=path))
     outs = me.run(closed.jaxpr, closed.consts, expressions, [True] * len(closed.jaxpr.outvars))
     treedef, inside, others = beside
     results = iter(me.dense(o, "output", "returned by the function") for o in outs)

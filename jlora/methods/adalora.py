@@ -8,13 +8,13 @@ import dataclasses
 
 from jlora import targets
 from jlora._axes import Leaf
-from jlora._network import Array, Delta, Recipe
+from jlora._network import Array, Delta
 from jlora._tree import Target
-from jlora.methods.base import Method, check_low_rank, check_rank, normal, zeros
+from jlora.methods.base import LowRank, normal, zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaLoRA(Method):
+class AdaLoRA(LowRank):
     """dW = s p diag(lam) q with p (in, r), lam (r,), q (r, out): a singular value decomposition to be pruned.
 
     lam starts at zero, p and q at N(0, 0.02^2). This is the parametrisation alone; who gets which rank is decided
@@ -35,19 +35,8 @@ class AdaLoRA(Method):
     """
 
     rank: int = 12
-    alpha: float | None = None
     target: Target = targets.linear
 
-    def __post_init__(self) -> None:
-        check_rank(self)
-
-    def recipe(self, leaf: Leaf) -> Recipe | None:
-        if self.rank == 0:
-            return None
-        check_low_rank(leaf, self.rank)
+    def delta(self, leaf: Leaf) -> Delta:
         p, lam, q = Array("p", normal(0.02)), Array("lam", zeros), Array("q", normal(0.02))
-        s = 1.0 if self.alpha is None else self.alpha / self.rank
-        return Recipe((Delta("r I, r, r O -> I O", (p, lam, q), (("r", self.rank),), s, ("r",)),))
-
-    def canonical(self) -> "AdaLoRA":
-        return dataclasses.replace(self, alpha=None)
+        return Delta("r I, r, r O -> I O", (p, lam, q), (("r", self.rank),), self.scale, ("r",))

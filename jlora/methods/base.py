@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._axes import Leaf
-from jlora._network import Recipe
+from jlora._network import Delta, Recipe
 from jlora._tree import Target
 
 Init: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -117,3 +117,39 @@ class Method:
     def describe(self) -> str:
         """The method's short name for tables."""
         return type(self).__name__
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(Method):
+    """A method of one delta with a rank r of at most min(in, out), and the scale s = alpha / r.
+
+    A subclass says its `delta` for a leaf.
+
+    Attributes:
+      rank: r; 0 leaves a weight alone.
+      alpha: the numerator of s; the rank by default, so that s is 1.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        check_rank(self)
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        if self.rank == 0:
+            return None
+        check_low_rank(leaf, self.rank)
+        return Recipe((self.delta(leaf),))
+
+    def delta(self, leaf: Leaf) -> Delta:
+        """The network of a weight of this shape."""
+        raise NotImplementedError
+
+    def canonical(self) -> "LowRank":
+        return dataclasses.replace(self, alpha=None)

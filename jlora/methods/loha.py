@@ -9,13 +9,13 @@ import dataclasses
 
 from jlora import targets
 from jlora._axes import Leaf
-from jlora._network import Array, Delta, Recipe
+from jlora._network import Array, Delta
 from jlora._tree import Target
-from jlora.methods.base import Method, check_low_rank, check_rank, normal, zeros
+from jlora.methods.base import LowRank, normal, zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoHa(Method):
+class LoHa(LowRank):
     """dW = s (a1 b1) * (a2 b2): rank up to r^2 for the parameters of two LoRAs of rank r.
 
     a1 and a2 start at N(0, 1), b1 at N(0, 0.1^2), b2 at zero, as LyCORIS has it.
@@ -35,22 +35,10 @@ class LoHa(Method):
       Yeh et al, `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2023.
     """
 
-    rank: int = 8
-    alpha: float | None = None
     target: Target = targets.attention
 
-    def __post_init__(self) -> None:
-        check_rank(self)
-
-    def recipe(self, leaf: Leaf) -> Recipe | None:
-        if self.rank == 0:
-            return None
-        check_low_rank(leaf, self.rank)
+    def delta(self, leaf: Leaf) -> Delta:
         a1, b1 = Array("a1", normal(1.0)), Array("b1", normal(0.1))
         a2, b2 = Array("a2", normal(1.0)), Array("b2", zeros)
-        s = 1.0 if self.alpha is None else self.alpha / self.rank
         sizes = (("r", self.rank), ("s", self.rank))
-        return Recipe((Delta("r I, r O, s I, s O -> I O", (a1, b1, a2, b2), sizes, s, ("r", "s")),))
-
-    def canonical(self) -> "LoHa":
-        return dataclasses.replace(self, alpha=None)
+        return Delta("r I, r O, s I, s O -> I O", (a1, b1, a2, b2), sizes, self.scale, ("r", "s"))

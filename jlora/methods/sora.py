@@ -8,13 +8,13 @@ import math
 
 from jlora import targets
 from jlora._axes import Leaf
-from jlora._network import Array, Delta, Recipe
+from jlora._network import Array, Delta
 from jlora._tree import Target
-from jlora.methods.base import Method, check_low_rank, check_rank, normal, uniform, zeros
+from jlora.methods.base import LowRank, normal, uniform, zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoRA(Method):
+class SoRA(LowRank):
     """dW = s a diag(g) b with a gate g (r,); ranks whose gate is zero can be dropped without a change.
 
     a starts as in LoRA, g at N(0, 1), b at zero. This is the parametrisation alone; the proximal step on g is the
@@ -34,21 +34,9 @@ class SoRA(Method):
       Ding et al, `SoRA <https://arxiv.org/abs/2311.11696>`_, 2023.
     """
 
-    rank: int = 8
-    alpha: float | None = None
     target: Target = targets.linear
 
-    def __post_init__(self) -> None:
-        check_rank(self)
-
-    def recipe(self, leaf: Leaf) -> Recipe | None:
-        if self.rank == 0:
-            return None
-        check_low_rank(leaf, self.rank)
+    def delta(self, leaf: Leaf) -> Delta:
         a = Array("a", uniform(1 / math.sqrt(leaf.size("ik"))))
         g, b = Array("g", normal(1.0)), Array("b", zeros)
-        s = 1.0 if self.alpha is None else self.alpha / self.rank
-        return Recipe((Delta("r I, r, r O -> I O", (a, g, b), (("r", self.rank),), s, ("r",)),))
-
-    def canonical(self) -> "SoRA":
-        return dataclasses.replace(self, alpha=None)
+        return Delta("r I, r, r O -> I O", (a, g, b), (("r", self.rank),), self.scale, ("r",))

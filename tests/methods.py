@@ -87,6 +87,7 @@ METHODS = (
         in_slices,
         fits=lambda leaf: leaf.size("o") >= 3,
         in_parts=True,
+        everywhere=False,
     ),
     Row(
         "lora_fa",

@@ -28,3 +28,16 @@ import pytest  # noqa: E402
 def key():
     """One key for every test, so that a failure repeats."""
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def forgotten(request):
+    """Every hundred tests, JAX forgets its compiled programs: thousands of tiny ones fill gigabytes."""
+    yield
+    done = request.config.stash.get(DONE, 0) + 1
+    request.config.stash[DONE] = done
+    if done % 100 == 0:
+        jax.clear_caches()
+
+
+DONE = pytest.StashKey[int]()

@@ -126,7 +126,8 @@ def conv(
         values = [v.astype(x.dtype) for v in values]
         if any(o.is_base for o in t.operands):
             rest = [n for n, o in enumerate(t.operands) if not o.is_base]
-            dy = _rescaled(bind(w.base), [values[n] for n in rest], [names[n] for n in rest], runs_out[0][1], numbers)
+            vectors, labels = [values[n] for n in rest], [names[n] for n in rest]
+            dy = _rescaled(bind(w.base), vectors, labels, runs_out[0][1], numbers, forward_mode)
             y = dy if y is None else y + dy
             continue
         xt = dropped(x, t.dropout, key) if t.dropout and key is not None else x
@@ -152,7 +153,9 @@ def conv(
     return y
 
 
-def _rescaled(y: jax.Array, values: list[jax.Array], names: list[Labels], outs: Labels, numbers: Any) -> jax.Array:
+def _rescaled(
+    y: jax.Array, values: list[jax.Array], names: list[Labels], outs: Labels, numbers: Any, forward_mode: bool
+) -> jax.Array:
     """The model's own convolution times vectors on its output channels."""
     if not all(set(ls) <= set(outs) for ls in names):
         raise Refusal("a convolution with a product of W0 and more than output channels")
@@ -163,7 +166,7 @@ def _rescaled(y: jax.Array, values: list[jax.Array], names: list[Labels], outs: 
     axes = [f"y{n}" for n in range(y.ndim)]
     labels = (*axes[:feature], *outs, *axes[feature + 1 :])
     split = y.reshape(*y.shape[:feature], *(size[o] for o in outs), *y.shape[feature + 1 :])
-    return product(split, labels, values, names, labels, False).reshape(y.shape)
+    return product(split, labels, values, names, labels, forward_mode).reshape(y.shape)
 
 
 def _conv_term(
@@ -178,6 +181,7 @@ def _conv_term(
     groups: int,
     forward_mode: bool,
 ) -> tuple[jax.Array, float]:
+    values, names = _chain(values, names)
     size = {n: s for a, ls in zip(values, names, strict=True) for n, s in zip(ls, a.shape, strict=True)}
     if not {*ins, *outs, *filter(None, window)} <= set(size):
         raise Refusal("a convolution along an axis that no factor carries; its letters are wrong")
@@ -209,6 +213,8 @@ def _conv_term(
             forward_mode, precision,
         )  # fmt: skip
         x = x.reshape(*x.shape[:feature], -1, *x.shape[feature + 1 + len(inner) :])
+    if any(set(names[n]) & {*ins, *filter(None, window)} for n in rest if n not in before):
+        raise Refusal("a convolution whose input side is spread over several factors")
     # 2. the window
     middle = tuple(m for m in core_labels if m not in inner and m not in window)
     n_in, n_out = math.prod(size[i] for i in inner), math.prod(size[m] for m in middle)

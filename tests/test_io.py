@@ -613,7 +613,7 @@ HOSTILE = [
     (put("rules", [7]), "a method that it does not hold"),
     (put("methods", []), "a method that it does not hold"),
     (put("methods", [1]), "'methods' of the manifest"),
-    (put("methods", 0, "method", "os.system"), "unknown method 'os.system'; this jlora has .*BitFit, Full, "),
+    (put("methods", 0, "method", "os.system"), "unknown method 'os.system'; this jlora has .*BitFit, .*Full, "),
     (put("methods", 0, "method", "Method"), "unknown method"),
     (put("methods", 0, "method", "base"), "unknown method"),
     (put("methods", 0, "method", ["LoRA"]), "unknown method"),

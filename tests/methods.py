@@ -146,7 +146,8 @@ METHODS = (
 )
 LORA = METHODS[0]
 
-# One model for each kind of use. The fast part runs LoRA on these (and once on the whole zoo), other methods on FEW.
+# One model for each kind of use. The fast part runs LoRA on these (and once on the whole zoo), other methods on
+# FAST; FEW is what a method that need not go everywhere is held to.
 SMALL = (
     "linen/mlp", "linen/bfloat16_params", "linen/dense_general", "linen/einsum", "linen/tied_attend", "linen/conv_2d",
     "linen/conv_grouped", "linen/scan_axis_1_remat", "linen/vmap_experts", "linen/ragged_experts", "linen/jit_blocks",
@@ -154,6 +155,7 @@ SMALL = (
 )  # fmt: skip
 FEW = ("linen/mlp", "linen/tied_attend", "linen/conv_2d", "linen/scan_axis_1_remat", "linen/vmap_experts",
        "linen/ragged_experts", "plain/biases", "plain/scanned_vectors")  # fmt: skip
+FAST = ("linen/mlp", "linen/scan_axis_1_remat", "plain/biases", "plain/scanned_vectors")
 CASES = {case.name: case for case in zoo.CASES}
 
 
@@ -163,7 +165,7 @@ def pairs(rows: Any = METHODS, names: Any = None, lora_on_all: bool = False) -> 
     for row in rows:
         for case in zoo.CASES if names is None else map(CASES.__getitem__, names):
             if row.takes(case) and (row.everywhere or case.name in FEW):
-                fast = case.name in (SMALL if row is LORA else FEW) or lora_on_all and row is LORA
+                fast = case.name in (SMALL if row is LORA else FAST) or lora_on_all and row is LORA
                 marks = (*case.marks, *(() if fast else (pytest.mark.slow,)))
                 made.append(pytest.param(row, case, id=f"{row.name}-{case.name}", marks=marks))
     return made

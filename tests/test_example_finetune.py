@@ -23,7 +23,7 @@ sys.path.insert(0, str(EXAMPLES))
 import bert  # noqa: E402
 import finetune  # noqa: E402
 
-safetensors = pytest.importorskip("safetensors.numpy")
+safetensors = pytest.importorskip("safetensors.numpy", reason="the checkpoints here are safetensors")
 
 PRAISE, BLAME = "good fine grand lovely".split(), "bad poor dull awful".split()
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *PRAISE, *BLAME, *"a the film plot very is so".split()]
@@ -53,7 +53,7 @@ def torch_names(params: dict) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def hf():
     """transformers' BERT of the tiny configuration, with every parameter random."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the weights are compared with its BERT")
     model = transformers.FlaxBertModel(transformers.BertConfig(**TINY), seed=1)
     rng = np.random.default_rng(0)
     noise = lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32)

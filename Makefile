@@ -10,13 +10,14 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test fast lint format types bench hooks clean
+.PHONY: help demo test fast newest lint format types bench hooks clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     fine-tune a small pretrained transformer, and print the comparison"
 	@echo "make test     the whole test suite       make fast   without the slow tests"
+	@echo "make newest   the fast part, and what a new JAX breaks first"
 	@echo "make lint     ruff, style and format     make types  pyright"
 	@echo "make format   rewrite what lint can      make bench  the timings of benchmarks/"
 	@echo "make hooks    pre-commit hooks           make clean  remove what was built"
@@ -29,6 +30,9 @@ test: $(VENV)/.test
 
 fast: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(ARGS)
+
+newest: $(VENV)/.test
+	$(PYTEST) -m "not slow or newest" $(ARGS)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

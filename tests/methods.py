@@ -146,8 +146,8 @@ METHODS = (
 )
 LORA = METHODS[0]
 
-# One model for each kind of use. The fast part runs LoRA on these (and once on the whole zoo), other methods on
-# FAST; FEW is what a method that need not go everywhere is held to.
+# One model for each kind of use. The fast part runs LoRA on these and other methods on FAST, the slow part LoRA on the
+# whole zoo; FEW is what a method that need not go everywhere is held to.
 SMALL = (
     "linen/mlp", "linen/bfloat16_params", "linen/dense_general", "linen/einsum", "linen/tied_attend", "linen/conv_2d",
     "linen/conv_grouped", "linen/scan_axis_1_remat", "linen/vmap_experts", "linen/ragged_experts", "linen/jit_blocks",
@@ -155,19 +155,25 @@ SMALL = (
 )  # fmt: skip
 FEW = ("linen/mlp", "linen/tied_attend", "linen/conv_2d", "linen/scan_axis_1_remat", "linen/vmap_experts",
        "linen/ragged_experts", "plain/biases", "plain/scanned_vectors")  # fmt: skip
-FAST = ("linen/mlp", "linen/scan_axis_1_remat", "plain/biases", "plain/scanned_vectors")
+FAST = ("linen/mlp", "plain/biases")
 CASES = {case.name: case for case in zoo.CASES}
 
 
-def pairs(rows: Any = METHODS, names: Any = None, lora_on_all: bool = False) -> list[Any]:
-    """Rows of `parametrize("row,case", ...)`, slow but on models chosen for the fast part (`lora_on_all`: or LoRA)."""
+def marks(case: zoo.Case, fast: bool, newest: bool = False) -> tuple[Any, ...]:
+    """A case's own, and what keeps it out of the fast part; `newest` brings it back on the newest JAX."""
+    late = (pytest.mark.slow, pytest.mark.newest) if newest else (pytest.mark.slow,)
+    return (*case.marks, *(() if fast else late))
+
+
+def pairs(rows: Any = METHODS, names: Any = None, fast: Any = FAST, newest: Any = None) -> list[Any]:
+    """Rows of `parametrize("row,case", ...)`: LoRA is fast on SMALL, others on `fast`, `newest` runs on new JAX too."""
     made = []
     for row in rows:
         for case in zoo.CASES if names is None else map(CASES.__getitem__, names):
             if row.takes(case) and (row.everywhere or case.name in FEW):
-                fast = case.name in (SMALL if row is LORA else FAST) or lora_on_all and row is LORA
-                marks = (*case.marks, *(() if fast else (pytest.mark.slow,)))
-                made.append(pytest.param(row, case, id=f"{row.name}-{case.name}", marks=marks))
+                kept = case.name in (SMALL if row is LORA else fast)
+                marked = marks(case, kept, row is newest)
+                made.append(pytest.param(row, case, id=f"{row.name}-{case.name}", marks=marked))
     return made
 
 

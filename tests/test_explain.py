@@ -14,7 +14,7 @@ from flax import linen as nn
 
 import jlora
 import zoo
-from methods import CASES, closed
+from methods import CASES, SMALL, closed, marks
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -217,7 +217,14 @@ READ_OTHERWISE = (
 )
 
 
-@pytest.mark.parametrize("name", [c.name for c in zoo.CASES if c.axes and not c.vectors and not c.marks])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(c.name, marks=marks(c, c.name in SMALL))
+        for c in zoo.CASES
+        if c.axes and not c.vectors and not c.marks
+    ],
+)
 def test_axes_are_read_off_the_trace(name):
     """What a case has to say of its axes by hand, `infer_axes` finds; and adapting with it makes nothing dense."""
     case = CASES[name]

@@ -122,9 +122,10 @@ def rows():
         for name, (_, params, *_) in MODELS.items():
             has_bias = "up" in params
             if (row.on != "vectors" or has_bias) and (row.everywhere or name == "mlp"):
-                slow = row is not METHODS[0] and name != "mlp"
-                marks = (pytest.mark.slow,) if slow else ()
-                yield pytest.param(row, name, id=f"{row.name}-{name}", marks=marks)
+                for kind in ("Auto", "Explicit"):
+                    slow = row is not METHODS[0] and (name, kind) != ("mlp", "Explicit")
+                    marks = (pytest.mark.slow,) if slow else ()
+                    yield pytest.param(row, name, kind, id=f"{row.name}-{name}-{kind}", marks=marks)
 
 
 def setting(row, name):
@@ -149,8 +150,7 @@ def run(f, trainable, frozen, x, **options):
     return both, c
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("row,name", list(rows()))
+@pytest.mark.parametrize("row,name,kind", list(rows()))
 def test_same_numbers_on_a_mesh(row, name, kind):
     """Batch over four devices, weights over two; the factors replicated."""
     f, trainable, frozen, places, x = setting(row, name)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import zoo
+from methods import SMALL, marks
 
 
 def names(path) -> str:
@@ -44,7 +45,7 @@ def finite(arrays) -> bool:
     return all(np.isfinite(np.asarray(x, np.float32)).all() for x in arrays if trainable(x))
 
 
-@pytest.mark.parametrize("case", [case.param for case in zoo.CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks(c, c.name in SMALL)) for c in zoo.CASES])
 def test_case(case):
     fn, params, args = case.build()
     paths = leaves(params)
@@ -74,6 +75,7 @@ def test_case(case):
     assert not set(dead) & set(chosen), f"no gradient reaches {set(dead) & set(chosen)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case.param for case in zoo.CASES if not case.marks])
 def test_building_twice_gives_the_same_values(case):
     for a, b in zip(*(jax.tree.leaves(case.build()[1]) for _ in range(2)), strict=True):

@@ -22,19 +22,5 @@ from jlora.io.orbax import export as export
 from jlora.io.orbax import load as load
 from jlora.io.orbax import save as save
 from jlora.lift import lift as lift
-from jlora.methods import IA3 as IA3
-from jlora.methods import SSF as SSF
-from jlora.methods import AdaLoRA as AdaLoRA
-from jlora.methods import BitFit as BitFit
-from jlora.methods import DoRA as DoRA
-from jlora.methods import Full as Full
-from jlora.methods import HiRA as HiRA
-from jlora.methods import KronA as KronA
-from jlora.methods import LoHa as LoHa
-from jlora.methods import LoKr as LoKr
-from jlora.methods import LoRA as LoRA
-from jlora.methods import LoRAFA as LoRAFA
-from jlora.methods import SoRA as SoRA
-from jlora.methods import TiedLoRA as TiedLoRA
-from jlora.methods import VeRA as VeRA
+from jlora.methods import *  # noqa: F403 (every method, and nothing else)
 from jlora.optim import masked as masked

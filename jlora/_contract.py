@@ -146,6 +146,24 @@ def contract(
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+    """An array with its axes split, transposed, and joined or split again; `labels` are those of the result."""
+
+    labels: Labels
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of(self, a: jax.Array) -> jax.Array:
+        return lax.transpose(a.reshape(self.split), self.order).reshape(self.shape)
+
+    def back(self, a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The inverse of `of`."""
+        a = a.reshape([self.split[n] for n in self.order])
+        return lax.transpose(a, [self.order.index(n) for n in range(len(self.order))]).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Product:
     """One network as it meets an activation: `y[out] += sum x[x] * prod operands[labels]`.
 
@@ -156,7 +174,7 @@ class Product:
       dense: labels of the network contracted to a matrix, and how that becomes the weight's own axes: the order of
         its labels, then (shape, permutation, shape).
       branch: which of the activations it takes (dropout gives a branch its own).
-      base: the place among its operands of W0 itself, -1 for none.
+      base: the place among its operands of W0 itself, -1 for none, and how W0 becomes that operand.
     """
 
     x: Labels
@@ -168,7 +186,7 @@ class Product:
     dense_shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     branch: int = 0
     base: int = -1
-    base_shape: tuple[int, ...] = ()
+    view: View | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +222,8 @@ def matrix(product: Product, operands: Sequence[jax.Array], dtype: Any, precisio
 
 def _with_base(product: Product, base: jax.Array, operands: Sequence[jax.Array]) -> list[jax.Array]:
     full = list(operands)
-    if product.base >= 0:
-        full.insert(product.base, base.reshape(product.base_shape))
+    if product.view is not None:
+        full.insert(product.base, product.view.of(base))
     return full
 
 
@@ -294,7 +312,8 @@ def _gradients(
                 **(_like(target) if n != p.base else {}),
             )
             if n == p.base:
-                dbase = _sum(dbase, part, target)
+                assert p.view is not None
+                dbase = _sum(dbase, p.view.back(part, target.shape), target)
             else:
                 grads.append(part.astype(target.dtype))
                 place += 1
@@ -367,8 +386,8 @@ def cost(dot: Dot, xs: Sequence[Any], base: Any, operands: Sequence[Any]) -> tup
     factored = dense = 0.0
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
         shapes = [tuple(a.shape) for a in ops]
-        if p.base >= 0:
-            shapes.insert(p.base, p.base_shape)
+        if p.view is not None:
+            shapes.insert(p.base, p.view.shape)
         x_shape = p.x_shape
         factored += plan((p.x, *p.operands), (x_shape, *shapes), p.out)[1]
         dense += plan(p.operands, tuple(shapes), p.dense)[1] + math.prod(p.dense_shape[-1])

@@ -1,7 +1,8 @@
 """From a recipe and its arrays to the expression of one weight."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from jax import lax
 from jlora import _network
 from jlora._axes import Leaf
 from jlora._network import Array, Base, Delta, Labels, Recipe
-from jlora._weight import Operand, Term, Weight
+from jlora._term import Operand, Term
+from jlora._weight import Weight
 
 
 def express(
@@ -43,51 +45,46 @@ def express(
         front = stack if any(stacks) else ()
         return Operand(tuple(a for a, _ in got), w.fn, stacks, front + labels)
 
-    def term(delta: Delta, scale: bool, rename: str = "") -> Term:
-        parsed = _network.parse(delta, leaf)
+    def term(delta: Delta, flat: str, rename: str = "") -> Term:
+        parsed = _network.parse(delta, leaf, flat)
         mark = lambda ls: tuple(x if x in names else rename + x for x in ls)
         operands = tuple(word(w, mark(ls)) for w, ls in zip(delta.operands, parsed.operands, strict=True))
-        if scale:
-            operands += (word(_network.scale_of(delta), ()),)
         return Term(operands, tuple((a, mark(m)) for a, m in parsed.blocks), delta.dropout)
 
-    terms = tuple(term(d, True) for d in recipe.deltas)
-    if recipe.gain is not None:
-        gain = term(recipe.gain, False, rename="gain ").operands
-        identity = tuple(((a,), (a,)) for a in names)
-        terms = (Term((Operand((), None, (), ()),), identity, 0.0), *terms)
-        sizes = {a: n for d in recipe.deltas for a, n in _network.parse(d, leaf).sizes.items()}
-        terms = tuple(
-            dataclasses.replace(t, operands=(*t.operands, *(_regrouped(o, t, sizes) for o in gain))) for t in terms
-        )
-    if not any(t.dropout for t in terms):
-        key = None
-    elif key is not None and leaf.stack:
-        key = jax.random.split(key, leaf.stack)
-    return Weight(
+    def added(delta: Delta) -> Term:
+        made = term(delta, "IO")
+        return dataclasses.replace(made, operands=(*made.operands, word(_network.scale_of(delta), ())))
+
+    made = Weight(
         base=base,
-        terms=terms,
-        key=key,
+        terms=tuple(map(added, recipe.deltas)),
+        key=None,
         axes=tuple((a,) for a in names),
         sizes=tuple(zip(names, leaf.shape, strict=True)),
-        plain=recipe.gain is None,
-        key_labels=stack if key is not None else (),
+        plain=True,
+        key_labels=(),
         path=path,
     )
-
-
-def _regrouped(gain: Operand, term: Term, sizes: Mapping[str, int]) -> Operand:
-    """A gain in the letters of a product whose side is flat: `O` becomes the `(o p)` of a Kronecker product."""
-    if gain.is_base:
-        return gain
-    for atoms, made in term.blocks:
-        if atoms == made or not set(atoms) & set(gain.labels):
+    if recipe.gain is not None:
+        sizes = [_network.parse(d, leaf).sizes for d in recipe.deltas]
+        made = _rescaled(made, term(recipe.gain, "IO", "gain ").operands, sizes)
+    for delta, flat, prefix in ((recipe.left, "II", "left "), (recipe.right, "OO", "right ")):
+        if delta is None:
             continue
-        n = gain.labels.index(atoms[0])
-        if gain.labels[n : n + len(atoms)] != atoms:
-            raise ValueError(f"a gain on part of a side that {made} makes as a whole")
-        value = gain.value()
-        shape = (*value.shape[:n], *(sizes[m] for m in made), *value.shape[n + len(atoms) :])
-        labels = (*gain.labels[:n], *made, *gain.labels[n + len(atoms) :])
-        gain = Operand((value.reshape(shape),), None, (), labels)
-    return gain
+        t, sizes = term(delta, flat, prefix), _network.parse(delta, leaf, flat).sizes
+        *_, (side, rows), (_, columns) = t.blocks
+        makes, meets = (rows, columns) if delta is recipe.left else (columns, rows)
+        made = made.times(side, t.operands, tuple((x, sizes[x.removeprefix(prefix)]) for x in meets), makes)
+    if key is None or not any(t.dropout for t in made.terms):
+        return made
+    return made.replace(key=jax.random.split(key, leaf.stack) if leaf.stack else key, key_labels=stack)
+
+
+def _rescaled(w: Weight, gain: Sequence[Operand], sizes: Sequence[Mapping[str, int]]) -> Weight:
+    """Every product times a gain; where a side is flat, its `O` becomes the `(o p)` of a Kronecker product."""
+    terms = []
+    for t, size in zip((w := w.factored()).terms, ({}, *sizes), strict=True):
+        flat = [(atoms, tuple((x, size[x]) for x in made)) for atoms, made in t.blocks if atoms != made]
+        regrouped = [o if o.is_base else functools.reduce(lambda o, side: o.shown(*side), flat, o) for o in gain]
+        terms.append(dataclasses.replace(t, operands=(*t.operands, *regrouped)))
+    return w.replace(terms=tuple(terms))

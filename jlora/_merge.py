@@ -9,8 +9,6 @@ from jax import lax
 
 from jlora import _table
 from jlora._express import express
-from jlora._network import Base, Function
-from jlora._plan import Site
 from jlora._weight import Weight
 from jlora.adapted import Adapted
 
@@ -130,12 +128,6 @@ class Unmerged(NamedTuple):
     drift: dict[str, float]
 
 
-def _additive(site: Site) -> bool:
-    words = [w for d in site.recipe.deltas for w in d.operands]
-    reads = any(isinstance(w, Base) or isinstance(w, Function) and w.base for w in words)
-    return site.recipe.gain is None and not reads
-
-
 def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
     """Subtracts an adapter from merged parameters, for when the base is no longer at hand.
 
@@ -155,7 +147,7 @@ def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
       >>> drift
       {'query/kernel': 0.0}
     """
-    bad = [s.leaf.path for s in adapted.frozen.plan.sites if not _additive(s)]
+    bad = [s.leaf.path for s in adapted.frozen.plan.sites if not s.recipe.additive]
     if bad:
         raise ValueError(f"the update of {bad[:5]} depends on W0 itself and cannot be subtracted; keep the base")
     leaves, treedef = jax.tree.flatten(merged)

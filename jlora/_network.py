@@ -1,11 +1,12 @@
 """The words of the algebra: arrays, functions of arrays, and the equation that makes them a change of a weight.
 
-    W = gain * (W0 + sum of deltas)
+    W = L (gain * (W0 + sum of deltas)) R
 
 Each delta is a network: operands whose axes carry labels, and one einsum-like equation such as `r I, r O -> I O`.
 `I` stands for all input axes of the kernel, `O` for all output axes, `K` for a convolution's window where an
 equation names it (else the window belongs to `I`); other letters are the method's own. A side in parentheses,
-`i o, j p -> (i j) (o p)`, is one flat axis made of several letters. Stack axes are never written: every operand
+`i o, j p -> (i j) (o p)`, is one flat axis made of several letters. `L` turns the input side, `R` the output side:
+`b m n -> (b m) (b n)` is a matrix in blocks, its rows and its columns. Stack axes are never written: every operand
 that is not shared carries them in front.
 
 Everything here is static: hashable, comparable, no array in sight.
@@ -96,10 +97,32 @@ class Delta:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one weight is computed: `gain * (W0 + sum of deltas)`."""
+    """How one weight is computed: `L (gain * (W0 + sum of deltas)) R`.
+
+    Attributes:
+      deltas: what is added to W0.
+      gain: what multiplies that, element by element, on the axes that it names.
+      left: a matrix of input rows, `-> (rows) (columns)`; its columns meet the input side.
+      right: a matrix of output columns; its rows meet the output side.
+    """
 
     deltas: tuple[Delta, ...] = ()
     gain: Delta | None = None
+    left: Delta | None = None
+    right: Delta | None = None
+
+    @property
+    def additive(self) -> bool:
+        """Whether it adds to W0 something that W0 has no part in."""
+        words = [w for d in self.deltas for w in d.operands]
+        reads = any(isinstance(w, Base) or isinstance(w, Function) and w.base for w in words)
+        return not reads and self.gain is self.left is self.right is None
+
+    @property
+    def networks(self) -> tuple[tuple[Delta, str], ...]:
+        """Every network, and the sides that its groups in parentheses stand for."""
+        others = ((self.gain, "IO"), (self.left, "II"), (self.right, "OO"))
+        return (*((d, "IO") for d in self.deltas), *((d, sides) for d, sides in others if d is not None))
 
     def arrays(self, leaf: Leaf) -> dict[tuple[str, str], tuple[Array, tuple[int, ...]]]:
         """Every stored array as `{(group, name): (array, full shape)}`, the scale of each delta among them."""
@@ -113,8 +136,8 @@ class Recipe:
                 raise ValueError(f"{place[0]!r} would hold {array.name!r} in two shapes, {found[place][1]} and {full}")
             found[place] = (array, full)
 
-        for delta in (*self.deltas, *((self.gain,) if self.gain else ())):
-            parsed = parse(delta, leaf)
+        for delta, sides in self.networks:
+            parsed = parse(delta, leaf, sides)
             for word, labels in zip(delta.operands, parsed.operands, strict=True):
                 if isinstance(word, Array):
                     add(word, word.shape or tuple(parsed.sizes[x] for x in labels))
@@ -122,7 +145,7 @@ class Recipe:
                     for array in word.arrays:
                         assert array.shape is not None, f"{array.name}: an array inside a Function needs a shape"
                         add(array, array.shape)
-            if delta is not self.gain:
+            if delta in self.deltas:
                 _check_covers(delta, parsed, leaf)
                 if scales.setdefault(delta.s, delta.scale) != delta.scale:
                     raise ValueError(
@@ -176,8 +199,8 @@ def atoms(leaf: Leaf) -> Labels:
     return tuple(f"{role}{n}" for n, role in enumerate(leaf.roles))
 
 
-def parse(delta: Delta, leaf: Leaf) -> Parsed:
-    """Reads an equation for the shape of one leaf."""
+def parse(delta: Delta, leaf: Leaf, flat: str = "IO") -> Parsed:
+    """Reads an equation for the shape of one leaf; `flat` says the sides of its groups in parentheses."""
     names = atoms(leaf)
     window = "K" in delta.equation
     sides = {
@@ -190,11 +213,10 @@ def parse(delta: Delta, leaf: Leaf) -> Parsed:
     expand = lambda letter: sides.get(letter, (letter,))
     operands = tuple(tuple(x for letter in operand.split() for x in expand(letter)) for operand in left.split(","))
     blocks: list[tuple[Labels, Labels]] = [((names[n],), (names[n],)) for n in leaf.axes("s")]
-    plain = [s for s in ("I", "O") if s in right.split()]
-    flat = [s for s in ("I", "O") if s not in plain]  # the sides that groups stand for, in before out
+    todo = [s for s in flat if s not in right.split()]
     for token in re.findall(r"\([^)]*\)|\S+", right):
         if token.startswith("("):
-            side, labels = sides[flat.pop(0)], tuple(token[1:-1].split())
+            side, labels = sides[todo.pop(0)], tuple(token[1:-1].split())
             if math.prod(sizes[a] for a in side) != math.prod(sizes[x] for x in labels):
                 raise ValueError(f"{leaf.path!r} of shape {leaf.shape}: {token} of {delta.equation!r} does not fit it")
             blocks.append((side, labels))

@@ -16,7 +16,8 @@ from jax import lax
 
 from jlora._contract import Dot, Product, cost, explicit_mesh, rule
 from jlora._network import Labels
-from jlora._weight import Term, Weight
+from jlora._term import Term
+from jlora._weight import Weight
 
 
 class Refusal(Exception):
@@ -133,7 +134,7 @@ def _product(
         dense_shape=(first, tuple(order.index(a) for a in w.atoms), tuple(w.base.shape)),
         branch=branch,
         base=base,
-        base_shape=tuple(w.size[a] for a in w.atoms) if base >= 0 else (),
+        view=w.view(term.operands[base]) if base >= 0 else None,
     )
 
 

@@ -1,14 +1,13 @@
 """A frozen weight with its networks: the expression that stands where the array stood.
 
-    W = gain * (W0 + sum of deltas)
+    W = L (gain * (W0 + sum of deltas)) R
 
-The gain is multiplied out, so that W is W0 (once, or inside the products that contain it) plus a sum of products.
+Gain, L and R are multiplied out, so that W is W0 (once, or inside the products that contain it) plus a sum of products.
 W0 is moved by the very operations of the model; each product follows by relabelling. What cannot be said in labels
 turns one product, never the whole expression, into a dense one.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,122 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._contract import contract
-from jlora._network import Blocks, Labels
+from jlora._contract import View, contract
+from jlora._network import Labels
+from jlora._term import Operand, Sides, Term
 
 _static = lambda: dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """A labelled array, or a function of arrays that share leading stack labels; no array at all stands for W0."""
-
-    arrays: tuple[jax.Array, ...]
-    fn: Callable[..., Any] | None = _static()
-    stacks: tuple[Labels, ...] = _static()
-    labels: Labels = _static()
-
-    @property
-    def is_base(self) -> bool:
-        return not self.arrays
-
-    def pending(self, label: str) -> bool:
-        """Whether `label` is an axis that a function has yet to make."""
-        return self.fn is not None and label in self.labels and not any(label in s for s in self.stacks)
-
-    def value(self) -> jax.Array:
-        if self.fn is None:
-            return self.arrays[0]
-        fn = self.fn
-        stack = dict.fromkeys(x for s in self.stacks for x in s)
-        for label in reversed(stack):
-            fn = jax.vmap(fn, in_axes=tuple(0 if label in s else None for s in self.stacks))
-        with jax.named_scope("delta"):
-            return fn(*self.arrays)
-
-    def forced(self) -> "Operand":
-        return self if self.fn is None else Operand((self.value(),), None, (), self.labels)
-
-    def axes(self, label: str) -> list[int | None]:
-        """Where each array carries a label."""
-        if self.fn is None:
-            return [self.labels.index(label) if label in self.labels else None for _ in self.arrays]
-        return [s.index(label) if label in s else None for s in self.stacks]
-
-    def dropped(self, label: str, arrays: tuple[Any, ...]) -> "Operand":
-        """The same word after `label` was indexed away."""
-        without = lambda ls: tuple(x for x in ls if x != label)
-        return Operand(arrays, self.fn, tuple(map(without, self.stacks)), without(self.labels))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """A product of operands; `blocks` says which axes of the weight its labels make."""
-
-    operands: tuple[Operand, ...]
-    blocks: Blocks = _static()
-    dropout: float = _static()
-
-    def simple(self, atom: str) -> bool:
-        """Whether an axis of the weight is simply one label of this product."""
-        return ((atom,), (atom,)) in self.blocks
-
-    def through(self, axes: Sequence[Labels]) -> list[tuple[int, Labels]] | None:
-        """Reads axes, in order, as runs of whole blocks: (how many axes, the labels they make), or None."""
-        runs: list[tuple[int, Labels]] = []
-        todo = list(axes)
-        while todo:
-            count, group = 1, todo[0]
-            while (labels := self._whole(group)) is None:
-                if count == len(todo):
-                    return None
-                group += todo[count]
-                count += 1
-            runs.append((count, labels))
-            todo = todo[count:]
-        return runs
-
-    def spelled(
-        self, axes: Sequence[tuple[str, Labels | None]], shape: tuple[int, ...], sizes: Mapping[str, int]
-    ) -> tuple[Labels, tuple[int, ...]] | None:
-        """Labels and sizes of an array that meets the weight, None where one of its axes cuts a block.
-
-        An axis is `(its label, None)` where it is the array's own, `(any, atoms)` where it stands for the weight's.
-        """
-        labels: list[str] = []
-        split: list[int] = []
-        n = 0
-        while n < len(axes):
-            label, group = axes[n]
-            if group is None:
-                labels.append(label)
-                split.append(shape[n])
-                n += 1
-                continue
-            run = [g for _, g in itertools.takewhile(lambda axis: axis[1] is not None, axes[n:])]
-            # the shortest run of axes that is a run of whole blocks
-            lengths = (k for k in range(1, len(run) + 1) if self.through(run[:k]) is not None)  # type: ignore[arg-type]
-            count = next(lengths, None)
-            if count is None:
-                return None
-            made = [x for _, ms in self.through(run[:count]) or () for x in ms]  # type: ignore[arg-type]
-            labels += made
-            split += [sizes[x] for x in made]
-            n += count
-        return tuple(labels), tuple(split)
-
-    def _whole(self, group: Labels) -> Labels | None:
-        labels: Labels = ()
-        while group:
-            for atoms, made in self.blocks:
-                if atoms and group[: len(atoms)] == atoms:
-                    labels, group = labels + made, group[len(atoms) :]
-                    break
-            else:
-                return None
-        return labels
 
 
 @jax.tree_util.register_dataclass
@@ -168,11 +56,27 @@ class Weight:
 
     # --- values -----------------------------------------------------------------------------------------------
 
-    def operands(self, term: Term, base: jax.Array | None = None) -> tuple[list[jax.Array], list[Labels]]:
-        """Values and labels; W0, where a product contains it, is split into its atoms."""
-        base = self.base if base is None else base
-        values = [base.reshape([self.size[a] for a in self.atoms]) if o.is_base else o.value() for o in term.operands]
-        return values, [self.atoms if o.is_base else o.labels for o in term.operands]
+    def view(self, o: Operand) -> View:
+        """W0 as an operand: split into its atoms, or where it shows a side under other labels, into those."""
+        shown = {a: side for side in o.sides for a in side[0]}
+        order, labels, shape = [], [], []
+        for a in self.atoms:
+            atoms, made = shown.get(a, ((a,), ((a, self.size[a]),)))
+            if a == atoms[0]:
+                order += atoms
+                labels += [label for label, _ in made]
+                shape += [size for _, size in made]
+        split = tuple(self.size[a] for a in self.atoms)
+        return View(tuple(labels), split, tuple(self.atoms.index(a) for a in order), tuple(shape))
+
+    def operands(self, term: Term) -> tuple[list[jax.Array], list[Labels]]:
+        """Values and labels; W0, where a product contains it, in its `view`."""
+        values, labels = [], []
+        for o in term.operands:
+            view = self.view(o) if o.is_base else None
+            values.append(o.value() if view is None else view.of(self.base))
+            labels.append(o.labels if view is None else view.labels)
+        return values, labels
 
     def matrix(self, term: Term, dtype: Any) -> jax.Array:
         """The dense dW of one product, its axes the atoms in their present order."""
@@ -308,6 +212,7 @@ class Weight:
     def _split(self, atom: str, outer: int) -> "Weight":
         """`atom` becomes `(atom, atom')` with `atom` of size `outer`."""
         inner, size = atom + "'", self.size[atom] // outer
+        after = lambda atoms: tuple(x for a in atoms for x in ((a, inner) if a == atom else (a,)))
 
         def word(o: Operand) -> Operand:
             if atom not in o.labels:
@@ -326,12 +231,34 @@ class Weight:
                     blocks += [((atom,), (atom,)), ((inner,), (inner,))]
                     operands = tuple(map(word, operands))
                 else:
-                    n = atoms.index(atom) + 1 if atom in atoms else 0
-                    blocks.append(((*atoms[:n], inner, *atoms[n:]) if n else atoms, made))
+                    blocks.append((after(atoms), made))
+            operands = tuple(
+                dataclasses.replace(o, sides=tuple((after(atoms), made) for atoms, made in o.sides)) for o in operands
+            )
             terms.append(dataclasses.replace(t, operands=operands, blocks=tuple(blocks)))
         sizes = tuple((a, outer if a == atom else n) for a, n in self.sizes) + ((inner, size),)
         axes = tuple(tuple(x for a in g for x in ((a, inner) if a == atom else (a,))) for g in self.axes)
         return self.replace(terms=tuple(terms), sizes=sizes, axes=axes)
+
+    # --- products -----------------------------------------------------------------------------------------------
+
+    def factored(self) -> "Weight":
+        """The same weight with W0 inside a product, so that operands can be put beside it."""
+        if not self.plain:
+            return self
+        w0 = Term((Operand((), None, (), ()),), tuple(((a,), (a,)) for a in self.atoms), 0.0)
+        return self.replace(terms=(w0, *self.terms), plain=False)
+
+    def times(self, side: Labels, operands: Sequence[Operand], meets: Sides, makes: Labels) -> "Weight":
+        """A matrix on one side: its labels `meets` are the side as it was, `makes` the side as it is now."""
+        me, terms = self.factored(), []
+        for t in me.terms:
+            if not all(t.simple(a) for a in side):
+                t = me.flattened(t)
+            shown = tuple(o.shown(side, meets) for o in t.operands)
+            blocks = tuple(b for b in t.blocks if b[0][0] not in side)
+            terms.append(Term((*shown, *operands), (*blocks, (side, makes)), t.dropout))
+        return me.replace(terms=tuple(terms))
 
 
 def wide(dtype: Any) -> Any:

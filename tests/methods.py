@@ -66,6 +66,12 @@ def kronecker(leaf: Any) -> int:
     return math.prod(leaf.stack) * (i * o + d_in // i * (d_out // o))
 
 
+def rotated(leaf: Any) -> int:
+    """n (n - 1) / 2 for each of in / n blocks, n the largest divisor up to 24."""
+    n = max(n for n in range(1, 25) if leaf.size("ik") % n == 0)
+    return math.prod(leaf.stack) * leaf.size("ik") * (n - 1) // 2
+
+
 def in_slices(leaf: Any) -> int:
     """Two slices of 1 and 2 columns, rank 1, each with factors of its own."""
     return math.prod(leaf.stack) * (2 * leaf.size("ik") + 3)
@@ -123,6 +129,20 @@ METHODS = (
         lambda target: jlora.HiRA(rank=2, alpha=3, target=target),
         low_rank,
         dense_on=("linen/conv_2d", "linen/ragged_experts"),
+        everywhere=False,
+    ),
+    Row(
+        "oft",
+        lambda target: jlora.OFT(block=24, target=target),
+        rotated,
+        starts_at_base=False,  # the identity as a matrix: a product with it may round
+        dense_on=("linen/conv_2d", "linen/ragged_experts", "linen/tied_attend"),
+        everywhere=False,
+    ),
+    Row(
+        "sum",
+        lambda target: jlora.Sum(jlora.LoRA(rank=1), jlora.LoRAFA(rank=2, alpha=3), target=target),
+        lambda leaf: low_rank(leaf, 1) + math.prod(leaf.stack) * 2 * leaf.size("o"),
         everywhere=False,
     ),
     Row(

@@ -1,5 +1,6 @@
 """Every method's equation against numbers from outside: files that peft wrote, and closed forms in float64 NumPy."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -81,6 +82,29 @@ def test_against_files_of_peft(name):
 
 W0 = np.random.default_rng(1).standard_normal((6, 8))
 
+
+def dora(update):
+    """m (W0 + dW) / ||W0 + dW||; the norm is taken where it is told, as it is a constant of the gradient."""
+
+    def delta(m, at=None, **factors):
+        fixed = {k: v for k, v in (at or factors).items() if k != "m"}
+        return m * (W0 + update(**factors)) / np.linalg.norm(W0 + update(**fixed), axis=0) - W0
+
+    return delta
+
+
+def rotation(q, n):
+    """(I + Q) (I - Q)^-1, block by block."""
+    whole = np.zeros((6, 6))
+    for block, above in enumerate(q):
+        skew, eye, at = np.zeros((n, n)), np.eye(n), slice(block * n, (block + 1) * n)
+        skew[np.triu_indices(n, 1)] = above
+        skew -= skew.T
+        whole[at, at] = (eye + skew) @ np.linalg.inv(eye - skew)
+    np.testing.assert_allclose(whole @ whole.T, np.eye(6), atol=1e-12)
+    return whole
+
+
 # method -> dW, of its factors in float64; the scale is not one where there is one
 CLOSED = {
     "SoRA": (jlora.SoRA(rank=2, alpha=3, target="w"), lambda a, g, b: 1.5 * (a.T * g) @ b),
@@ -99,13 +123,21 @@ CLOSED = {
     "IA3 in": (jlora.IA3(side="in", target="w"), lambda l: W0 * (l[:, None] - 1)),
     "SSF": (jlora.SSF(target="w"), lambda gamma: W0 * (gamma - 1)),
     "TiedLoRA": (jlora.TiedLoRA(rank=2, target="w"), lambda a, b, u, v: ((a.T * u) @ b) * v),
-    "DoRA": (
-        jlora.DoRA(jlora.LoRA(rank=2, alpha=3, target="w")),
-        lambda a, b, m: m * (W0 + 1.5 * a.T @ b) / np.linalg.norm(W0 + 1.5 * a.T @ b, axis=0) - W0,
+    "DoRA": (jlora.DoRA(jlora.LoRA(rank=2, alpha=3, target="w")), dora(lambda a, b: 1.5 * a.T @ b)),
+    "DoRA of KronA": (jlora.DoRA(jlora.KronA(factors=(3, 2), target="w")), dora(np.kron)),
+    "OFT": (jlora.OFT(block=3, target="w"), lambda q: rotation(q, 3) @ W0 - W0),
+    "OFT, whole": (jlora.OFT(block=6, target="w"), lambda q: rotation(q, 6) @ W0 - W0),
+    "Sum": (
+        jlora.Sum(jlora.LoRA(rank=2, alpha=3), jlora.Sum(jlora.LoRA(rank=1), jlora.KronA(factors=(3, 2))), target="w"),
+        lambda a, b, a_2, b_2, a_3, b_3: 1.5 * a.T @ b + a_3.T @ b_3 + np.kron(a_2, b_2),
     ),
-    "DoRA of KronA": (
-        jlora.DoRA(jlora.KronA(factors=(3, 2), target="w")),
-        lambda a, b, m: m * (W0 + np.kron(a, b)) / np.linalg.norm(W0 + np.kron(a, b), axis=0) - W0,
+    "Sum under a gain": (
+        jlora.Sum(jlora.IA3(), jlora.LoRA(rank=2), target="w"),
+        lambda l, a, b: l * (W0 + a.T @ b) - W0,
+    ),
+    "Sum under a rotation": (
+        jlora.Sum(jlora.LoHa(rank=2), jlora.OFT(block=2), target="w"),
+        lambda a1, b1, a2, b2, q: rotation(q, 2) @ (W0 + (a1.T @ b1) * (a2.T @ b2)) - W0,
     ),
 }
 
@@ -123,8 +155,17 @@ def test_against_closed_forms(name):
     np.testing.assert_allclose(jlora.merge(adapted)["w"], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jlora.merge(jlora.scale(adapted, 0.0))["w"], W0, rtol=1e-6)
     x = rng.standard_normal((3, 6))
-    lifted = jlora.lift(lambda p, x: x @ p["w"])(adapted, jnp.asarray(x, jnp.float32))
+    f = jlora.lift(lambda p, x: x @ p["w"])
+    x32, c = jnp.asarray(x, jnp.float32), rng.standard_normal((3, 8))
+    lifted, pull = jax.vjp(lambda t: f(jlora.join(t, adapted.frozen), x32), adapted.trainable)
     np.testing.assert_allclose(lifted, x @ want, rtol=1e-4, atol=1e-4)
+    grads = {k: np.float64(g) for named in pull(jnp.asarray(c, jnp.float32))[0].values() for k, g in named.items()}
+    fixed = {"at": factors} if name.startswith("DoRA") else {}
+    for k, grad in grads.items():  # along one direction for each factor, by central differences in float64
+        d = rng.standard_normal(grad.shape)
+        at = lambda h, k=k, d=d: np.sum(c * (x @ delta(**(factors | {k: factors[k] + h * d}), **fixed)))
+        slope = (at(1e-5) - at(-1e-5)) / 2e-5
+        assert abs(slope - np.sum(grad * d)) < 1e-4 * np.linalg.norm(grad) * np.linalg.norm(d) + 1e-6, k
 
 
 def test_dora_where_float32_cancels():
@@ -177,6 +218,12 @@ def test_tied_gradients_sum_over_layers():
     [
         (lambda: jlora.DoRA(jlora.IA3(target="w")), "must add to W0"),
         (lambda: jlora.DoRA(jlora.HiRA(rank=1, target="w")), "must not depend on W0"),
+        (lambda: jlora.DoRA(jlora.OFT(target="w")), "must add to W0"),
+        (lambda: jlora.OFT(block=1, target="w"), "at least two"),
+        (lambda: jlora.Sum(jlora.LoRA(rank=1), jlora.KronA()), "matches no leaf"),
+        (lambda: jlora.Sum(jlora.LoRA(target="w"), jlora.KronA(target="v")), "unlike targets"),
+        (lambda: jlora.Sum(jlora.IA3(), jlora.IA3(), target="w"), "both methods have a gain"),
+        (lambda: jlora.Sum(jlora.DoRA(jlora.LoRA(rank=1, target="w")), jlora.KronA(), target="w"), "write DoRA\\(Sum"),
         (lambda: jlora.DoRA(jlora.DoRA(jlora.LoRA(rank=1, target="w"))), "must add to W0"),
         (lambda: jlora.DoRA(jlora.LoRA(rank=1, target="w"), target="v"), "stands on the inner method"),
         (lambda: jlora.KronA(factors=(4, 2), target="w"), "do not divide"),
@@ -211,3 +258,59 @@ def test_random_matrices_are_drawn_again_not_saved(tmp_path):
     narrow, wide = back["vera/0/5/out 4"]["B"], back["vera/0/5/out 8"]["B"]
     np.testing.assert_array_equal(narrow, wide[:, :4])
     np.testing.assert_array_equal(wide, adapted.frozen.factors["vera/0/5/out 8"]["B"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Everything(jlora.methods.Method):
+    """L (gain * (W0 + dW)) R, with a rectangular number of blocks on either side."""
+
+    def recipe(self, leaf):
+        word = lambda name, *shape: jlora.network.Array(name, jlora.methods.base.normal(1.0), shape or None)
+        side = lambda name, blocks, n: jlora.network.Delta(
+            "b m n -> (b m) (b n)", (word(name, blocks, n, n),), (("b", blocks), ("m", n), ("n", n))
+        )
+        lora = jlora.network.Delta("r I, r O -> I O", (word("a"), word("b")), (("r", 2),), 0.7)
+        kron = jlora.network.Delta(
+            "i o, j p -> (i j) (o p)", (word("c"), word("d")), (("i", 3), ("o", 2), ("j", 2), ("p", 4)), 1.3, s="t"
+        )
+        gain = jlora.network.Delta("O -> O", (word("g"),))
+        return jlora.network.Recipe((lora, kron), gain, side("l", 2, 3), side("r", 4, 2))
+
+
+def test_every_word_at_once():
+    """Values and gradients in float64 NumPy, through a weight that was transposed and split."""
+    adapted = jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, Everything(target="w"))
+    f = {k: np.float64(a) for k, a in adapted.trainable["w"].items()}
+
+    def weight(a, b, c, d, g, l, r):
+        L, R = np.zeros((6, 6)), np.zeros((8, 8))
+        for n in range(2):
+            L[3 * n : 3 * n + 3, 3 * n : 3 * n + 3] = l[n]
+        for n in range(4):
+            R[2 * n : 2 * n + 2, 2 * n : 2 * n + 2] = r[n]
+        return L @ (g * (W0 + 0.7 * a.T @ b + 1.3 * np.kron(c, d))) @ R
+
+    np.testing.assert_allclose(jlora.merge(adapted)["w"], weight(**f), rtol=1e-4, atol=1e-4)
+    rng = np.random.default_rng(6)
+    models = {
+        "plain": (lambda p, x: x @ p["w"], (4, 6), lambda x, w: x @ w),
+        "turned": (lambda p, x: jnp.einsum("to,oi->ti", x, p["w"].T), (4, 8), lambda x, w: x @ w.T),
+        "split": (
+            lambda p, x: jnp.einsum("tki,kio->to", x, p["w"].reshape(2, 3, 8)),
+            (4, 2, 3),
+            lambda x, w: np.einsum("tki,kio->to", x, w.reshape(2, 3, 8)),
+        ),
+        "cut": (lambda p, x: x @ p["w"][1:5], (3, 4), lambda x, w: x @ w[1:5]),
+        "rows": (lambda p, x: p["w"][jnp.array([3, 0, 3])] * x, (3, 8), lambda x, w: w[[3, 0, 3]] * x),
+    }
+    for name, (fn, shape, want) in models.items():
+        x = rng.standard_normal(shape)
+        run = lambda t, fn=fn, x=x: jlora.lift(fn)(jlora.join(t, adapted.frozen), jnp.asarray(x, jnp.float32))
+        y, pull = jax.vjp(run, adapted.trainable)
+        np.testing.assert_allclose(y, want(x, weight(**f)), rtol=1e-4, atol=1e-3, err_msg=name)
+        c = rng.standard_normal(y.shape)
+        for k, grad in pull(jnp.asarray(c, jnp.float32))[0]["w"].items():
+            d, grad = rng.standard_normal(grad.shape), np.float64(grad)
+            at = lambda h, k=k, d=d, x=x, c=c, want=want: np.sum(c * want(x, weight(**(f | {k: f[k] + h * d}))))
+            slope = (at(1e-5) - at(-1e-5)) / 2e-5
+            assert abs(slope - np.sum(grad * d)) < 1e-4 * np.linalg.norm(grad) * np.linalg.norm(d), (name, k)

@@ -1,4 +1,6 @@
-"""Methods: one small file each, its paper's equation first."""
+"""Methods: one small file each, its paper's equation first. A line here makes one part of `jlora` itself."""
+
+from typing import TYPE_CHECKING
 
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.base import Method as Method
@@ -12,7 +14,12 @@ from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.lora_fa import LoRAFA as LoRAFA
+from jlora.methods.oft import OFT as OFT
 from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.ssf import SSF as SSF
+from jlora.methods.sum import Sum as Sum
 from jlora.methods.tied import TiedLoRA as TiedLoRA
 from jlora.methods.vera import VeRA as VeRA
+
+if not TYPE_CHECKING:  # checkers export `X as X`; at run time the modules would be exported too
+    __all__ = [name for name, value in globals().items() if isinstance(value, type)]

@@ -14,7 +14,7 @@ from jax import lax
 from jlora import _network
 from jlora._axes import Leaf
 from jlora._contract import contract
-from jlora._network import Array, Base, Delta, Function, Labels, Recipe, constant
+from jlora._network import Array, Delta, Function, Labels, Recipe, constant
 from jlora._tree import Target
 from jlora.methods.base import Method, zeros
 
@@ -117,11 +117,11 @@ class DoRA(Method):
         inner = self.inner.recipe(leaf)
         if inner is None:
             return None
-        words = [w for d in inner.deltas for w in d.operands]
-        if inner.gain is not None or not inner.deltas:
-            raise ValueError(f"DoRA({self.inner.describe()}): the inner method must add to W0, not rescale it")
-        if any(isinstance(w, Base) or isinstance(w, Function) and w.base for w in words):
-            raise ValueError(f"DoRA({self.inner.describe()}): the inner update must not depend on W0")
+        if not inner.additive:
+            raise ValueError(
+                f"DoRA({self.inner.describe()}): the inner method must add to W0, not rescale or turn it, and what it "
+                "adds must not depend on W0"
+            )
         kept = [n for n, role in enumerate(leaf.roles) if role != "s"]
         roles = "".join(leaf.roles[n] for n in kept)
         one = Leaf(leaf.path, tuple(leaf.shape[n] for n in kept), leaf.dtype, roles)

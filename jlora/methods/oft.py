@@ -1,0 +1,70 @@
+"""OFT: W = R W0, with R block-diagonal and orthogonal, R = (I + Q) (I - Q)^-1 for skew Q (Cayley).
+
+Qiu et al, `Controlling Text-to-Image Diffusion by Orthogonal Finetuning <https://arxiv.org/abs/2306.07280>`_, 2023.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Function, Recipe, constant
+from jlora._tree import Target
+from jlora.methods.base import Method, zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Cayley:
+    """(I + Q) (I - Q)^-1 in blocks of n, for Q = s (U - U^T) with U strictly upper triangular, filled from q."""
+
+    n: int
+
+    def __call__(self, s: jax.Array, q: jax.Array) -> jax.Array:
+        above = jnp.zeros((len(q), self.n, self.n), jnp.float32)
+        above = above.at[(slice(None), *np.triu_indices(self.n, 1))].set(s * q.astype(jnp.float32))
+        skew, eye = above - above.mT, jnp.eye(self.n)
+        # I + Q and (I - Q)^-1 commute, and I - Q is never singular: Q's eigenvalues are imaginary
+        return jnp.linalg.solve(eye - skew, eye + skew)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OFT(Method):
+    """W = R W0: inputs are rotated in blocks, so that angles between neurons, the paper's energy, stay as they were.
+
+    q (blocks, n (n - 1) / 2) holds what stands above the diagonal of each block of Q, row by row. It starts at zero,
+    where R is the identity. `jlora.scale` multiplies Q: at zero it is the base.
+
+    Attributes:
+      block: n, the size of a block, at most: the largest divisor of the input width up to it is taken.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.OFT(block=3))
+      >>> {name: array.shape for name, array in adapted.trainable["query/kernel"].items()}
+      {'q': (2, 3)}
+
+    References:
+      Qiu et al, `OFT <https://arxiv.org/abs/2306.07280>`_, 2023.
+    """
+
+    block: int = 32
+    target: Target = targets.attention
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block, int) or self.block < 2:
+            raise ValueError(f"OFT(block={self.block!r}): a block holds at least two inputs")
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        if not leaf.axes("ik") or not leaf.axes("o"):
+            raise ValueError("a rotation of the inputs needs input and output axes")
+        d_in = leaf.size("ik")
+        n = max(n for n in range(1, self.block + 1) if d_in % n == 0)
+        if n == 1:
+            raise ValueError(f"no block from 2 to {self.block} divides the input width {d_in}; write OFT(block={d_in})")
+        q = Array("q", zeros, (d_in // n, n * (n - 1) // 2))
+        s = Array("s", constant(1.0), (), trained=False, scale=True)
+        rotation = Function(Cayley(n), (s, q))
+        return Recipe(left=Delta("b m n -> (b m) (b n)", (rotation,), (("b", d_in // n), ("m", n), ("n", n))))

@@ -1,0 +1,130 @@
+"""Two methods on one weight: W = W0 + dW1 + dW2."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Function, Recipe, Word
+from jlora.methods.base import Method
+
+Place = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(Method):
+    """Both updates of `Sum(LoRA(rank=8), KronA())`, each with factors of its own; three nest.
+
+    One of the two may rescale or turn the weight: it then acts on the sum, `gain * (W0 + dW1 + dW2)`. Factors of
+    the second are named `a_2` where the first has an `a`.
+
+    Attributes:
+      first: a method.
+      second: another, or the same with other hyperparameters.
+      target: that of the two methods, which must be one, unless it is said here.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+      >>> adapted = jlora.adapt(params, jlora.Sum(jlora.LoRA(rank=2), jlora.LoRA(rank=1)))
+      >>> {name: array.shape for name, array in adapted.trainable["query/kernel"].items()}
+      {'a': (2, 6), 'b': (2, 4), 'a_2': (1, 6), 'b_2': (1, 4)}
+    """
+
+    first: Method
+    second: Method
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.first, Method) or not isinstance(self.second, Method):
+            raise TypeError(f"Sum takes two methods, Sum(LoRA(rank=8), KronA()), not {self.first!r}, {self.second!r}")
+        for name in ("target", "exclude"):
+            if getattr(self, name) not in ("", ()):
+                continue
+            one, other = (_said(method, name) for method in (self.first, self.second))
+            if one is not None and other is not None and one != other:
+                raise ValueError(f"Sum: the two methods have unlike {name}s, {one!r} and {other!r}; write one")
+            chosen = one if one is not None else other if other is not None else getattr(self.first, name)
+            object.__setattr__(self, name, chosen)
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        first, second = self.first.recipe(leaf), self.second.recipe(leaf)
+        if first is None or second is None:
+            return first or second
+        second = renamed(second, _names(first, second, leaf), leaf.path)
+        for word in ("gain", "left", "right"):
+            if getattr(first, word) and getattr(second, word):
+                raise ValueError(f"Sum: both methods have a {word}, and their order would matter")
+        if not (first.additive or second.additive):
+            raise ValueError("Sum: neither method simply adds to W0")
+        for recipe in (first, second):
+            if recipe.gain is not None and any(isinstance(w, Function) and w.base for w in recipe.gain.operands):
+                raise ValueError("Sum: a norm of one update would rescale both; write DoRA(Sum(m1, m2))")
+        return Recipe(
+            (*first.deltas, *second.deltas),
+            first.gain or second.gain,
+            first.left or second.left,
+            first.right or second.right,
+        )
+
+    def initial(
+        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
+    ) -> dict[Place, jax.Array]:
+        first, second = self.first.recipe(leaf), self.second.recipe(leaf)
+        arrays = {} if first is None else self.first.initial(leaf, first, keys, weight)
+        if second is None:
+            return arrays
+        names = {} if first is None else _names(first, second, leaf)
+
+        def place(group: str, name: str) -> Place:
+            return group, names.get((group, name), name)
+
+        found = self.second.initial(leaf, second, lambda *at: keys(*place(*at)), weight)
+        return arrays | {place(*at): value for at, value in found.items()}
+
+    def canonical(self) -> "Sum":
+        bare = lambda m: dataclasses.replace(m.canonical(), target=(), exclude=())
+        return dataclasses.replace(self, first=bare(self.first), second=bare(self.second))
+
+    def describe(self) -> str:
+        return f"{self.first.describe()} + {self.second.describe()}"
+
+
+def _said(method: Method, name: str) -> Any:
+    """A target that somebody wrote, None where it is the method's default."""
+    default = next(f.default for f in dataclasses.fields(method) if f.name == name)
+    value = getattr(method, name)
+    return None if value == default or value == () else tuple(value) if isinstance(value, list) else value
+
+
+def _names(first: Recipe, second: Recipe, leaf: Leaf) -> dict[Place, str]:
+    """New names for those factors of the second recipe that the first has, too."""
+    mine, theirs = set(first.arrays(leaf)), second.arrays(leaf)
+    taken, names = mine | set(theirs), dict[Place, str]()
+    for group, name in theirs:
+        if (group, name) in mine:
+            n = next(n for n in itertools.count(2) if (group, f"{name}_{n}") not in taken)
+            names[group, name] = f"{name}_{n}"
+            taken.add((group, names[group, name]))
+    return names
+
+
+def renamed(recipe: Recipe, names: dict[Place, str], path: str) -> Recipe:
+    """A recipe whose factors have other names; `path` is the group of its own."""
+
+    def array(a: Array) -> Array:
+        return dataclasses.replace(a, name=names.get((a.group or path, a.name), a.name))
+
+    def word(w: Word) -> Word:
+        if isinstance(w, Array):
+            return array(w)
+        return dataclasses.replace(w, arrays=tuple(map(array, w.arrays))) if isinstance(w, Function) else w
+
+    def delta(d: Delta | None) -> Any:
+        if d is None:
+            return None
+        return dataclasses.replace(d, operands=tuple(map(word, d.operands)), s=names.get((path, d.s), d.s))
+
+    return Recipe(tuple(map(delta, recipe.deltas)), delta(recipe.gain), delta(recipe.left), delta(recipe.right))

@@ -72,6 +72,26 @@ def rotated(leaf: Any) -> int:
     return math.prod(leaf.stack) * leaf.size("ik") * (n - 1) // 2
 
 
+def tucker(leaf: Any) -> int:
+    """What a core (2, 2, window) adds, or a window that belongs to the input side."""
+    k = math.prod(leaf.sizes("k"))
+    return 4 * k if leaf.axes("k") else 0
+
+
+def lokr(leaf: Any) -> int:
+    """c (i, o), and a (j, 2), b (2, p) with a core on a convolution; whole where 2 is no low rank."""
+    half = lambda n: max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
+    d_in, d_out, k = leaf.size("i"), leaf.size("o"), math.prod(leaf.sizes("k"))
+    i, o = half(d_in), half(d_out)
+    j, p = d_in // i, d_out // o
+    second = tucker(leaf) + 2 * (j + p) if max(j, p) > 4 else j * k * p
+    return math.prod(leaf.stack) * (i * o + second)
+
+
+def narrow(leaf: Any) -> int:
+    return min(leaf.size("ik"), leaf.size("o"))
+
+
 def in_slices(leaf: Any) -> int:
     """Two slices of 1 and 2 columns, rank 1, each with factors of its own."""
     return math.prod(leaf.stack) * (2 * leaf.size("ik") + 3)
@@ -143,6 +163,27 @@ METHODS = (
         "sum",
         lambda target: jlora.Sum(jlora.LoRA(rank=1), jlora.LoRAFA(rank=2, alpha=3), target=target),
         lambda leaf: low_rank(leaf, 1) + math.prod(leaf.stack) * 2 * leaf.size("o"),
+        everywhere=False,
+    ),
+    Row(
+        "lokr_tucker",
+        lambda target: jlora.LoKr(rank=2, alpha=3, tucker=True, target=target),
+        lokr,
+        dense_on=("linen/conv_2d", "linen/ragged_experts", "linen/tied_attend"),
+        everywhere=False,
+    ),
+    Row(
+        "loha_tucker",
+        lambda target: jlora.LoHa(rank=2, alpha=3, tucker=True, target=target),
+        lambda leaf: 2 * math.prod(leaf.stack) * (tucker(leaf) + 2 * (leaf.size("i") + leaf.size("o"))),
+        dense_on=("linen/conv_2d", "linen/ragged_experts"),
+        everywhere=False,
+    ),
+    Row(
+        "randlora",
+        lambda target: jlora.RandLoRA(rank=2, alpha=3, target=target),
+        lambda leaf: math.prod(leaf.stack) * -(-narrow(leaf) // 2) * (2 + narrow(leaf)),
+        dense_on=("linen/ragged_experts", "linen/conv_2d"),
         everywhere=False,
     ),
     Row(

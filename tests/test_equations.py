@@ -1,6 +1,7 @@
 """Every method's equation against numbers from outside: files that peft wrote, and closed forms in float64 NumPy."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -105,6 +106,14 @@ def rotation(q, n):
     return whole
 
 
+def randlora(lam, gam):
+    """A sum of two products (6 = 4 + 2 narrow inputs, rank 4) over bases of unit variance."""
+    frozen = jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, jlora.RandLoRA(rank=4, target="w")).frozen.factors
+    A, B = (np.float64(v) for k in sorted(frozen) if k != "w" for v in frozen[k].values())
+    assert A.shape == (4, 6) and B.shape == (8, 8)
+    return 1.5 * sum((gam[n][:, None] * A.T) @ (lam[:, n][:, None] * B[4 * n : 4 * n + 4]) for n in range(2))
+
+
 # method -> dW, of its factors in float64; the scale is not one where there is one
 CLOSED = {
     "SoRA": (jlora.SoRA(rank=2, alpha=3, target="w"), lambda a, g, b: 1.5 * (a.T * g) @ b),
@@ -114,6 +123,7 @@ CLOSED = {
         lambda c, a, b: 3 * np.kron(c, a.T @ b),
     ),
     "LoKr, whole": (jlora.LoKr(rank=4, alpha=3, target="w"), lambda c, b: np.kron(c, b)),
+    "RandLoRA": (jlora.RandLoRA(rank=4, alpha=6, target="w"), randlora),
     "LoHa": (
         jlora.LoHa(rank=2, alpha=3, target="w"),
         lambda a1, b1, a2, b2: 1.5 * (a1.T @ b1) * (a2.T @ b2),
@@ -166,6 +176,158 @@ def test_against_closed_forms(name):
         at = lambda h, k=k, d=d: np.sum(c * (x @ delta(**(factors | {k: factors[k] + h * d}), **fixed)))
         slope = (at(1e-5) - at(-1e-5)) / 2e-5
         assert abs(slope - np.sum(grad * d)) < 1e-4 * np.linalg.norm(grad) * np.linalg.norm(d) + 1e-6, k
+
+
+def test_krona_with_a_residual():
+    """W0 + s (A x B) + s_res I, on a square weight."""
+    w0 = jnp.asarray(np.random.default_rng(1).standard_normal((6, 6)), jnp.float32)
+    adapted = jlora.adapt({"w": w0}, jlora.KronA(factors=(3, 2), scale=0.5, residual=True, target="w"))
+    np.testing.assert_array_equal(jlora.merge(adapted)["w"], w0)
+    f = {"a": np.ones((3, 2)), "b": np.arange(6.0).reshape(2, 3), "s_res": np.float64(-0.7)}
+    assert set(f) == set(adapted.trainable["w"])
+    trained = {"w": {k: jnp.asarray(v, jnp.float32) for k, v in f.items()}}
+    adapted, x = jlora.join(trained, adapted.frozen), np.random.default_rng(2).standard_normal((3, 6))
+    want = w0 + 0.5 * np.kron(f["a"], f["b"]) - 0.7 * np.eye(6)
+    np.testing.assert_allclose(jlora.merge(adapted)["w"], want, rtol=1e-5, atol=1e-5)
+    y = jlora.lift(lambda p, x: x @ p["w"])(adapted, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, x @ want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(jlora.merge(jlora.scale(adapted, 0))["w"], w0)
+
+
+KERNEL = np.random.default_rng(8).standard_normal((3, 2, 4, 6))  # HWIO
+
+# on a convolution: (method, its kernel's dW from factors in float64)
+WINDOWS = {
+    "LoKr": (
+        jlora.LoKr(rank=1, alpha=3, target="w"),
+        lambda c, a, b: 3 * np.einsum("io,rjhw,rp->hwijop", c, a, b).reshape(KERNEL.shape),
+    ),
+    "LoKr, Tucker": (
+        jlora.LoKr(rank=1, alpha=3, tucker=True, target="w"),
+        lambda c, t, a, b: 3 * np.einsum("io,urhw,rj,up->hwijop", c, t, a, b).reshape(KERNEL.shape),
+    ),
+    "LoHa, Tucker": (
+        jlora.LoHa(rank=2, alpha=3, tucker=True, target="w"),
+        lambda t1, a1, b1, t2, a2, b2: (
+            1.5 * np.einsum("urhw,ri,uo->hwio", t1, a1, b1) * np.einsum("urhw,ri,uo->hwio", t2, a2, b2)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_convolutions_against_closed_forms(name):
+    method, delta = WINDOWS[name]
+    adapted = jlora.adapt({"w": jnp.asarray(KERNEL, jnp.float32)}, method, axes={"w": "kkio"})
+    rng = np.random.default_rng(2)
+    move = lambda a: a + jnp.asarray(rng.standard_normal(a.shape), a.dtype)
+    adapted = jlora.join(jax.tree.map(move, adapted.trainable), adapted.frozen)
+    want = KERNEL + delta(**{k: np.float64(a) for k, a in adapted.trainable["w"].items()})
+    np.testing.assert_allclose(jlora.merge(adapted)["w"], want, rtol=1e-5, atol=1e-5)
+    f = lambda p, x: jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = jnp.asarray(rng.standard_normal((2, 5, 4, 4)), jnp.float32)
+    y = jlora.lift(f)(adapted, x)
+    np.testing.assert_allclose(y, f({"w": jnp.asarray(want, jnp.float32)}, x), rtol=1e-4, atol=1e-3)
+
+
+def test_lokr_on_convolutions_against_a_file_of_peft():
+    """Its window belongs to the second factor; torch has (out, in, window)."""
+    tensors = load_file(FILES / "lokr_conv" / "adapter_model.safetensors")
+    expected = load_file(FILES / "lokr_conv" / "expected.safetensors")
+    params = {name: {"kernel": jnp.asarray(BASE[f"{name}.weight"].transpose(2, 3, 1, 0))} for name in ("conv", "conv1")}
+    adapted = jlora.adapt(params, jlora.LoKr(rank=1, alpha=3, target="kernel"))
+    trained = {}
+    for name in params:
+        f = {k.rsplit(".", 1)[1]: v for k, v in tensors.items() if f".{name}." in k}
+        shapes = {k: v.shape for k, v in adapted.trainable[f"{name}/kernel"].items()}
+        mine = {"c": f["lokr_w1"].T, "a": f["lokr_w2_b"], "b": f["lokr_w2_a"].T}
+        if "a" not in shapes:  # peft decomposes a 2 x 4 factor at rank 1; so do we
+            raise AssertionError(shapes)
+        trained[f"{name}/kernel"] = {k: jnp.asarray(v.reshape(shapes[k])) for k, v in mine.items()}
+    merged = jlora.merge(jlora.join(trained, adapted.frozen))
+    for name in params:
+        want = expected[f"merged.{name}.weight"].transpose(2, 3, 1, 0)
+        np.testing.assert_allclose(merged[name]["kernel"], want, rtol=2e-5, atol=2e-6)
+
+
+def transformer(layers, **shapes):
+    """Shapes of a stack of layers, no values."""
+    one = {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in shapes.items()}
+    return {f"layer_{n}": one for n in range(layers)}
+
+
+ROBERTA_BASE = transformer(12, query=(768, 768), value=(768, 768))
+ROBERTA_LARGE = transformer(24, query=(1024, 1024), value=(1024, 1024))
+DEBERTA_BASE = transformer(
+    12, query=(768, 768), key=(768, 768), value=(768, 768), out=(768, 768), up=(768, 3072), down=(3072, 768)
+)
+DEBERTA_XXL = transformer(48, query=(1536, 1536), value=(1536, 1536))
+GPT3 = transformer(96, query=(12288, 12288), value=(12288, 12288))
+LLAMA2 = transformer(32, qkv=(4096, 3 * 4096))
+
+# Trained parameters as the papers print them (but VeRA's large r=16: its formula L (d + r) gives 49.9 K, its table has
+# 49.5): (tree, method, printed, in units of)
+PRINTED = {
+    "LoRA, GPT-3 r=1": (GPT3, jlora.LoRA(rank=1), 4.7, 1e6),
+    "LoRA, GPT-3 r=8": (GPT3, jlora.LoRA(rank=8), 37.7, 1e6),
+    "LoRA, RoBERTa-base r=8": (ROBERTA_BASE, jlora.LoRA(rank=8), 0.3, 1e6),
+    "LoRA, RoBERTa-large r=8": (ROBERTA_LARGE, jlora.LoRA(rank=8), 0.8, 1e6),
+    "LoRA, DeBERTa-XXL r=16": (DEBERTA_XXL, jlora.LoRA(rank=16), 4.7, 1e6),
+    "AdaLoRA's LoRA r=8": (DEBERTA_BASE, jlora.LoRA(rank=8, target="kernel"), 1.33, 1e6),
+    "AdaLoRA's LoRA r=2": (DEBERTA_BASE, jlora.LoRA(rank=2, target="kernel"), 0.33, 1e6),
+    "VeRA's LoRA, base r=1": (ROBERTA_BASE, jlora.LoRA(rank=1), 36.8, 1e3),
+    "VeRA's LoRA, base r=16": (ROBERTA_BASE, jlora.LoRA(rank=16), 589.8, 1e3),
+    "VeRA's LoRA, base r=256": (ROBERTA_BASE, jlora.LoRA(rank=256), 9437.1, 1e3),
+    "VeRA's LoRA, large r=1": (ROBERTA_LARGE, jlora.LoRA(rank=1), 98.3, 1e3),
+    "VeRA's LoRA, large r=256": (ROBERTA_LARGE, jlora.LoRA(rank=256), 25165.8, 1e3),
+    "VeRA, base r=1": (ROBERTA_BASE, jlora.VeRA(rank=1), 18.4, 1e3),
+    "VeRA, base r=16": (ROBERTA_BASE, jlora.VeRA(rank=16), 18.8, 1e3),
+    "VeRA, base r=256": (ROBERTA_BASE, jlora.VeRA(rank=256), 24.5, 1e3),
+    "VeRA, large r=1": (ROBERTA_LARGE, jlora.VeRA(rank=1), 49.2, 1e3),
+    "VeRA, large r=256": (ROBERTA_LARGE, jlora.VeRA(rank=256), 61.4, 1e3),
+    "Tied-LoRA, TL5": (LLAMA2, jlora.TiedLoRA.tl5(target="qkv"), 131_072, 1),
+    "Tied-LoRA, TL6": (LLAMA2, jlora.TiedLoRA.tl6(target="qkv"), 524_544, 1),
+    "Tied-LoRA's LoRA": (LLAMA2, jlora.TiedLoRA(tied=(), trained=("a", "b"), target="qkv"), 4_194_304, 1),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_counts_that_papers_print(name):
+    """To half a unit of the last digit printed, or cut there: some tables round, some cut."""
+    params, method, printed, unit = PRINTED[name]
+    trained = jax.eval_shape(lambda: jlora.adapt(params, method)).trainable
+    count = sum(x.size for x in jax.tree.leaves(trained)) / unit
+    digits = len(repr(printed).partition(".")[2]) if isinstance(printed, float) else 0
+    assert printed in (round(count, digits), math.floor(count * 10**digits) / 10**digits), count
+
+
+def test_tied_lora_contains_lora_and_vera():
+    """Untied it is LoRA; tied, with trained vectors over random matrices, VeRA: values and gradients."""
+    params, x = {"w": jnp.asarray(W0, jnp.float32)}, jnp.asarray(np.random.default_rng(3).standard_normal((5, 6)))
+    f = jlora.lift(lambda p, x: jnp.sin(x @ p["w"]).sum())
+
+    gradient = lambda t, z: jax.grad(lambda t: f(jlora.join(t, z.frozen), x))(t)["w"]
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    untied = jlora.adapt(params, jlora.TiedLoRA(rank=2, tied=(), trained=("a", "b"), target="w"))
+    lora = jlora.adapt(params, jlora.LoRA(rank=2, target="w"))
+    trained = {"w": {"a": jnp.linspace(0, 1, 12).reshape(2, 6), "b": jnp.linspace(-1, 1, 16).reshape(2, 8)}}
+    one, other = gradient(trained, untied), gradient(trained, lora)
+    close(one["a"], other["a"])
+    close(one["b"], other["b"])
+    close(jlora.merge(jlora.join(trained, untied.frozen))["w"], jlora.merge(jlora.join(trained, lora.frozen))["w"])
+
+    tied = jlora.adapt(params, jlora.TiedLoRA(rank=2, trained=("u", "v"), target="w"))
+    vera = jlora.adapt(params, jlora.VeRA(rank=2, target="w"))
+    drawn = {k: v for named in vera.frozen.factors.values() for k, v in named.items()}
+    for named in tied.frozen.factors.values():
+        named.update({k: drawn[k.upper()] for k in named if k in "ab"})
+    d, v = jnp.array([0.3, -0.8]), jnp.linspace(0, 1, 8)
+    one, other = gradient({"w": {"d": d, "b": v}}, vera), gradient({"w": {"u": d, "v": v}}, tied)
+    close(one["d"], other["u"])
+    close(one["b"], other["v"])
+    pair = jlora.Adapted({"w": {"d": d, "b": v}}, vera.frozen), jlora.Adapted({"w": {"u": d, "v": v}}, tied.frozen)
+    close(*(jlora.merge(z)["w"] for z in pair))
 
 
 def test_dora_where_float32_cancels():

@@ -5,10 +5,14 @@ Edalati et al, `KronA: Parameter Efficient Tuning with Kronecker Adapter <https:
 
 import dataclasses
 import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jlora import targets
 from jlora._axes import Leaf
-from jlora._network import Array, Delta, Recipe
+from jlora._network import Array, Delta, Function, Recipe
 from jlora._tree import Target
 from jlora.methods.base import Method, uniform, zeros
 
@@ -33,6 +37,21 @@ def factorize(size: int, factor: int = -1) -> tuple[int, int]:
     return m, size // m
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaledEye:
+    """x I with I (n, n)."""
+
+    n: int
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * jnp.eye(self.n, dtype=x.dtype)
+
+
+def eye(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The identity, one for every layer of a stack."""
+    return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KronA(Method):
     """dW = s a x b with a (i, o), b (j, p), i j = in and o p = out: full rank is within reach for few parameters.
@@ -43,6 +62,7 @@ class KronA(Method):
     Attributes:
       factors: the size (i, o) of a; None takes divisors of in and out as near to square as there are.
       scale: s.
+      residual: whether s_res I is added, s_res trained from zero (KronA_res); square weights alone have it.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -56,6 +76,7 @@ class KronA(Method):
 
     factors: tuple[int, int] | None = None
     scale: float = 1.0
+    residual: bool = False
     target: Target = targets.attention
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
@@ -67,7 +88,17 @@ class KronA(Method):
             raise ValueError(f"factors {(i, o)} do not divide (in, out) = {(d_in, d_out)}")
         a, b = Array("a", uniform(1 / math.sqrt(i))), Array("b", zeros)
         sizes = (("i", i), ("o", o), ("j", d_in // i), ("p", d_out // o))
-        return Recipe((Delta("i o, j p -> (i j) (o p)", (a, b), sizes, self.scale),))
+        kron = Delta("i o, j p -> (i j) (o p)", (a, b), sizes, self.scale)
+        if not self.residual:
+            return Recipe((kron,))
+        if d_in != d_out:
+            raise ValueError(f"s_res I needs a square weight, not (in, out) = {(d_in, d_out)}; write residual=False")
+        # the identity is a Kronecker product of two small ones, and costs what these cost
+        m, n = factorize(d_in)
+        small = Array("eye", eye, (m, m), trained=False, derived=True)
+        scaled = Function(ScaledEye(n), (Array("s_res", zeros, ()),))
+        letters = (("m", m), ("n", m), ("q", n), ("r", n))
+        return Recipe((kron, Delta("m n, q r -> (m q) (n r)", (small, scaled), letters, s="s_one")))
 
     def canonical(self) -> "KronA":
         return dataclasses.replace(self, scale=1.0)

@@ -23,6 +23,8 @@ class LoHa(LowRank):
     Attributes:
       rank: r of both products, at most min(in, out).
       alpha: s = alpha / r; the rank by default.
+      tucker: on a convolution, each product is t1 (r, r, window) between its factors (LyCORIS's `use_tucker`); a and
+        b then hold channels alone. t1 and t2 start at N(0, 0.1^2).
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -35,10 +37,16 @@ class LoHa(LowRank):
       Yeh et al, `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2023.
     """
 
+    tucker: bool = False
     target: Target = targets.attention
 
     def delta(self, leaf: Leaf) -> Delta:
         a1, b1 = Array("a1", normal(1.0)), Array("b1", normal(0.1))
         a2, b2 = Array("a2", normal(1.0)), Array("b2", zeros)
         sizes = (("r", self.rank), ("s", self.rank))
+        if self.tucker and leaf.axes("k"):
+            t1, t2 = Array("t1", normal(0.1)), Array("t2", normal(0.1))
+            equation = "u r K, r I, u O, v s K, s I, v O -> K I O"
+            sizes += (("u", self.rank), ("v", self.rank))
+            return Delta(equation, (t1, a1, b1, t2, a2, b2), sizes, self.scale, ("r", "u", "s", "v"))
         return Delta("r I, r O, s I, s O -> I O", (a1, b1, a2, b2), sizes, self.scale, ("r", "s"))

@@ -17,7 +17,7 @@ from jlora.methods.krona import factorize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoKr(Method):
-    """dW = s c x (a b) with c (i, o), a (j, r), b (r, p), i j = in and o p = out.
+    """dW = s c x (a b) with c (i, o), a (j, r), b (r, p), i j = in and o p = out; a convolution's window is a's.
 
     Where r is at least half of max(j, p) the second factor is whole; with `decompose_both` the first is low-rank
     too where r is below half of max(i, o). If neither is, s is 1, as LyCORIS has it. The last factor starts at zero.
@@ -27,6 +27,7 @@ class LoKr(Method):
       alpha: s = alpha / r; the rank by default.
       factor: the size of the small half of each side, -1 for as near to square as divisors allow.
       decompose_both: whether c may be low-rank too.
+      tucker: on a convolution, a b is t (r, r, window) between a and b, which then hold channels alone.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -42,6 +43,7 @@ class LoKr(Method):
     alpha: float | None = None
     factor: int = -1
     decompose_both: bool = False
+    tucker: bool = False
     target: Target = targets.attention
 
     def __post_init__(self) -> None:
@@ -50,21 +52,27 @@ class LoKr(Method):
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.rank == 0:
             return None
-        if not leaf.axes("ik") or not leaf.axes("o"):
+        if not leaf.axes("i") or not leaf.axes("o"):
             raise ValueError("a Kronecker product needs input and output axes")
         r = self.rank
-        (i, j), (o, p) = factorize(leaf.size("ik"), self.factor), factorize(leaf.size("o"), self.factor)
+        (i, j), (o, p) = factorize(leaf.size("i"), self.factor), factorize(leaf.size("o"), self.factor)
+        window = math.prod(leaf.sizes("k"))
         low_second = r < max(j, p) / 2
         low_first = self.decompose_both and r < max(i, o) / 2
         first = (Array("c1", uniform(1 / math.sqrt(i))), Array("c2", uniform(1 / math.sqrt(r))))
-        second = (Array("a", uniform(1 / math.sqrt(j))), Array("b", zeros))
+        second = (Array("a", uniform(1 / math.sqrt(j * window))), Array("b", zeros))
         left = "q i, q o" if low_first else "i o"
-        right = "r j, r p" if low_second else "j p"
+        # the window is the second factor's
+        k = " K" if leaf.axes("k") else ""
+        right = f"r j{k}, r p" if low_second else f"j{k} p"
+        if self.tucker and k and low_second:
+            second = (Array("t", uniform(1 / math.sqrt(r * window))), Array("a", uniform(1 / math.sqrt(j))), second[1])
+            right = "u r K, r j, u p"
         words = (first if low_first else (Array("c", first[0].init),)) + (second if low_second else second[1:])
-        sizes = (("i", i), ("j", j), ("o", o), ("p", p), ("q", r), ("r", r))
+        sizes = (("i", i), ("j", j), ("o", o), ("p", p), ("q", r), ("r", r), ("u", r))
         s = 1.0 if self.alpha is None or not (low_first or low_second) else self.alpha / r
-        ranks = ("q",) * low_first + ("r",) * low_second
-        return Recipe((Delta(f"{left}, {right} -> (i j) (o p)", words, sizes, s, ranks),))
+        ranks = ("q",) * low_first + (("r", "u") if len(second) == 3 else ("r",)) * low_second
+        return Recipe((Delta(f"{left}, {right} ->{k} (i j) (o p)", words, sizes, s, ranks),))
 
     def canonical(self) -> "LoKr":
         return dataclasses.replace(self, alpha=None)

@@ -7,6 +7,7 @@ Renduchintala et al, `Tied-Lora: Enhancing parameter efficiency of LoRA with wei
 import dataclasses
 import math
 import re
+from typing import Any
 
 from jlora import targets
 from jlora._axes import Leaf
@@ -22,7 +23,8 @@ class TiedLoRA(Method):
 
     Weights whose paths differ in numbers alone (`layer_0/query/kernel`, `layer_1/query/kernel`) share a tied factor,
     as do the layers of a scanned stack; its gradient sums over them. a starts as in LoRA, b at zero, u and v at one;
-    where b is frozen it starts as a does, and v at zero, so that the start is always the base.
+    where b is frozen it starts as a does, and v at zero, so that the start is always the base. With nothing tied and
+    a, b trained it is LoRA; with both tied and u, v trained VeRA.
 
     Attributes:
       rank: r, at most min(in, out).
@@ -54,6 +56,16 @@ class TiedLoRA(Method):
             )
         if not {"b", "v"} & set(self.trained):
             raise ValueError("TiedLoRA trains neither b nor v: the update would stay zero for ever")
+
+    @classmethod
+    def tl5(cls, rank: int = 8, **fields: Any) -> "TiedLoRA":
+        """The paper's TL5: a and b tied and trained, no vectors. `**fields` are those of the class."""
+        return cls(rank=rank, trained=("a", "b"), **fields)
+
+    @classmethod
+    def tl6(cls, rank: int = 8, **fields: Any) -> "TiedLoRA":
+        """The paper's TL6, which is the default: a and b tied, all four trained."""
+        return cls(rank=rank, **fields)
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.rank == 0:

@@ -11,7 +11,7 @@ from jlora.methods.lora import LoRA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAFA(LoRA):
-    """dW = s a b with a frozen as it starts: b alone is trained.
+    """dW = s a b with a frozen as it starts: b alone is trained, in the paper by `jlora.optim.lora_fa`'s gradient.
 
     Example:
       >>> import jax.numpy as jnp, jlora

@@ -1,4 +1,4 @@
-"""Optimizer pieces: what optax needs to know of an adapter."""
+"""The whole form: an optimizer for the trainable leaves of an `Adapted`."""
 
 from typing import Any
 
@@ -18,6 +18,7 @@ def masked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     holds nothing for frozen leaves (float32 denormals in the base are flushed by XLA's additions on CPU all the
     same; the split form touches nothing). Transforms that mix leaves
     (clipping by the global norm) and wrappers that withhold updates (`MultiSteps`, `apply_if_finite`) belong inside.
+    `tx` gets the frozen half of `params` as the extra argument `frozen`, for those that read it (`lora_fa`).
 
     Raises:
       TypeError: a base with integer leaves, which has no whole form: split it.
@@ -36,6 +37,8 @@ def masked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         _check_floating(updates)
+        if is_adapted(params):
+            extra = {"frozen": params.frozen, **extra}  # `tx` itself sees it masked out
         updates, state = inner.update(updates, state, params, **extra)
         still = lambda u, moves: u if moves else jnp.full_like(u, -0.0)
         return jax.tree.map(still, updates, trainable_mask(updates)), state

@@ -1,0 +1,104 @@
+"""Which stored factors a rank letter joins, read off the equations of a plan.
+
+In `r I, r, r O -> I O` the letter r joins the factor of the input side and that of the output side; an operand that
+carries r alone is a gate between them. No name is looked at.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from jlora import _network
+from jlora._network import Array, Delta, Function, Labels, Parsed
+from jlora._plan import Plan, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One factor of a pair, stored as its stack axes, then the rank, then the axes of its side.
+
+    Attributes:
+      place: its group and name.
+      array: the word of the equation; for a view (a shared matrix, a range of columns), what it is a view of.
+      stack: how many stack axes it carries.
+    """
+
+    place: tuple[str, str]
+    array: Array
+    stack: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two factors joined by a rank letter, `r I` and `r O`.
+
+    Attributes:
+      input: the factor of the input side.
+      output: the factor of the output side.
+      gates: how many operands carry the letter alone.
+      others: how many further operands the equation has.
+      layers: how many layers the weight stacks.
+      scale: the place of the delta's s.
+      scale_stack: how many stack axes s carries.
+    """
+
+    input: Member
+    output: Member
+    gates: int
+    others: int
+    layers: int
+    scale: tuple[str, str]
+    scale_stack: int
+
+    @property
+    def members(self) -> tuple[Member, Member]:
+        """Input side first."""
+        return self.input, self.output
+
+    @property
+    def trained(self) -> int:
+        """How many of the two are trained."""
+        return sum(m.array.trained for m in self.members)
+
+
+def pairs(plan: Plan) -> tuple[Pair, ...]:
+    """Every pair of a plan, one for each weight and delta it stands in; a shared factor stands in several."""
+    found = (
+        _pair(site, delta, _network.parse(delta, site.leaf), letter)
+        for site in plan.sites
+        for delta in site.recipe.deltas
+        for letter in delta.ranks
+    )
+    return tuple(pair for pair in found if pair is not None)
+
+
+def _pair(site: Site, delta: Delta, parsed: Parsed, letter: str) -> Pair | None:
+    words = list(zip(delta.operands, parsed.operands, strict=True))
+    gates = sum(labels == (letter,) for _, labels in words)
+    sided = [(word, labels) for word, labels in words if letter in labels and labels != (letter,)]
+    members = {_side(parsed, labels, letter): _member(site, word, labels, letter, parsed) for word, labels in sided}
+    one, two = members.get("i"), members.get("o")
+    if len(sided) != 2 or one is None or two is None:
+        return None
+    others = len(words) - 2 - gates
+    stack = len(site.leaf.stack)
+    return Pair(one, two, gates, others, math.prod(site.leaf.stack), (site.leaf.path, delta.s), stack)
+
+
+def _side(parsed: Parsed, labels: Labels, letter: str) -> str:
+    """`i` or `o` where all labels but the rank stand for that side, windows among the inputs; else nothing."""
+    roles = {atoms[0][0].replace("k", "i") for atoms, made in parsed.blocks if set(made) & set(labels)}
+    held = {x for _, made in parsed.blocks for x in made}
+    return "".join(roles) if len(roles) == 1 and set(labels) - {letter} <= held else ""
+
+
+def _member(site: Site, word: Any, labels: Labels, letter: str, parsed: Parsed) -> Member | None:
+    if isinstance(word, Array):
+        array, first = word, labels[0] == letter
+    elif isinstance(word, Function) and len(word.arrays) == 1 and not word.base:
+        array = word.arrays[0]
+        first = (array.shape or (0,))[0] == parsed.sizes[letter]
+    else:
+        return None
+    place = (array.group or site.leaf.path, array.name)
+    return Member(place, array, len(site.leaf.stack) if array.stacked else 0) if first else None

@@ -1,0 +1,77 @@
+"""Where the factors stand in the trees that optax hands round: split, whole, masked, or inside a larger tree."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import optax
+
+from jlora import _ranks
+from jlora._plan import Plan
+from jlora._ranks import Pair
+from jlora.adapted import Adapted, Frozen, is_adapted, shapes
+
+Places: TypeAlias = dict[tuple[str, str], Any]
+Rule: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
+
+
+def chosen(caller: str, adapted: Any, wanted: Callable[[Pair], bool], what: str) -> Plan:
+    """The plan of `adapted`, which must hold a pair that `wanted` takes: a transformation of nothing is a mistake."""
+    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
+        kind = type(adapted).__name__
+        raise TypeError(f"{caller} takes the Adapted that is trained (jlora.join(trainable, frozen)), not {kind}")
+    if not any(map(wanted, _ranks.pairs(adapted.frozen.plan))):
+        methods = ", ".join(dict.fromkeys(m.describe() for m in adapted.frozen.plan.methods))
+        raise ValueError(f"{caller} would do nothing: no weight under {methods} has {what}")
+    return adapted.frozen.plan
+
+
+def places(half: Any) -> Places:
+    """`{(group, factor): leaf}`, without what is masked out."""
+    name = lambda key: jax.tree_util.keystr((key,), simple=True)
+    return {(name(p[0]), name(p[-1])): x for p, x in jax.tree_util.tree_leaves_with_path(half)}
+
+
+def _put(half: Any, values: Places) -> Any:
+    name = lambda key: jax.tree_util.keystr((key,), simple=True)
+    return jax.tree_util.tree_map_with_path(lambda p, x: values.get((name(p[0]), name(p[-1])), x), half)
+
+
+def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> optax.GradientTransformationExtraArgs:
+    """A stateless transformation of the factors of an adapter, wherever they stand.
+
+    `rule(pairs, updates, params, frozen factors)` gives the new updates, by place; others stay. An `Adapted` speaks
+    for its own plan and frozen factors; for a trainable half it is `plan`, and what came as the extra argument
+    `frozen`.
+    """
+    ours = tuple(filter(wanted, _ranks.pairs(plan)))
+    groups = {group for (group, _), (_, trained) in shapes(plan).items() if trained}
+    is_half = lambda x: is_adapted(x) or isinstance(x, Mapping) and groups <= set(x)
+
+    def update(updates: Any, state: Any, params: Any = None, *, frozen: Any = None, **extra: Any) -> Any:
+        if not any(map(is_half, jax.tree.leaves(updates, is_leaf=is_half))):
+            some = ", ".join(map(repr, sorted(groups)[:3]))
+            raise ValueError(f"these updates hold no adapter with the groups {some}, ...: is it another adapter's?")
+
+        def visit(u: Any, p: Any = None) -> Any:
+            if not is_half(u):
+                return u
+            own, inside = plan, u
+            given = {} if frozen is None else places(frozen.factors)
+            known = {} if p is None else places(p.trainable if is_adapted(p) else p)
+            if is_adapted(u):
+                own, inside = getattr(u.frozen, "plan", plan), u.trainable  # a prefix mask leaves no plan
+                given = _own_factors(p) or given
+            pairs = ours if own is plan else tuple(filter(wanted, _ranks.pairs(own)))
+            new = _put(inside, rule(pairs, places(inside), known, given))
+            return Adapted(new, u.frozen) if is_adapted(u) else new
+
+        rest = () if params is None else (params,)
+        return jax.tree.map(visit, updates, *rest, is_leaf=is_half), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _own_factors(adapted: Any) -> Places:
+    """The frozen factors of the parameters, where they are not masked out."""
+    return places(getattr(adapted.frozen, "factors", {})) if is_adapted(adapted) else {}

@@ -1,0 +1,3 @@
+"""Who gets which rank."""
+
+from jlora.rank.orthogonality import orthogonality as orthogonality

@@ -1,0 +1,77 @@
+"""AdaLoRA's penalty, which keeps P diag(lam) Q near a singular value decomposition.
+
+Zhang et al, `AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning
+<https://arxiv.org/abs/2303.10512>`_, 2023.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _ranks
+from jlora.adapted import Frozen, is_adapted
+
+
+def orthogonality(adapted: Any, form: Literal["paper", "reference"] = "paper") -> jax.Array:
+    """AdaLoRA's penalty: the sum of ||p p^T - I||_F^2 + ||q q^T - I||_F^2 over the adapted weights.
+
+    With p (stack..., r, in...) and q (stack..., r, out...), stored rank first, so that p p^T is (r, r). Each layer of
+    a stack counts as a weight of its own; a factor that weights share counts once. It is added to the loss, times
+    gamma: 0.1 in most of the paper's runs.
+
+    Args:
+      adapted: an `Adapted` with weights whose update is p diag(lam) q, all trained (AdaLoRA, SoRA); other weights
+        take no part. Inside a loss: `jlora.join(trainable, frozen)`.
+      form: `"paper"`, the sum of squared norms; or `"reference"`, as the authors' code has it: the mean of the norms,
+        not squared, over all matrices, p and q counted apart.
+
+    Returns:
+      A scalar, computed in float32 or better. Its gradient is finite everywhere: zero, in both forms, where a matrix
+      is exactly orthonormal.
+
+    Raises:
+      TypeError: `adapted` is no `Adapted`.
+      ValueError: an unknown form; an adapter without such weights.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.AdaLoRA(rank=2))
+      >>> adapted.trainable["query/kernel"] |= {"p": jnp.eye(2, 6), "q": 2 * jnp.eye(2, 4)}
+      >>> float(jlora.rank.orthogonality(adapted))  # 0 + ||4 I - I||^2
+      18.0
+
+    References:
+      Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023.
+    """
+    if form not in ("paper", "reference"):
+        raise ValueError(f"orthogonality(form={form!r}): write 'paper' or 'reference'")
+    squares = jnp.concatenate([_squares(x, stack).ravel() for x, stack in _matrices(adapted)])
+    return jnp.sum(squares) if form == "paper" else jnp.mean(_root(squares))
+
+
+def _matrices(adapted: Any) -> list[tuple[jax.Array, int]]:
+    """p and q of every weight that has them, with the number of their stack axes."""
+    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
+        raise TypeError(f"orthogonality takes an Adapted (jlora.join(trainable, frozen)), not {type(adapted).__name__}")
+    plan = adapted.frozen.plan
+    diagonal = [p for p in _ranks.pairs(plan) if p.trained == 2 and p.gates == 1 and p.others == 0]
+    members = {member.place: member for pair in diagonal for member in pair.members}
+    if not members:
+        methods = ", ".join(dict.fromkeys(m.describe() for m in plan.methods))
+        raise ValueError(f"orthogonality finds no update p diag(lam) q under {methods}; adapt with jlora.AdaLoRA(...)")
+    return [(adapted.trainable[group][name], m.stack) for (group, name), m in members.items()]
+
+
+def _squares(x: jax.Array, stack: int) -> jax.Array:
+    """||x x^T - I||_F^2 of each matrix of a stack."""
+    flat = x.reshape(*x.shape[: stack + 1], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    gram = jnp.einsum("...rn,...sn->...rs", flat, flat, precision=lax.Precision.HIGHEST)
+    return jnp.sum((gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)) ** 2, (-2, -1))
+
+
+def _root(square: jax.Array) -> jax.Array:
+    """The square root, with a gradient of zero at zero: the plain one is NaN where a matrix is orthonormal."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)

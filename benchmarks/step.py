@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                      three processes, two minutes each on two cores
     python benchmarks/step.py --processes 1 --rounds 5
+    python benchmarks/step.py --methods            every method on all 36 kernels, factored and dense
 
 6 layers x 384, 12 heads, batch 32 x 64, float32, adamw, no dropout, r = 8. All variants are compiled once and timed
 in turn, round by round, in one process; a figure is the median over rounds of its ratio to the floor of the same
@@ -15,6 +16,8 @@ the forward pass, and the backward pass for activations.
   materialise    the same, merging W0 + s a b before the call
   full           every parameter trained
   full, lifted   the same through `jlora.lift`, every leaf a `jlora.Full` delta
+
+With `--methods`: a row a method, r = 8 (VeRA 256), and one for the same under `lift(fn, dense=True)`, merge then call.
 """
 
 import argparse
@@ -38,6 +41,25 @@ import jlora
 from bert import Bert, Config, shapes
 
 BATCH, LENGTH, RANK = 32, 64, 8
+FOUNDATION = ("floor, lifted", "q, v", "all", "materialise", "full", "full, lifted")
+METHODS = {
+    "LoRA": lambda target: jlora.LoRA(rank=RANK, alpha=16, target=target),
+    "rsLoRA": lambda target: jlora.LoRA(rank=RANK, alpha=16, scaling="sqrt", target=target),
+    "LoRAFA": lambda target: jlora.LoRAFA(rank=RANK, alpha=16, target=target),
+    "AdaLoRA": lambda target: jlora.AdaLoRA(rank=RANK, alpha=16, target=target),
+    "SoRA": lambda target: jlora.SoRA(rank=RANK, alpha=16, target=target),
+    "KronA": lambda target: jlora.KronA(target=target),
+    "LoKr": lambda target: jlora.LoKr(rank=RANK, alpha=16, target=target),
+    "DoRA": lambda target: jlora.DoRA(jlora.LoRA(rank=RANK, alpha=16, target=target)),
+    "LoHa": lambda target: jlora.LoHa(rank=RANK, alpha=16, target=target),
+    "VeRA": lambda target: jlora.VeRA(rank=256, target=target),
+    "TiedLoRA": lambda target: jlora.TiedLoRA(rank=RANK, target=target),
+    "RandLoRA": lambda target: jlora.RandLoRA(rank=RANK, target=target),
+    "HiRA": lambda target: jlora.HiRA(rank=RANK, alpha=16, target=target),
+    "IA3": lambda target: jlora.IA3(target=target),
+    "SSF": lambda target: jlora.SSF(target=target),
+    "OFT": lambda target: jlora.OFT(block=32, target=target),
+}
 KERNELS = r"encoder/layer_\d+/.*(query|key|value|output|intermediate)/kernel$"
 FLOOR = r"layer_0/attention/query/bias$"
 
@@ -49,7 +71,7 @@ def random_params(config):
 
 
 def variants(config):
-    """`{name: (step, state)}`; a step takes and returns (trainable, optimizer state) and is jitted with donation."""
+    """`{name: make}`; `make()` compiles a step of (trainable, optimizer state), both donated, and gives both."""
     model, params = Bert(config), random_params(config)
     rng = np.random.default_rng(1)
     ids = jnp.asarray(rng.integers(config.vocab_size, size=(BATCH, LENGTH)), jnp.int32)
@@ -80,15 +102,19 @@ def variants(config):
 
     bias = ("encoder", "layer_0", "attention", "query", "bias")
     every = jlora.LoRA(rank=RANK, alpha=16, target=KERNELS)
-    return {
-        "floor": plain(bias),
-        "floor, lifted": adapted(jlora.Full(target=FLOOR)),
-        "q, v": adapted(jlora.LoRA(rank=RANK, alpha=16, target=r"(query|value)/kernel$")),
-        "all": adapted(every),
-        "materialise": adapted(every, dense=True),
-        "full": make(lambda t, f: t, None, params, model.apply),
-        "full, lifted": adapted(jlora.Full(target=".")),
+    made = {
+        "floor": lambda: plain(bias),
+        "floor, lifted": lambda: adapted(jlora.Full(target=FLOOR)),
+        "q, v": lambda: adapted(jlora.LoRA(rank=RANK, alpha=16, target=r"(query|value)/kernel$")),
+        "all": lambda: adapted(every),
+        "materialise": lambda: adapted(every, dense=True),
+        "full": lambda: make(lambda t, f: t, None, params, model.apply),
+        "full, lifted": lambda: adapted(jlora.Full(target=".")),
     }
+    for name, method in METHODS.items():
+        made[name] = lambda method=method: adapted(method(KERNELS))
+        made[f"{name}, dense"] = lambda method=method: adapted(method(KERNELS), dense=True)
+    return made
 
 
 def get(tree, path):
@@ -106,7 +132,7 @@ def put(tree, path, leaf):
 
 def measure(rounds, only):
     """`{name: [seconds of each round]}`, and compiled temporary megabytes and optimizer leaves of each."""
-    made = {n: v for n, v in variants(Config(num_hidden_layers=6)).items() if not only or n in only or n == "floor"}
+    made = {n: make() for n, make in variants(Config(num_hidden_layers=6)).items() if n in only or n == "floor"}
     seconds = {name: [] for name in made}
     facts = {}
     states = {}
@@ -136,19 +162,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", help="names of rows")
+    parser.add_argument("--methods", action="store_true", help="the rows of the methods")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(measure(options.rounds, options.only)))
         return
-    command = [sys.executable, __file__, "--worker", "--rounds", str(options.rounds), "--only", *options.only]
+    rows = ["full", *(f"{name}{how}" for name in METHODS for how in ("", ", dense"))]
+    only = options.only or (rows if options.methods else FOUNDATION)
+    command = [sys.executable, __file__, "--worker", "--rounds", str(options.rounds), "--only", *only]
     runs = []
     for n in range(options.processes):
         print(f"process {n + 1} of {options.processes} ...", file=sys.stderr, flush=True)
         runs.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, {options.rounds} rounds, {options.processes} processes\n")
-    header = f"{'':14s}  {'x floor':>8s}  {'processes':>19s}  {'90 % of rounds':>14s}  {'x full':>6s}"
+    header = f"{'':15s}  {'x floor':>8s}  {'processes':>19s}  {'90 % of rounds':>14s}  {'x full':>6s}"
     print(f"{header}  {'temp MB':>8s}  {'trainable':>10s}  {'state':>10s}")
     for name in runs[0][0]:
         each = [interval([a / b for a, b in zip(s[name], s["floor"], strict=True)]) for s, _ in runs]
@@ -161,7 +190,7 @@ def main():
         low, high = min(e[1] for e in each), max(e[2] for e in each)
         fact = runs[0][1][name]
         print(
-            f"{name:14s}  {middle:8.3f}  {spread:>19s}  {low:6.3f}-{high:6.3f}  {statistics.median(full):6.3f}"
+            f"{name:15s}  {middle:8.3f}  {spread:>19s}  {low:6.3f}-{high:6.3f}  {statistics.median(full):6.3f}"
             f"  {fact['temp']:8.1f}  {fact['trainable']:10,d}  {fact['state']:10,d}"
         )
     floor = statistics.median(statistics.median(s["floor"]) for s, _ in runs)

@@ -11,9 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.core import Tracer
 
-from jlora.adapted import Adapted, derived
+from jlora.adapted import Adapted, Frozen, derived, is_adapted
 from jlora.io import _manifest
+
+
+def check_concrete(adapted: Any, parts: Any, what: str) -> None:
+    """Raises unless the parts of an `Adapted` that `what` writes are values of this process."""
+    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
+        raise TypeError(f"{what} takes an Adapted, not {type(adapted).__name__}; jlora.adapt makes one")
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"{what} runs in one process; save `adapted.trainable` with your own CheckpointManager instead"
+        )
+    for leaf in jax.tree.leaves(parts(adapted)):
+        if isinstance(leaf, Tracer):
+            raise TypeError(f"{what} writes files and cannot be traced: call it outside jit, grad and vmap")
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(f"an array of this adapter was donated: give {what} what the donating function returned")
 
 
 def stored_name(side: str, group: str, factor: str) -> str:

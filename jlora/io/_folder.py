@@ -42,10 +42,10 @@ def sync_all(folder: Path) -> None:
 def beside(target: Path) -> Iterator[Path]:
     """A temporary folder beside the target, gone at the end unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for old in target.parent.glob(TEMPORARY + "*"):  # of processes that were killed
+    for stale in target.parent.glob(TEMPORARY + "*"):  # of processes that were killed
         with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > _DAY:
-                shutil.rmtree(old, ignore_errors=True)
+            if time.time() - stale.stat().st_mtime > _DAY:
+                shutil.rmtree(stale, ignore_errors=True)
     folder = target.parent / (TEMPORARY + secrets.token_hex(8))
     folder.mkdir()
     try:
@@ -68,15 +68,38 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def appear(folder: Path, target: Path) -> None:
-    """The moment at which a new folder is there."""
+def appear(folder: Path, target: Path, replaces: bool = False) -> None:
+    """The moment at which a new folder is there, in the place of an old one where it replaces one.
+
+    Two folders cannot change places in one step: a process that is killed at that very moment leaves the old one
+    as `old(target)`.
+    """
+    if replaces:
+        shutil.rmtree(old(target), ignore_errors=True)
+        target.rename(old(target))
     try:
         folder.rename(target)
     except OSError as error:
         if os.path.lexists(target):
             raise FileExistsError(f"{target} was made by someone else in the meantime ({error})") from None
         raise
+    finally:
+        if replaces:
+            recover(target)  # an exception lets the old one stay
     sync(target.parent)
+    if replaces:
+        shutil.rmtree(old(target), ignore_errors=True)
+
+
+def old(target: Path) -> Path:
+    """Where a folder stands while another takes its place."""
+    return target.with_name(f".{target.name}.jlora-old")
+
+
+def recover(target: Path) -> None:
+    """Undoes the first half of a replacement whose process was killed before the second."""
+    if not os.path.lexists(target) and old(target).is_dir():
+        old(target).rename(target)
 
 
 def check_free(target: Path, overwrite: bool, ours: str, what: str) -> bool:

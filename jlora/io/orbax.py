@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.core import Tracer
 
 from jlora import _tree
 from jlora._merge import MergeReport, merge, merge_report
@@ -31,20 +30,6 @@ from jlora.methods.base import Method
 
 _DATA = re.compile(r"arrays-[0-9a-f]{16}")
 _LARGEST = 2**30
-
-
-def _check_concrete(adapted: Any, parts: Any, what: str) -> None:
-    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
-        raise TypeError(f"{what} takes an Adapted, not {type(adapted).__name__}; jlora.adapt makes one")
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"jlora.{what} runs in one process; save `adapted.trainable` with your own CheckpointManager instead"
-        )
-    for leaf in jax.tree.leaves(parts(adapted)):
-        if isinstance(leaf, Tracer):
-            raise TypeError(f"jlora.{what} writes files and cannot be traced: call it outside jit, grad and vmap")
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise ValueError(f"an array of this adapter was donated: {what} what the donating function returned")
 
 
 # --- save ---------------------------------------------------------------------------------------------------------
@@ -79,7 +64,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, overwrite: bool = 
     """
     target = _folder.local(path)
     replaces = _folder.check_free(target, overwrite, _manifest.NAME, "adapter")
-    _check_concrete(adapted, lambda x: (x.trainable, x.frozen.factors, x.frozen.base), "save")
+    _arrays.check_concrete(adapted, lambda x: (x.trainable, x.frozen.factors, x.frozen.base), "jlora.save")
     arrays, factors = _arrays.gather(adapted)
     tree = _tree.flatten(adapted.frozen.base)
     content = {
@@ -315,9 +300,9 @@ def export(
       (6, 4)
     """
     target = _folder.local(path)
-    _recover(target)
+    _folder.recover(target)
     replaces = _folder.check_free(target, overwrite, "_METADATA", "exported parameters")
-    _check_concrete(adapted, lambda x: x, "export")
+    _arrays.check_concrete(adapted, lambda x: x, "jlora.export")
     params = _plain_tree(adapted.frozen.base)  # the names, before the work
     _check_loss(merge_report(adapted), allow_loss)
     params = _plain_tree(merge(adapted))
@@ -328,22 +313,7 @@ def export(
         except (ValueError, TypeError) as error:
             raise ValueError(f"Orbax cannot save these parameters: {str(error)[:500]}") from error
         _folder.sync_all(folder)
-        if replaces:
-            shutil.rmtree(_old(target), ignore_errors=True)
-            target.rename(_old(target))
-        _folder.appear(folder / "merged", target)
-    if replaces:
-        shutil.rmtree(_old(target), ignore_errors=True)
-
-
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.jlora-old")
-
-
-def _recover(target: Path) -> None:
-    """Undoes the first half of a replacement whose process was killed before the second."""
-    if not os.path.lexists(target) and _old(target).is_dir():
-        _old(target).rename(target)
+        _folder.appear(folder / "merged", target, replaces)
 
 
 def _check_loss(report: MergeReport, allow_loss: bool) -> None:

@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for JAX and Flax, as pure functions over pytrees."""
 
+from jlora import io as io
 from jlora import methods as methods
 from jlora import network as network
 from jlora import optim as optim

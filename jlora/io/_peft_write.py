@@ -1,0 +1,179 @@
+"""From an `Adapted` to the tensors of peft's file and the configuration that gives them their meaning."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import _axes, _tree
+from jlora._axes import Leaf
+from jlora._plan import Site
+from jlora.adapted import Adapted
+from jlora.io import _peft_config as config
+from jlora.io import _peft_layout as layout
+from jlora.io._manifest import several
+from jlora.io._peft_names import Book
+from jlora.io._peft_read import PREFIX
+from jlora.methods.bitfit import BitFit
+from jlora.methods.dora import DoRA
+from jlora.methods.full import Full
+from jlora.methods.lora import LoRA
+from jlora.methods.lora_fa import LoRAFA
+
+#: What peft has a name for. LoRA-FA is LoRA to it: which factors are trained is no part of its files.
+_LOW_RANK = (LoRA, LoRAFA)
+_WHOLE = (Full, BitFit)
+
+
+class Writer:
+    """Collects the tensors of an adapter, and what the configuration has to say of them."""
+
+    def __init__(self, adapted: Adapted, book: Book) -> None:
+        self.book, self.plan = book, adapted.frozen.plan
+        self.leaves = _tree.flatten(adapted.frozen.base).leaves
+        self.sides = (adapted.frozen.factors, adapted.trainable)
+        self.sites = {site.leaf.path: site for site in self.plan.sites}
+        self.tensors: dict[str, np.ndarray] = {}
+        self.scales: dict[str, tuple[int, np.float32]] = {}  # of the modules with low-rank factors
+        self.bad: list[str] = []
+
+    def write(self) -> tuple[dict[str, np.ndarray], config.Config]:
+        """The tensors and the configuration.
+
+        Raises:
+          ValueError: what peft has no name for; all of it at once.
+        """
+        low = [site for site in self.plan.sites if self._attempt(self._is_low_rank, site)]
+        for site in low:
+            self._attempt(self._low_rank, site)
+        wholes = [s for s in self.plan.sites if type(s.method) in _WHOLE]
+        biases = [site for site in wholes if self._is_bias(site)]
+        saved = {self._attempt(self._save_module, site, index) for site, index in _slots(self, wholes, biases)}
+        bias = self._attempt(self._biases, biases) if not self.bad else {}
+        doras = {isinstance(site.method, DoRA) for site in low}
+        if len(doras) > 1:
+            self.bad.append("some weights are LoRA's and some DoRA's; use_dora of a file is for all of them")
+        if not low and not self.bad:
+            self.bad.append("it has no LoRA or DoRA")
+        if self.bad:
+            raise ValueError("peft has no name for this adapter:" + several(list(dict.fromkeys(self.bad))))
+        rate = max(getattr(s.method, "inner", s.method).dropout for s in low)
+        modules = tuple(sorted(name for name in saved if name))
+        rest = {"use_dora": doras == {True}, "lora_dropout": rate, "modules_to_save": modules, **(bias or {})}
+        return self.tensors, config.describe(self.scales, **rest)
+
+    def _attempt(self, fn: Any, *args: Any) -> Any:
+        try:
+            return fn(*args)
+        except ValueError as error:
+            self.bad.append(str(error))
+
+    def _is_low_rank(self, site: Site) -> bool:
+        method = site.method
+        if type(method) in _WHOLE:
+            return False
+        inner = method.inner if type(method) is DoRA else method
+        if not isinstance(inner, LoRA) or type(inner) not in _LOW_RANK:
+            raise ValueError(f"{site.leaf.path!r}: {method.describe()} is neither LoRA, DoRA of LoRA, Full nor BitFit")
+        if inner.slices is not None:
+            raise ValueError(f"{site.leaf.path!r}: peft has one pair of factors a module, and this has slices")
+        return True
+
+    def _factors(self, path: str) -> dict[str, np.ndarray]:
+        found = {name: np.asarray(a) for side in self.sides for name, a in side.get(path, {}).items()}
+        for name, array in found.items():
+            if array.dtype not in layout.DTYPES.values():
+                raise ValueError(f"{path!r}: {name} is of dtype {array.dtype}, not float32, float16 or bfloat16")
+        if not np.all(np.isfinite(found["s"].astype(np.float32))):
+            raise ValueError(f"{path!r}: its scale s is {found['s']}, which no alpha gives")
+        return found
+
+    def _add(self, module: str, kind: str, tensor: np.ndarray, path: str) -> None:
+        key = f"{PREFIX}{module}.{kind}"
+        if key in self.tensors:
+            raise ValueError(f"{path!r} and another weight would both be {key!r}; tell them apart with names=")
+        self.tensors[key] = tensor
+
+    # --- low-rank factors ---
+
+    def _low_rank(self, site: Site) -> None:
+        leaf, factors = site.leaf, self._factors(site.leaf.path)
+        if "t" in factors and not np.all(factors["t"] == 1):
+            raise ValueError(f"{leaf.path!r}: DoRA's gain is weakened (jlora.scale), and peft has no number for that")
+        for index in np.ndindex(leaf.stack):
+            module, one = self.book.name(leaf.path, index), layout.one_layer(leaf, index)
+            for name, kind in layout.factor_names(one).items():
+                if name in factors:
+                    self._add(module, kind, layout.to_torch(one, name, factors[name][index]), leaf.path)
+            self.scales[module] = (factors["a"].shape[len(leaf.stack)], np.float32(factors["s"][index]))
+
+    # --- whole leaves ---
+
+    def _is_bias(self, site: Site) -> bool:
+        """Whether it is trained as a bias, and not as a part of a module that is saved whole."""
+        if site.leaf.name != "bias":
+            return False
+        beside = self.sites.get(self._attempt(self.book.weight, site.leaf.path) or "")
+        return beside is None or type(beside.method) not in _WHOLE
+
+    def depth(self, site: Site) -> tuple[str, int]:
+        """The weight that names a leaf's module, and the number of stack axes there."""
+        leaf = site.leaf
+        weight = self.book.weight(leaf.path) if leaf.name == "bias" else leaf.path
+        said = self.book.depth(weight)
+        if said is None and weight in self.sites:
+            said = len(self.sites[weight].leaf.stack)
+        elif said is None:
+            shape = _tree.shape_dtype(self.leaves[list(self.book.paths).index(weight)])[0]
+            said = _axes.roles(weight, shape, None).count("s")
+        if leaf.name == "scale" and len(leaf.shape) > max(said, len(leaf.stack)) + 1:
+            raise ValueError(f"{leaf.path!r} of shape {leaf.shape} is of several layers: name them with names=")
+        return weight, said
+
+    def _value(self, site: Site, index: tuple[int, ...]) -> tuple[Leaf, np.ndarray, np.ndarray]:
+        """One layer of a leaf, the change of it, and its value: base + s * delta, in torch's layout."""
+        leaf, factors = site.leaf, self._factors(site.leaf.path)
+        one, delta = layout.one_layer(leaf, index), np.asarray(factors["delta"][index], np.float32)
+        if isinstance(self.leaves[site.index], jax.ShapeDtypeStruct):
+            raise ValueError(f"{leaf.path!r} is abstract, and peft stores its value, not the change")
+        base = np.moveaxis(np.asarray(self.leaves[site.index]), leaf.axes("s"), range(len(leaf.stack)))[index]
+        s = factors["s"][index if leaf.stack else ()].astype(np.float32)
+        value = base.astype(np.promote_types(base.dtype, np.float32) if base.dtype.kind == "f" else np.float32)
+        to_torch = lambda x: layout.weight_to_torch(one, x).astype(np.float32)  # noqa: E731
+        return one, to_torch(delta), to_torch(value + s * delta)
+
+    def _save_module(self, site: Site, index: tuple[int, ...]) -> str:
+        module = self.book.name(self.depth(site)[0], index)
+        kind = "bias" if site.leaf.name == "bias" else "weight"
+        self._add(module, kind, self._value(site, index)[2], site.leaf.path)
+        return module
+
+    def _biases(self, sites: list[Site]) -> dict[str, Any]:
+        """Adds the biases; what the configuration says of them.
+
+        `lora_bias` keeps the change itself; it is written where every factor has one under its own scale, as `load`
+        makes of a file with `lora_bias`. The others are written as values.
+        """
+        slots = [(site, index, self.book.name(self.depth(site)[0], index)) for site, index in _slots(self, sites, [])]
+        scale = lambda site, index: self._factors(site.leaf.path)["s"][index if site.leaf.stack else ()]  # noqa: E731
+        changes = {m for site, i, m in slots if type(site.method) is BitFit and m in self.scales}
+        same = all(m in changes and self.scales[m][1] == scale(site, i) for site, i, m in slots)
+        as_changes = same and bool(slots) and changes == set(self.scales)
+        for site, index, module in slots:
+            _, change, value = self._value(site, index)
+            whole = "base_layer.bias" if module in self.scales else "bias"
+            kind, tensor = ("lora_B.bias", change) if as_changes else (whole, value)
+            self._attempt(self._add, module, kind, tensor, site.leaf.path)
+        if not slots or as_changes:
+            return {"lora_bias": as_changes}
+        return {"bias": "lora_only" if all(m in self.scales for *_, m in slots) else "all"}
+
+
+def _slots(writer: Writer, sites: list[Site], without: list[Site]) -> Iterator[tuple[Site, tuple[int, ...]]]:
+    """Every slice of whole leaves."""
+    for site in sites:
+        if site not in without:
+            found = writer._attempt(writer.depth, site)
+            if found is not None:
+                yield from ((site, index) for index in np.ndindex(site.leaf.stack or site.leaf.shape[: found[1]]))

@@ -1,0 +1,167 @@
+"""LoRA and DoRA adapters in the files of Hugging Face peft: `adapter_config.json`, `adapter_model.safetensors`.
+
+The format as peft 0.21 writes it: https://huggingface.co/docs/peft/developer_guides/checkpoint. Needs safetensors
+(`pip install 'jlora[peft]'`), not peft and not torch.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jlora import _tree
+from jlora.adapted import Adapted, adapt, is_adapted, join, split
+from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read
+from jlora.io._manifest import several
+from jlora.io._peft_names import Book, Names
+from jlora.io._peft_write import Writer
+
+_FILES = (_peft_config.NAME, _peft_layout.NAME, "adapter_model.bin")
+
+
+def load(
+    folder: "str | os.PathLike[str]",
+    params: Any,
+    names: Names = None,
+    *,
+    axes: dict[str, str] | None = None,
+    dtype: Any = "float32",
+) -> Adapted:
+    """Opens a LoRA or DoRA adapter that peft saved, over the same model's parameters in JAX.
+
+    What comes back is what `jlora.adapt` makes, with the arrays of the file: it can be trained on, merged, saved.
+    Factors of Linear, Embedding and convolution modules; rank and alpha patterns; rsLoRA; `modules_to_save` and
+    `bias` (as `Full`, the change from params in float32); `lora_bias` (as `BitFit` under the factors' scale). A
+    tensor or a field of the configuration that is not understood is refused: nothing is left out in silence.
+
+    torch's layouts become the kernel's, `(out, in)` to `(in, out)`, `(out, in, *window)` to `(*window, in, out)`,
+    by the same letters an axis that `adapt` uses: a kernel with several input or output axes is reshaped, and the
+    modules of all layers become slices of a stacked kernel. So `a` is `(stack..., r, in...)`, `b` `(stack..., r,
+    out...)`, DoRA's `m` `(stack..., out...)`.
+
+    Args:
+      folder: holds the two files.
+      params: the base, as `adapt` takes it.
+      names: which weight a module of the file is. By default the one with the same steps: `layers.0.q_proj` is
+        `layers/0/q_proj/kernel` (or `/embedding`, or `/scale`), below `params/` or not. Others are named by a
+        dictionary, `{"layers.{n}.q_proj": "layers_{n}/query/kernel"}`; `{n}` is a number, and one that the path has
+        not is an index into the kernel's stack axes: `{"layers.{n}.q_proj": "layers/query/kernel"}`. Modules that
+        it has not go by the default. Or by a function: module to path, or to `(path, (index, ...))`, or None for
+        the default. A path names a weight; its bias is the leaf `bias` beside it.
+      axes: `{pattern: letters}`, as in `adapt`. Where a square kernel is not `(in, out)`, nothing but this tells.
+      dtype: of the factors a, b and m, whatever the file's. Changes of whole leaves are float32.
+
+    Raises:
+      FileNotFoundError: one of the files is not there.
+      ImportError: safetensors is not installed.
+      ValueError: a file that is cut short or damaged; another `peft_type`; fields that change the maths in a way
+        that is not built; tensors without a weight, with half of a pair missing, or of a shape that does not fit;
+        two modules for one weight, layers of a stack without a module; ranks above min(in, out). All of a kind
+        are named at once.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"layers": {"0": {"q_proj": {"kernel": jnp.ones((6, 4))}}}}
+      >>> adapted = jlora.adapt(params, jlora.LoRA(rank=2, target="q_proj"))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.io.peft.save(folder + "/adapter", adapted)
+      ...     jlora.io.peft.load(folder + "/adapter", params)
+      ...     stacked = {"layers": {"query": {"kernel": jnp.ones((1, 6, 4))}}}
+      ...     names = {"layers.{n}.q_proj": "layers/query/kernel"}
+      ...     jlora.io.peft.load(folder + "/adapter", stacked, names).trainable["layers/query/kernel"]["a"].shape
+      Adapted(1 weight, 20 trainable)
+      (1, 2, 6)
+
+    References:
+      `Hugging Face peft, checkpoint format <https://huggingface.co/docs/peft/developer_guides/checkpoint>`_.
+    """
+    if is_adapted(params):
+        raise TypeError("params is an Adapted; load takes the base: load(folder, adapted.frozen.base)")
+    where = _find(folder)
+    config = _peft_config.read(where / _peft_config.NAME)
+    tree = _tree.flatten(params)
+    reader = _peft_read.Reader(config, tree, Book(names, tree.paths), axes)
+    tensors = _peft_layout.read(where / _peft_layout.NAME)
+    for module, named in _peft_read.modules(tensors, reader.bad).items():
+        reader.take(module, named)
+    parts = reader.finish()
+    if reader.bad:
+        raise ValueError(f"{where} does not fit:" + several(reader.bad))
+    adapted = adapt(params, _peft_read.spec(parts, config.lora_dropout, dtype), axes=axes)
+    return join(*split(_peft_read.fill(adapted, parts)))
+
+
+def _find(folder: "str | os.PathLike[str]") -> Path:
+    """The folder with both files; where a save was killed between two renames, the one that it was to replace."""
+    where = _folder.local(folder)
+    if not os.path.lexists(where) and _folder.old(where).is_dir():
+        where = _folder.old(where)
+    missing = [name for name in _FILES[:2] if not (where / name).is_file()]
+    if missing:
+        pickled = " (adapter_model.bin is a pickle, which runs code: save it again with a newer peft)"
+        raise FileNotFoundError(
+            f"{where} holds no adapter of peft: {' and '.join(missing)} not found"
+            + pickled * (where / "adapter_model.bin").is_file()
+        )
+    return where
+
+
+def save(folder: "str | os.PathLike[str]", adapted: Adapted, names: Names = None, *, overwrite: bool = False) -> None:
+    """Saves a LoRA or DoRA adapter as peft would: `PeftModel.from_pretrained(model, folder)` reads it.
+
+    Factors keep their dtype and their bits. `Full` and `BitFit` are written as values, base plus change, rounded to
+    float32 (`modules_to_save`, `bias`), or as changes where peft has a name for one (`lora_bias`). s is written as
+    `lora_alpha`, which peft divides by r again. Not written, for peft has no place for it: which factors are frozen
+    (LoRA-FA), a dropout rate a module (the largest is written), a dropout key. The folder changes at once: a save
+    that is interrupted leaves the former adapter readable, by `load` at any moment.
+
+    Args:
+      folder: a local folder; its parents are made.
+      adapted: LoRA, LoRA-FA, DoRA of these, `Full` and `BitFit`.
+      names: as in `load`, read from right to left. A function gets `(path, index)` and returns a module.
+      overwrite: replace an adapter of peft that is there. Other files of the folder stay.
+
+    Raises:
+      FileExistsError: the path exists (with `overwrite`: and holds no adapter of peft).
+      ImportError: safetensors is not installed.
+      TypeError: no `Adapted`, or one that is being traced.
+      ValueError: a method that peft's LoRA has no name for, `slices`, LoRA beside DoRA, a stacked kernel or another
+        weight without a name; all of them at once.
+
+    Example:
+      >>> import os, tempfile, jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2, alpha=4))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.io.peft.save(folder + "/adapter", adapted)
+      ...     sorted(os.listdir(folder + "/adapter"))
+      ['adapter_config.json', 'adapter_model.safetensors']
+
+    References:
+      `Hugging Face peft, checkpoint format <https://huggingface.co/docs/peft/developer_guides/checkpoint>`_.
+    """
+    target = _folder.local(folder)
+    _folder.recover(target)
+    replaces = _folder.check_free(target, overwrite, _peft_config.NAME, "adapter of peft")
+    _arrays.check_concrete(adapted, lambda x: x, "jlora.io.peft.save")
+    paths = _tree.flatten(adapted.frozen.base).paths
+    tensors, config = Writer(adapted, Book(names, paths)).write()
+    with _folder.beside(target) as temporary:
+        new = temporary / "adapter"
+        if replaces:
+            ours = lambda parent, _: _FILES if Path(parent) == target else ()  # noqa: E731
+            shutil.copytree(target, new, symlinks=True, ignore=ours, copy_function=_link)
+        else:
+            new.mkdir()
+        (new / _peft_layout.NAME).write_bytes(_peft_layout.write(tensors))
+        (new / _peft_config.NAME).write_bytes(_peft_config.write(config))
+        _folder.sync_all(new)
+        _folder.appear(new, target, replaces)
+
+
+def _link(source: str, copy: str) -> None:
+    """A second name for a file, where the file system has such; else a copy."""
+    with contextlib.suppress(OSError):
+        os.link(source, copy, follow_symlinks=False)
+        return
+    shutil.copy2(source, copy, follow_symlinks=False)

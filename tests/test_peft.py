@@ -543,3 +543,41 @@ def test_nothing_else_is_replaced(tmp_path):
     with pytest.raises(FileExistsError, match="holds no adapter of peft"):
         peft.save(tmp_path / "y", adapted, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_links_and_other_files(tmp_path, monkeypatch):
+    """A link to a folder stays one; a file system without hard links; what a link in the folder points to is gone."""
+    adapted = jlora.adapt(Q, jlora.LoRA(rank=2, target="q/kernel"))
+    peft.save(tmp_path / "x", adapted)
+    (tmp_path / "x" / "gone").symlink_to("nowhere")
+    (tmp_path / "x" / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+
+    def refused(*args, **kwargs):
+        raise OSError
+
+    for link in (None, refused):
+        with monkeypatch.context() as patch:
+            if link:
+                patch.setattr("os.link", link)
+            peft.save(tmp_path / "link", adapted, overwrite=True)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "x" / "gone").is_symlink()
+        assert (tmp_path / "x" / "mine").read_text() == "mine"
+        assert_same(peft.load(tmp_path / "link", Q), adapted)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x"]
+
+
+def test_loading_while_another_saves(tmp_path, monkeypatch):
+    """The configuration of one adapter and the tensors of another are never taken together."""
+    first, second = (jlora.adapt(Q, jlora.LoRA(rank=2, alpha=a, target="q/kernel")) for a in (2, 8))
+    second = jlora.join(jax.tree.map(lambda x: x + 1, second.trainable), second.frozen)
+    peft.save(tmp_path / "x", first)
+    read, late = _peft_layout.read, iter([second])
+
+    def between(path):
+        for adapted in late:
+            peft.save(tmp_path / "x", adapted, overwrite=True)
+        return read(path)
+
+    monkeypatch.setattr(_peft_layout, "read", between)
+    assert_same(peft.load(tmp_path / "x", Q), second)

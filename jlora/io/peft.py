@@ -10,10 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jlora import _tree
 from jlora.adapted import Adapted, adapt, is_adapted, join, split
 from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read
 from jlora.io._manifest import several
+from jlora.io._peft_config import Config
 from jlora.io._peft_names import Book, Names
 from jlora.io._peft_write import Writer
 
@@ -78,11 +81,10 @@ def load(
     """
     if is_adapted(params):
         raise TypeError("params is an Adapted; load takes the base: load(folder, adapted.frozen.base)")
-    where = _find(folder)
-    config = _peft_config.read(where / _peft_config.NAME)
     tree = _tree.flatten(params)
-    reader = _peft_read.Reader(config, tree, Book(names, tree.paths), axes)
-    tensors = _peft_layout.read(where / _peft_layout.NAME)
+    book = Book(names, tree.paths)
+    where, config, tensors = _read(folder)
+    reader = _peft_read.Reader(config, tree, book, axes)
     for module, named in _peft_read.modules(tensors, reader.bad).items():
         reader.take(module, named)
     parts = reader.finish()
@@ -92,9 +94,32 @@ def load(
     return join(*split(_peft_read.fill(adapted, parts)))
 
 
-def _find(folder: "str | os.PathLike[str]") -> Path:
+def _read(folder: "str | os.PathLike[str]") -> tuple[Path, Config, dict[str, np.ndarray]]:
+    """Both files of one adapter: if another process saved over it in the meantime, both of the new one."""
+    while True:
+        where = _find(_place(folder))
+        was = _inode(where)
+        try:
+            found = _peft_config.read(where / _peft_config.NAME), _peft_layout.read(where / _peft_layout.NAME)
+        except (ValueError, OSError):
+            if _inode(where) == was:
+                raise
+        else:
+            if _inode(where) == was:
+                return where, *found
+
+
+def _place(folder: "str | os.PathLike[str]") -> Path:
+    """The folder itself, where a link to it is given: a rename would replace the link alone."""
+    return Path(os.path.realpath(_folder.local(folder)))
+
+
+def _inode(folder: Path) -> int | None:
+    return folder.stat().st_ino if folder.is_dir() else None
+
+
+def _find(where: Path) -> Path:
     """The folder with both files; where a save was killed between two renames, the one that it was to replace."""
-    where = _folder.local(folder)
     if not os.path.lexists(where) and _folder.old(where).is_dir():
         where = _folder.old(where)
     missing = [name for name in _FILES[:2] if not (where / name).is_file()]
@@ -140,7 +165,7 @@ def save(folder: "str | os.PathLike[str]", adapted: Adapted, names: Names = None
     References:
       `Hugging Face peft, checkpoint format <https://huggingface.co/docs/peft/developer_guides/checkpoint>`_.
     """
-    target = _folder.local(folder)
+    target = _place(folder)
     _folder.recover(target)
     replaces = _folder.check_free(target, overwrite, _peft_config.NAME, "adapter of peft")
     _arrays.check_concrete(adapted, lambda x: x, "jlora.io.peft.save")
@@ -155,7 +180,7 @@ def save(folder: "str | os.PathLike[str]", adapted: Adapted, names: Names = None
             new.mkdir()
         (new / _peft_layout.NAME).write_bytes(_peft_layout.write(tensors))
         (new / _peft_config.NAME).write_bytes(_peft_config.write(config))
-        _folder.sync_all(new)
+        _folder.sync(new / _peft_layout.NAME, new / _peft_config.NAME, new)
         _folder.appear(new, target, replaces)
 
 

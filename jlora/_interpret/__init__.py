@@ -45,18 +45,20 @@ class Interpreter:
       forward_mode: plain factored dots in place of custom rules.
       rows: where `explain` collects its rows; None when nobody asked.
       roles: where `infer_axes` collects `{path: {atom: letter}}`; None when nobody asked.
+      moments: where `init.activations` collects `{path: X^T X}`; None when nobody asked.
     """
 
     forward_mode: bool = False
     rows: list[Row] | None = None
     roles: dict[str, dict[str, str]] | None = None
+    moments: dict[str, Any] | None = None
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
     uses: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
     around: list[Any] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
 
     @property
     def watched(self) -> bool:
-        return self.rows is not None or self.roles is not None
+        return not (self.rows is self.roles is self.moments is None)
 
     # -- walking --
 
@@ -122,6 +124,29 @@ class Interpreter:
             known = self.roles.setdefault(w.path, {})
             for atom in (a for n in axes for a in w.axes[n]):
                 known.setdefault(atom, letter)
+
+    def meet(self, w: Weight, x: Any, pairs: Sequence[tuple[int, int]], batch: Sequence[tuple[int, int]]) -> None:
+        if self.moments is not None and w.path is not None and (made := _ops.moment(w, x, pairs, batch)) is not None:
+            self.seen({w.path: made})
+
+    def seen(self, moments: dict[str, Any] | None) -> None:
+        """Adds to what was collected."""
+        for path, made in (moments or {}).items():
+            assert self.moments is not None
+            known = self.moments.get(path)
+            if known is not None and known.shape != made.shape:
+                raise ValueError(
+                    f"{path!r} meets activations in unlike stacks, {known.shape} and {made.shape}: exclude it"
+                )
+            self.moments[path] = made if known is None else known + made
+
+    def apart(self, f: Callable[[], Any]) -> tuple[Any, dict[str, Any] | None]:
+        """`f()` and what was collected meanwhile: a sub-jaxpr returns it, as its arrays must not leak out."""
+        outer, self.moments = self.moments, None if self.moments is None else {}
+        try:
+            return f(), self.moments
+        finally:
+            self.moments = outer
 
     def key(self, w: Weight) -> Any:
         """This use's dropout keys: folded with the number of the use, so that two uses draw two masks."""

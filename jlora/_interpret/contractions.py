@@ -24,6 +24,8 @@ def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
     me.role(w, contracted, "i")
     me.role(w, batch, "s")
     me.role(w, range(len(w.axes)), "o")
+    other, other_batch = (rc, rb) if left else (lc, lb)
+    me.meet(w, x, [*zip(contracted, other, strict=True)], [*zip(batch, other_batch, strict=True)])
     if _ops.is_vector(w):
         return me.bind(eqn, me.arrays([lhs, rhs], eqn, "a vector"))
     if _ops.is_dense_delta(w):

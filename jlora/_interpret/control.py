@@ -48,12 +48,14 @@ def _jit(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
     if place not in me.memo or me.watched:
         name = eqn.params.get("name", "call")
 
-        def inner(*args: Any) -> list[Any]:
-            return _chosen(me.run(jaxpr, consts, args, compute), compute)
+        def inner(*args: Any) -> Any:
+            return me.apart(lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
 
         inner.__name__ = inner.__qualname__ = name
         me.memo[place] = (jax.jit(inner), jaxpr)  # the jaxpr is held so that its id stays its own
-    return _filled(outs, compute, me.memo[place][0](*values))
+    results, seen = me.memo[place][0](*values)
+    me.seen(seen)
+    return _filled(outs, compute, results)
 
 
 def _checkpoint(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -62,11 +64,13 @@ def _checkpoint(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) 
         return outs
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
 
-    def inner(*args: Any) -> list[Any]:
-        return _chosen(me.run(jaxpr, consts, args, compute), compute)
+    def inner(*args: Any) -> Any:
+        return me.apart(lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
 
     again = jax.checkpoint(inner, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    return _filled(outs, compute, again(*[me.entering(v) for v in values]))
+    results, seen = again(*[me.entering(v) for v in values])
+    me.seen(seen)
+    return _filled(outs, compute, results)
 
 
 def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -94,13 +98,13 @@ def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
         rest = iter(state)
         carries = [fold(v) if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
         items = [s.rebuilt(x) if s else x for s, x in zip(sliced, slices, strict=True)]
-        ys = me.run(jaxpr, closed, [*map(fold, consts), *carries, *items], compute)
+        ys, seen = me.apart(lambda: me.run(jaxpr, closed, [*map(fold, consts), *carries, *items], compute))
         ys = [me.dense(y, eqn, "an output of the loop's body") for y in ys]
-        return _chosen(ys[:n_carry], compute[:n_carry]), _chosen(ys[n_carry:], compute[n_carry:])
+        return _chosen(ys[:n_carry], compute[:n_carry]), (_chosen(ys[n_carry:], compute[n_carry:]), seen)
 
     slices = [s.arrays if s else x for s, x in zip(sliced, xs, strict=True)]
     turns = jnp.arange(length) if counted else None
-    state, ys = lax.scan(
+    state, (ys, seen) = lax.scan(
         body,
         init,
         (turns, slices),
@@ -108,6 +112,8 @@ def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
+    layers = {x.path for x in xs if is_weight(x)}  # one a turn; a constant of the loop has one in all
+    me.seen(seen and {path: made if path in layers else made.sum(0) for path, made in seen.items()})
     return _filled(outs, compute, [*state, *ys])
 
 
@@ -172,14 +178,14 @@ def _while(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> li
         return [v if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
 
     def go_on(state: Any) -> Any:
-        (more,) = me.run(cond, cond_closed, [*cond_consts, *carries(state[1])], [True])
+        (more,), _ = me.apart(lambda: me.run(cond, cond_closed, [*cond_consts, *carries(state[1])], [True]))
         return more
 
     def step(state: Any) -> Any:
         turn, state = state
         fold = lambda v: v.replace(key=_ops.fold(v.key, turn)) if is_weight(v) and v.key is not None else v
         args = [*map(fold, body_consts), *map(fold, carries(state))]
-        new = _chosen(me.run(body, body_closed, args, moving), moving)
+        new, _ = me.apart(lambda: _chosen(me.run(body, body_closed, args, moving), moving))
         return (None if turn is None else turn + 1), me.arrays(new, eqn, "an output of the loop's body")
 
     counted = any(is_weight(v) and v.key is not None for v in (*body_consts, *carry))
@@ -199,7 +205,7 @@ def _cond(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
         jaxpr, consts = open_jaxpr(branch)
 
         def inner(*args: Any, jaxpr: Any = jaxpr, consts: Any = consts) -> list[Any]:
-            ys = _chosen(me.run(jaxpr, consts, args, compute), compute)
+            ys, _ = me.apart(lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
             return [jnp.asarray(y) for y in me.arrays(ys, eqn, "an output of a branch")]
 
         branches.append(inner)

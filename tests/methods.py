@@ -121,6 +121,18 @@ METHODS = (
         lambda leaf: math.prod(leaf.stack) * 2 * leaf.size("o"),
         everywhere=False,
     ),
+    Row(
+        "pissa",
+        lambda target: jlora.LoRA(rank=2, alpha=3, init="pissa", target=target),
+        low_rank,
+        everywhere=False,
+    ),
+    Row(
+        "olora",
+        lambda target: jlora.LoRA(rank=2, alpha=3, init="olora", target=target),
+        low_rank,
+        everywhere=False,
+    ),
     Row("adalora", lambda target: jlora.AdaLoRA(rank=2, alpha=3, target=target), gated, everywhere=False),
     Row("sora", lambda target: jlora.SoRA(rank=2, alpha=3, target=target), gated, everywhere=False),
     Row(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "jlora"
 ROOMS = (
     "_tree", "_axes", "_network", "_contract", "_term", "_weight", "_express",  # the algebra
     "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_merge",  # methods know no jaxpr
-    "_ops", "_conv", "_interpret", "lift", "explain", "optim",  # one room knows jaxprs
+    "_ops", "_conv", "_interpret", "lift", "explain", "init", "optim",  # one room knows jaxprs
     "rank", "quant", "shard", "serve", "combine", "prompt", "bottleneck",
     "io", "analysis", "plot", "__main__",  # nobody below io knows a file format
 )  # fmt: skip

@@ -7,8 +7,10 @@ Kalajdzievski, `A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from jlora import targets
@@ -16,6 +18,7 @@ from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, Recipe
 from jlora._tree import Target
 from jlora.methods.base import Init, Method, check_low_rank, check_rank, normal, uniform, zeros
+from jlora.methods.starts import OLoRA, Orthogonal, PiSSA, Start
 
 Slices = tuple[tuple[int, int], ...]
 
@@ -32,6 +35,20 @@ class Place:
         return full.at[..., self.start : self.start + b.shape[-1]].set(b).reshape(*b.shape[:-1], *self.side)
 
 
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """An operand of a pair: x - x0, and after it x0, or before it x (`starts` says why)."""
+
+    also: Literal["x0", "x", ""] = ""
+
+    def __call__(self, x: jax.Array, x0: jax.Array) -> jax.Array:
+        moved = x - x0
+        return jnp.concatenate({"x0": [moved, x0], "x": [x, moved], "": [moved]}[self.also])
+
+
+NAMED = {"orthogonal": Orthogonal(), "pissa": PiSSA(), "olora": OLoRA(), "paired": Start()}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
     """Low-rank update: dW = s a b with a (in, r), b (r, out), stored rank first: `a (r, in)`, `b (r, out)`.
@@ -39,11 +56,17 @@ class LoRA(Method):
     b starts at zero, so the adapted model starts as the base model. An `embedding` starts with a at zero and b
     normal, as loralib does: its rows are looked up by a.
 
+    Where `init` begins with a product a0 b0 that is not zero, the adapter is a pair: it keeps a0 and b0, frozen, and
+    dW = s (a b - a0 b0), computed as one delta of rank 2r, s [a - a0, a0] [b; b - b0]. So the base is never changed,
+    the start is the base bit for bit, and `jlora.init.plain` gives the same update as a plain LoRA of rank 2r.
+
     Attributes:
       rank: r, at most min(in, out). 0 leaves the weight alone.
       alpha: the numerator of s; defaults to the rank, so that s is 1.
       scaling: `"rank"` for s = alpha / r, `"sqrt"` for rsLoRA's alpha / sqrt(r).
-      init: of a: `"kaiming"`, U(-1/sqrt(in), 1/sqrt(in)) as loralib has it, or `"gaussian"`, N(0, 1/r^2) as peft does.
+      init: of a: `"kaiming"`, U(-1/sqrt(in), 1/sqrt(in)) as loralib has it, or `"gaussian"`, N(0, 1/r^2) as peft does;
+        of a and b: `"pissa"`, `"olora"`, `"orthogonal"`, or a value of `jlora.init` (which explains these). `"paired"`
+        is the form alone of those that are pairs, whose values come with a file.
       dropout: rate on the activation of this branch, in [0, 1); needs a key (`jlora.with_dropout`).
       slices: ranges `(start, stop)` of the flattened output axes that are adapted, each with factors of its own
         (loralib's MergedLinear for a fused projection); None for all.
@@ -62,7 +85,7 @@ class LoRA(Method):
     rank: int = 8
     alpha: float | None = None
     scaling: Literal["rank", "sqrt"] = "rank"
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "paired"] | Start = "kaiming"
     dropout: float = 0.0
     slices: Slices | None = None
     target: Target = targets.attention
@@ -73,9 +96,12 @@ class LoRA(Method):
             raise ValueError(f"LoRA(dropout={self.dropout}): a rate lies in [0, 1)")
         if self.scaling not in ("rank", "sqrt"):
             raise ValueError(f"LoRA(scaling={self.scaling!r}): write 'rank' (alpha / r) or 'sqrt' (alpha / sqrt(r))")
-        if self.init not in ("kaiming", "gaussian"):
-            raise ValueError(f"LoRA(init={self.init!r}): write 'kaiming' or 'gaussian'")
+        if not isinstance(self.init, Start) and self.init not in ("kaiming", "gaussian", *NAMED):
+            names = ", ".join(map(repr, ("kaiming", "gaussian", *NAMED)))
+            raise ValueError(f"LoRA(init={self.init!r}): write one of {names} or a value of jlora.init")
         if self.slices is not None:
+            if self.start is not None:
+                raise ValueError(f"LoRA(slices=..., init={self.init!r}): slices start as 'kaiming' or 'gaussian'")
             object.__setattr__(self, "slices", tuple((int(a), int(b)) for a, b in self.slices))
 
     @property
@@ -89,11 +115,23 @@ class LoRA(Method):
         """Whether a is trained."""
         return True
 
+    @property
+    def start(self) -> Start | None:
+        """Where a and b begin; None where a alone is drawn and b is zero."""
+        return self.init if isinstance(self.init, Start) else NAMED.get(self.init)
+
+    @property
+    def paired(self) -> bool:
+        """Whether s a0 b0 is subtracted."""
+        return self.start is not None and self.start.paired
+
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.rank == 0:
             return None
         d_in, d_out = leaf.size("ik"), leaf.size("o")
         check_low_rank(leaf, self.rank)
+        if self.paired:
+            return Recipe((self._pair(leaf),))
         # exactly one of the two starts at zero, and it is trained
         flip = leaf.name == "embedding" and self.trains_a
         a = Array("a", zeros if flip else self._init_a(d_in), trained=self.trains_a)
@@ -109,6 +147,30 @@ class LoRA(Method):
             placed = Function(Place(start, leaf.sizes("o")), (b_n,))
             deltas.append(Delta(equation, (a_n, placed), sizes, self.scale, ("r",), self.dropout))
         return Recipe(tuple(deltas))
+
+    def _pair(self, leaf: Leaf) -> Delta:
+        a = Array("a", zeros, (self.rank, *leaf.sizes("ik")), trained=self.trains_a)
+        b = Array("b", zeros, (self.rank, *leaf.sizes("o")))
+        a0, b0 = (dataclasses.replace(x, name=f"{x.name}0", trained=False) for x in (a, b))
+        if not self.trains_a:  # a (b - b0) is all there is
+            rank, operands = self.rank, (a, Function(Moved(), (b, b0)))
+        else:
+            rank, operands = 2 * self.rank, (Function(Moved("x0"), (a, a0)), Function(Moved("x"), (b, b0)))
+        # no letter that rank operations may act on: the trained factors are halves of it
+        return Delta("r I, r O -> I O", operands, (("r", rank),), self.scale, dropout=self.dropout)
+
+    def initial(
+        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
+    ) -> dict[tuple[str, str], jax.Array]:
+        arrays = super().initial(leaf, recipe, keys, weight)
+        if self.start is None:
+            return arrays
+        a, b = self.start.factors(leaf, weight, self.rank, self.scale, keys(leaf.path, "a"))
+        # copies: a trained array shares no buffer with a frozen one, nor with what the start was made from
+        filled = lambda value, place: jnp.array(value, self.dtype, copy=True).reshape(arrays[place].shape)
+        begun = {"a": a, "b": b, "a0": a, "b0": b}
+        places = [(leaf.path, name) for name in begun if (leaf.path, name) in arrays]
+        return arrays | {place: filled(begun[place[1]], place) for place in places}
 
     def _init_a(self, d_in: int) -> Init:
         return uniform(1 / math.sqrt(d_in)) if self.init == "kaiming" else normal(1 / self.rank)
@@ -127,7 +189,10 @@ class LoRA(Method):
         return self.slices
 
     def canonical(self) -> "LoRA":
-        return dataclasses.replace(self, alpha=None, scaling="rank", init="kaiming")
+        form = "paired" if self.paired else "kaiming"
+        return dataclasses.replace(self, alpha=None, scaling="rank", init=form)
 
     def describe(self) -> str:
+        if self.paired:
+            return f"LoRA in a pair, rank {self.rank}"
         return "LoRA" if self.slices is None else "LoRA in slices"

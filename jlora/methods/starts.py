@@ -1,0 +1,295 @@
+"""Where a and b of a LoRA begin, when that is neither noise nor zero.
+
+A start with a product a0 b0 other than zero would change the model's output. So it is *paired*: the adapter keeps a0
+and b0 beside a and b, frozen, and computes
+
+    dW = s (a b - a0 b0) = s ((a - a0) b + a0 (b - b0)).
+
+The right-hand form is one delta of rank 2r, `[a - a0, a0] [b; b - b0]`. At the start each of its products has a factor
+that is exactly zero, so the output is the base's bit for bit, however a compiler orders or fuses the sums. And what
+was learned is computed from small differences, taken in float32: two products of the weight's own size, each rounded
+to bfloat16 and then subtracted, would drown it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._axes import Leaf
+
+Factors = tuple[jax.Array, jax.Array]
+
+
+def sides(array: Any, leaf: Leaf) -> jax.Array:
+    """An array in a weight's axes as matrices `(stack..., in, out)`, in at least float32."""
+    array = jnp.asarray(array)
+    if array.shape != leaf.shape:
+        raise ValueError(f"an array of shape {array.shape} for {leaf.path!r} of shape {leaf.shape}")
+    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    order = (*leaf.axes("s"), *leaf.axes("ik"), *leaf.axes("o"))
+    return lax.transpose(wide, order).reshape(*leaf.stack, leaf.size("ik"), leaf.size("o"))
+
+
+def unsided(matrix: jax.Array, leaf: Leaf) -> jax.Array:
+    """The inverse of `sides`."""
+    order = (*leaf.axes("s"), *leaf.axes("ik"), *leaf.axes("o"))
+    return lax.transpose(matrix.reshape([leaf.shape[n] for n in order]), [order.index(n) for n in range(len(order))])
+
+
+def flipped(matrix: jax.Array) -> jax.Array:
+    """The transpose of the last two axes."""
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def best(matrix: jax.Array, rank: int, scale: float) -> Factors:
+    """a (r, in), b (r, out) with s a^T b the best approximation of rank r, its singular values halved between them.
+
+    Eckart and Young, `The approximation of one matrix by another of lower rank
+    <https://doi.org/10.1007/BF02288367>`_, 1936.
+    """
+    u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank] / scale)[..., None]
+    return root * flipped(u[..., :rank]), root * vh[..., :rank, :]
+
+
+def values(weight: Any, leaf: Leaf) -> jax.Array:
+    """A weight as matrices, for a start that reads it."""
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"this start of {leaf.path!r} of shape {leaf.shape} is made from the values of the weight, and it has "
+            "none; give arrays, or write init='kaiming'"
+        )
+    return sides(weight, leaf)
+
+
+def _known(data: Mapping[str, Any], leaf: Leaf, what: str) -> Any:
+    if leaf.path not in data:
+        raise ValueError(f"no {what} for {leaf.path!r}; there are some for {sorted(data)[:5]}")
+    return data[leaf.path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How a and b of one weight begin; a subclass says its `factors`.
+
+    Attributes:
+      paired: whether s a0 b0 is subtracted, so that the start is the base. False for a start whose product is zero,
+        or meant to be added.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, jlora
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Ones(jlora.init.Start):
+      ...     def factors(self, leaf, weight, rank, scale, key):
+      ...         return jnp.ones((rank, leaf.size("ik"))), jnp.ones((rank, leaf.size("o")))
+      >>> params = {"query": {"kernel": jnp.ones((6, 4))}}
+      >>> adapted = jlora.adapt(params, jlora.LoRA(rank=2, init=Ones()))
+      >>> bool((jlora.merge(adapted)["query"]["kernel"] == 1).all())
+      True
+    """
+
+    paired: ClassVar[bool] = True
+
+    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        """`a (stack..., r, in)` and `b (stack..., r, out)`, both sides flat.
+
+        Args:
+          leaf: path, shape and axes of the weight.
+          weight: the array itself, in its own axes; a `ShapeDtypeStruct` where there is none.
+          rank: r.
+          scale: s.
+          key: a PRNG key.
+        """
+        raise ValueError(
+            f"init='paired' names the form of an adapter, not how {leaf.path!r} begins; write 'pissa', 'olora', "
+            "'orthogonal' or a value of jlora.init"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PiSSA(Start):
+    """a = U_r sqrt(S_r / s), b = sqrt(S_r / s) V_r of W0 = U S V: the principal part of the weight is trained.
+
+    Also written `LoRA(init="pissa")`. The paper trains a b beside W0 - s a b; here the base stays W0 and the adapter
+    subtracts s a0 b0, which is the same function.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.eye(4)}}, jlora.LoRA(rank=1, init=jlora.init.PiSSA()))
+      >>> sorted(adapted.trainable["query/kernel"]), sorted(adapted.frozen.factors["query/kernel"])
+      (['a', 'b'], ['a0', 'b0', 's'])
+
+    References:
+      Meng et al, `PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models
+      <https://arxiv.org/abs/2404.02948>`_, 2024.
+    """
+
+    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        return best(values(weight, leaf), rank, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class OLoRA(Start):
+    """a = R[:r], b = Q[:, :r] of the transposed weight, W0^T = Q R: an orthonormal b.
+
+    Also written `LoRA(init="olora")`. As in peft, a and b are not divided by s, so that s times the product is what is
+    trained and subtracted.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.eye(4)}}, jlora.LoRA(rank=1, init=jlora.init.OLoRA()))
+      >>> jnp.abs(adapted.trainable["query/kernel"]["b"])
+      Array([[1., 0., 0., 0.]], dtype=float32)
+
+    References:
+      Büyükakyüz, `OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models
+      <https://arxiv.org/abs/2406.01775>`_, 2024.
+    """
+
+    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        q, r = jnp.linalg.qr(flipped(values(weight, leaf)))
+        return r[..., :rank, :], flipped(q[..., :rank])
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal(Start):
+    """a = P^T X, b = Q^T Y with P and Q the odd and even rows of a random orthogonal (r, r) matrix, so a^T b = 0.
+
+    X (r/2, in) and Y (r/2, out) are N(0, 0.01). Neither factor is zero, so both have a gradient from the first step.
+    Also written `LoRA(init="orthogonal")`; r is even. The product is zero but for rounding, and the pair takes that
+    away too.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.eye(4)}}, jlora.LoRA(rank=2, init="orthogonal"))
+      >>> a, b = adapted.trainable["query/kernel"].values()
+      >>> bool(jnp.abs(a.T @ b).max() < 1e-6)
+      True
+
+    References:
+      peft's `init_lora_weights="orthogonal"`, after `Rethinking LoRA initialisation
+      <https://datta0.github.io/posts/rethink-lora-init/>`_.
+    """
+
+    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        if rank % 2:
+            raise ValueError(f"init='orthogonal' on {leaf.path!r} halves the rank {rank}; write an even one")
+        keys = jax.random.split(key, 3)
+        draw = lambda key, *shape: jax.random.normal(key, (*leaf.stack, *shape))
+        q, _ = jnp.linalg.qr(draw(keys[0], rank, rank))
+        a = flipped(q[..., 0::2, :]) @ draw(keys[1], rank // 2, leaf.size("ik"))
+        b = flipped(q[..., 1::2, :]) @ draw(keys[2], rank // 2, leaf.size("o"))
+        return a / 10, b / 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GA(Start):
+    """LoRA-GA: a = c U[:, :r], b = c V[:, r:2r] of the gradient G = U S V of the weight, c = out^(1/4) / sqrt(gamma).
+
+    The first step of the adapter then goes where the best step of rank 2r of full fine-tuning would: a's gradient
+    lies in the span of the left vectors r..2r, b's in that of the right vectors 0..r. c is the paper's and its
+    authors' code, for both factors; peft also multiplies one of them by the singular values, which this does not.
+    2r is at most min(in, out).
+
+    Attributes:
+      gradients: `{path: dL/dW}` in the weights' own axes, as `jlora.init.gradients` returns them.
+      gamma: 16, the constant of the paper's stable scale; the larger, the smaller the start.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.eye(4)}}
+      >>> method = jlora.LoRA(rank=2)
+      >>> loss = lambda params, x: jnp.sum((x @ params["query"]["kernel"]) ** 2)
+      >>> grads = jlora.init.gradients(loss, params, [jnp.ones((3, 4))], method)
+      >>> jlora.adapt(params, jlora.LoRA(rank=2, init=jlora.init.GA(grads)))
+      Adapted(1 weight, 16 trainable)
+
+    References:
+      Wang, Yu and Li, `LoRA-GA: Low-Rank Adaptation with Gradient Approximation <https://arxiv.org/abs/2407.05000>`_,
+      2024.
+    """
+
+    gradients: Mapping[str, Any] = dataclasses.field(repr=False)
+    gamma: float = 16.0
+
+    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        least = min(leaf.size("ik"), leaf.size("o"))
+        if 2 * rank > least:
+            raise ValueError(
+                f"LoRA-GA on {leaf.path!r} of shape {leaf.shape} takes 2 * rank = {2 * rank} singular vectors, and "
+                f"there are {least}; write a rank of at most {least // 2}"
+            )
+        u, _, vh = jnp.linalg.svd(sides(_known(self.gradients, leaf, "gradient"), leaf), full_matrices=False)
+        c = leaf.size("o") ** 0.25 / math.sqrt(self.gamma)
+        return c * flipped(u[..., :rank]), c * vh[..., rank : 2 * rank, :]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EVA(Start):
+    """a = the first r right singular vectors of the weight's inputs X (tokens, in), b = 0.
+
+    They are the eigenvectors of X^T X, which is all that is kept of the inputs. As b is zero the start is the base
+    without a pair. `jlora.init.redistributed` gives each weight the rank that its inputs deserve.
+
+    Attributes:
+      moments: `{path: X^T X}`, `(stack..., in, in)`, as `jlora.init.activations` returns them.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.eye(4)}}
+      >>> moments = {"query/kernel": jnp.diag(jnp.array([1.0, 9.0, 4.0, 0.0]))}
+      >>> adapted = jlora.adapt(params, jlora.LoRA(rank=2, init=jlora.init.EVA(moments)))
+      >>> jnp.abs(adapted.trainable["query/kernel"]["a"])
+      Array([[0., 1., 0., 0.],
+             [0., 0., 1., 0.]], dtype=float32)
+
+    References:
+      Paischer et al, `One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation
+      <https://arxiv.org/abs/2410.07170>`_, 2024.
+    """
+
+    paired: ClassVar[bool] = False
+    moments: Mapping[str, Any] = dataclasses.field(repr=False)
+
+    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        moment = jnp.asarray(_known(self.moments, leaf, "second moment"))
+        want = (*leaf.stack, leaf.size("ik"), leaf.size("ik"))
+        if moment.shape != want:
+            raise ValueError(f"the second moment for {leaf.path!r} has shape {moment.shape}, not {want}")
+        _, vectors = jnp.linalg.eigh(moment.astype(jnp.promote_types(moment.dtype, jnp.float32)))  # ascending
+        return flipped(vectors[..., ::-1][..., :rank]), jnp.zeros((*leaf.stack, rank, leaf.size("o")))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given(Start):
+    """a and b as they are given. s a b is added from the start on: nothing is subtracted.
+
+    Attributes:
+      pairs: `{path: (a, b)}` with `a (stack..., r, in)` and `b (stack..., r, out)`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> pairs = {"query/kernel": (jnp.ones((1, 4)), jnp.ones((1, 4)))}
+      >>> method = jlora.LoRA(rank=1, init=jlora.init.Given(pairs))
+      >>> float(jlora.merge(jlora.adapt({"query": {"kernel": jnp.eye(4)}}, method))["query"]["kernel"][0, 1])
+      1.0
+
+    References:
+      Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
+    """
+
+    paired: ClassVar[bool] = False
+    pairs: Mapping[str, tuple[Any, Any]] = dataclasses.field(repr=False)
+
+    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        a, b = (jnp.asarray(x) for x in _known(self.pairs, leaf, "pair (a, b)"))
+        for name, x, side in (("a", a, "ik"), ("b", b, "o")):
+            want = (*leaf.stack, rank, leaf.size(side))
+            if x.shape != want:
+                raise ValueError(f"{name} given for {leaf.path!r} has shape {x.shape}, not {want}")
+        return a, b

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _express, _interpret, _merge, _network, _plan, _tree
+from jlora import _express, _interpret, _merge, _network, _ops, _plan, _tree
 from jlora._plan import Plan, Site
+from jlora._weight import Operand
 from jlora.adapted import Adapted, Frozen
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import EVA as EVA
@@ -106,6 +107,13 @@ def gradients(
     return {path: g / count for path, g in total.items()}
 
 
+def _in_order(made: Operand) -> jax.Array:
+    """A second moment with its stack axes in the kernel's order."""
+    n = len(made.labels)
+    order = sorted(range(n), key=lambda axis: _ops.place(made.labels[axis]))
+    return jnp.transpose(made.arrays[0], (*order, n, n + 1))
+
+
 def activations(
     fn: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], spec: Any, *, axes: Axes = None
 ) -> dict[str, jax.Array]:
@@ -127,7 +135,8 @@ def activations(
 
     Raises:
       ValueError: no batch; weights whose inputs could not be seen, all at once: lookups, convolutions, ragged dots,
-        uses inside branches and while loops, letters that are not those of the contraction; whatever `adapt` refuses.
+        stacks indexed by hand, uses inside branches and while loops, letters that are not those of the contraction;
+        whatever `adapt` refuses.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -147,8 +156,7 @@ def activations(
     def one(bare: Adapted, batch: Any) -> dict[str, Any]:
         me = _interpret.Interpreter(moments={})
         _interpret.call(lambda p: fn(p, batch), [bare], lambda trees: ((trees[0],), {}), me=me)
-        assert me.moments is not None
-        return me.moments
+        return {path: _in_order(made) for path, made in (me.moments or {}).items()}
 
     total, _ = _summed(batches, lambda batch: one(bare, batch), "activations")
     want = {s.leaf.path: (*s.leaf.stack, s.leaf.size("ik"), s.leaf.size("ik")) for s in sites}
@@ -156,8 +164,8 @@ def activations(
     if unseen:
         raise ValueError(
             f"the inputs of {unseen[:5]}{f' and {len(unseen) - 5} more' if len(unseen) > 5 else ''} could not be seen: "
-            "they are read in dots alone (no lookup, convolution or ragged dot), outside of branches and while loops, "
-            "and along the axes that are their input (axes=); exclude them from the spec"
+            "they are read in dots alone (no lookup, convolution, ragged dot or stack indexed by hand), outside of "
+            "branches and while loops, and along the axes that are their input (axes=); exclude them from the spec"
         )
     return total
 

@@ -362,6 +362,26 @@ def test_eva_of_a_stack_tells_its_layers_apart(how):
         np.testing.assert_allclose(span(ad.trainable["w"]["a"][layer]), span(vectors[:, -2:].T), atol=2e-3)
 
 
+def test_two_uses_of_one_weight_add_up():
+    w, x = normal(57, 6, 6), normal(58, 5, 6)
+    fn = lambda p, x: (x @ (2 * p["w"].T)).astype(jnp.bfloat16) + 3 * x @ p["w"].T
+    moments = jlora.init.activations(fn, {"w": w}, [x, x], jlora.LoRA(rank=2, target="w"), axes={"w": "oi"})
+    np.testing.assert_allclose(moments["w"], 2 * (1 + 9) * np.float64(x.T) @ np.float64(x), rtol=1e-4, atol=1e-4)
+
+
+def test_eva_of_a_stack_of_stacks_scanned_from_within():
+    """The second axis is the outer loop's: moments still stand in the kernel's order."""
+    params, x = {"w": normal(55, 2, 2, 4, 4)}, normal(56, 5, 4)
+    inner = lambda x, ws: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)
+    fn = lambda p, x: lax.scan(inner, x, p["w"].swapaxes(0, 1))[0]
+    moments = jlora.init.activations(fn, params, [x], jlora.LoRA(rank=2, target="w"), axes={"w": "ssio"})
+    h = np.float64(x)
+    for outer in range(2):
+        for layer in range(2):
+            np.testing.assert_allclose(moments["w"][layer, outer], h.T @ h, rtol=1e-4, atol=1e-4)
+            h = np.tanh(h @ np.float64(params["w"][layer, outer]))
+
+
 def test_inputs_that_cannot_be_seen_are_refused():
     params = {"table": normal(60, 5, 6), "w": normal(61, 6, 6)}
     fn = lambda p, i: lax.cond(i[0] > 0, lambda: p["table"][i] @ p["w"], lambda: p["table"][i])

@@ -19,7 +19,7 @@ from jlora._express import express
 from jlora._interpret import contractions, control, moves
 from jlora._interpret.jaxpr import bind_params, live, source
 from jlora._ops import Refusal, Use
-from jlora._weight import Weight, is_weight
+from jlora._weight import Operand, Weight, is_weight
 from jlora.adapted import Adapted, stable_hash
 
 RULES = {**moves.RULES, **contractions.RULES, **control.RULES}
@@ -45,13 +45,13 @@ class Interpreter:
       forward_mode: plain factored dots in place of custom rules.
       rows: where `explain` collects its rows; None when nobody asked.
       roles: where `infer_axes` collects `{path: {atom: letter}}`; None when nobody asked.
-      moments: where `init.activations` collects `{path: X^T X}`; None when nobody asked.
+      moments: where `init.activations` collects `{path: X^T X}` (`_ops.moment`); None when nobody asked.
     """
 
     forward_mode: bool = False
     rows: list[Row] | None = None
     roles: dict[str, dict[str, str]] | None = None
-    moments: dict[str, Any] | None = None
+    moments: dict[str, Operand] | None = None
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
     uses: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
     around: list[Any] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
@@ -129,18 +129,17 @@ class Interpreter:
         if self.moments is not None and w.path is not None and (made := _ops.moment(w, x, pairs, batch)) is not None:
             self.seen({w.path: made})
 
-    def seen(self, moments: dict[str, Any] | None) -> None:
+    def seen(self, moments: dict[str, Operand] | None) -> None:
         """Adds to what was collected."""
         for path, made in (moments or {}).items():
             assert self.moments is not None
             known = self.moments.get(path)
-            if known is not None and known.shape != made.shape:
-                raise ValueError(
-                    f"{path!r} meets activations in unlike stacks, {known.shape} and {made.shape}: exclude it"
-                )
-            self.moments[path] = made if known is None else known + made
+            shapes = [x.arrays[0].shape for x in (known or made, made)]
+            if shapes[0] != shapes[1] or known is not None and known.labels != made.labels:
+                raise ValueError(f"{path!r} meets its inputs in unlike parts, of shapes {shapes}; exclude it")
+            self.moments[path] = made if known is None else jax.tree.map(jnp.add, known, made)
 
-    def apart(self, f: Callable[[], Any]) -> tuple[Any, dict[str, Any] | None]:
+    def apart(self, f: Callable[[], Any]) -> tuple[Any, dict[str, Operand] | None]:
         """`f()` and what was collected meanwhile: a sub-jaxpr returns it, as its arrays must not leak out."""
         outer, self.moments = self.moments, None if self.moments is None else {}
         try:

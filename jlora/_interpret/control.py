@@ -112,8 +112,11 @@ def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    layers = {x.path for x in xs if is_weight(x)}  # one a turn; a constant of the loop has one in all
-    me.seen(seen and {path: made if path in layers else made.sum(0) for path, made in seen.items()})
+    if seen:  # one a turn of what is sliced; a constant of the loop has one in all
+        atoms = {x.path: x.axes[0] for x in xs if is_weight(x)}
+        total = lambda made: jax.tree.map(lambda a: a.sum(0), made)
+        stack = lambda made, atom: dataclasses.replace(made, labels=atom + made.labels)
+        me.seen({p: stack(made, atoms[p]) if p in atoms else total(made) for p, made in seen.items()})
     return _filled(outs, compute, [*state, *ys])
 
 

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _express, _interpret, _merge, _network, _ops, _plan, _tree
+from jlora import _express, _interpret, _merge, _network, _plan, _tree
+from jlora._interpret import moments as _moments
 from jlora._plan import Plan, Site
-from jlora._weight import Operand
 from jlora.adapted import Adapted, Frozen
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import EVA as EVA
@@ -107,21 +107,14 @@ def gradients(
     return {path: g / count for path, g in total.items()}
 
 
-def _in_order(made: Operand) -> jax.Array:
-    """A second moment with its stack axes in the kernel's order."""
-    n = len(made.labels)
-    order = sorted(range(n), key=lambda axis: _ops.place(made.labels[axis]))
-    return jnp.transpose(made.arrays[0], (*order, n, n + 1))
-
-
 def activations(
     fn: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], spec: Any, *, axes: Axes = None
 ) -> dict[str, jax.Array]:
     """X^T X of the inputs of each weight that `spec` takes, summed over batches: what `EVA` starts from.
 
-    X are all rows that meet the weight in dots, padding included, not centred. The forward pass is walked as `lift`
-    walks it, through `jit`, remat and scans: a scanned stack has one matrix a layer. All batches given count, as
-    sums are exact; the paper stops early where the singular vectors have settled.
+    X are all rows that meet the weight in dots, padding included, not centred; a weight's other uses are not counted.
+    The forward pass is walked as `lift` walks it, through `jit`, remat and scans: a scanned stack has one matrix a
+    layer. All batches given count, as sums are exact; the paper stops early where the singular vectors have settled.
 
     Args:
       fn: `fn(params, batch)`; its outputs are dropped.
@@ -156,7 +149,7 @@ def activations(
     def one(bare: Adapted, batch: Any) -> dict[str, Any]:
         me = _interpret.Interpreter(moments={})
         _interpret.call(lambda p: fn(p, batch), [bare], lambda trees: ((trees[0],), {}), me=me)
-        return {path: _in_order(made) for path, made in (me.moments or {}).items()}
+        return {path: _moments.in_order(made) for path, made in (me.moments or {}).items()}
 
     total, _ = _summed(batches, lambda batch: one(bare, batch), "activations")
     want = {s.leaf.path: (*s.leaf.stack, s.leaf.size("ik"), s.leaf.size("ik")) for s in sites}

@@ -299,6 +299,8 @@ def test_lora_ga_refuses_in_words():
         make({"v": normal(0, 6, 5)}, 2)
     with pytest.raises(ValueError, match=r"shape \(6, 5\) for 'w' of shape \(5, 6\)"):
         make({"w": normal(0, 5, 6)}, 2)
+    with pytest.raises(ValueError, match="positive number"):
+        jlora.init.GA(grads, gamma=0)
     with pytest.raises(ValueError, match="no batch"):
         jlora.init.gradients(squares, {"w": normal(0, 6, 5)}, [], jlora.LoRA(rank=2, target="w"))
 

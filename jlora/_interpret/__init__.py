@@ -18,6 +18,7 @@ from jlora import _merge, _ops
 from jlora._express import express
 from jlora._interpret import contractions, control, moves
 from jlora._interpret.jaxpr import bind_params, live, source
+from jlora._interpret.moments import moment
 from jlora._ops import Refusal, Use
 from jlora._weight import Operand, Weight, is_weight
 from jlora.adapted import Adapted, stable_hash
@@ -45,7 +46,7 @@ class Interpreter:
       forward_mode: plain factored dots in place of custom rules.
       rows: where `explain` collects its rows; None when nobody asked.
       roles: where `infer_axes` collects `{path: {atom: letter}}`; None when nobody asked.
-      moments: where `init.activations` collects `{path: X^T X}` (`_ops.moment`); None when nobody asked.
+      moments: where `init.activations` collects `{path: X^T X}` (`moment`); None when nobody asked.
     """
 
     forward_mode: bool = False
@@ -126,7 +127,7 @@ class Interpreter:
                 known.setdefault(atom, letter)
 
     def meet(self, w: Weight, x: Any, pairs: Sequence[tuple[int, int]], batch: Sequence[tuple[int, int]]) -> None:
-        if self.moments is not None and w.path is not None and (made := _ops.moment(w, x, pairs, batch)) is not None:
+        if self.moments is not None and w.path is not None and (made := moment(w, x, pairs, batch)) is not None:
             self.seen({w.path: made})
 
     def seen(self, moments: dict[str, Operand] | None) -> None:

@@ -217,6 +217,10 @@ class GA(Start):
     gradients: Mapping[str, Any] = dataclasses.field(repr=False)
     gamma: float = 16.0
 
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"GA(gamma={self.gamma}): the start is divided by its root; write a positive number")
+
     def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
         least = min(leaf.size("ik"), leaf.size("o"))
         if 2 * rank > least:

@@ -5,6 +5,7 @@ A new method joins all laws with one row of METHODS.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ class Row:
       name: in the test's id.
       spec: target -> the method. Hyperparameters are small and odd: rank 2, a scale that is not 1.
       count: leaf -> trainable parameters, by the formula of the paper.
+      shared: leaf -> (a name, parameters), counted once for each name.
       on: which weights it is for, "matrices", "vectors" or "all".
       starts_at_base: its equation gives exact zeros at the start, so that the model is the base, bit for bit.
       fits: leaf -> whether its formula makes sense for this shape.
@@ -36,6 +38,7 @@ class Row:
     name: str
     spec: Callable[[Any], Any]
     count: Callable[[Any], int]
+    shared: Callable[[Any], tuple[str, int]] = lambda leaf: ("", 0)
     on: str = "matrices"
     starts_at_base: bool = True
     fits: Callable[[Any], bool] = lambda leaf: True
@@ -211,6 +214,22 @@ METHODS = (
         lambda target: jlora.DoRA(jlora.LoRA(rank=2, alpha=3, target=target)),
         lambda leaf: low_rank(leaf) + math.prod(leaf.stack) * leaf.size("o"),
         starts_at_base=False,
+        dense_on=("linen/ragged_experts",),
+        everywhere=False,
+    ),
+    Row(
+        "ssf",
+        lambda target: jlora.SSF(target=target),
+        lambda leaf: math.prod(leaf.stack) * leaf.size("o"),
+        starts_at_base=False,
+        dense_on=("linen/ragged_experts",),
+        everywhere=False,
+    ),
+    Row(
+        "tied",
+        lambda target: jlora.TiedLoRA(rank=2, target=target),
+        lambda leaf: math.prod(leaf.stack) * (2 + leaf.size("o")),
+        shared=lambda leaf: (re.sub(r"\d+", "#", leaf.path), 2 * (leaf.size("ik") + leaf.size("o"))),
         dense_on=("linen/ragged_experts",),
         everywhere=False,
     ),

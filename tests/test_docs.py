@@ -55,6 +55,13 @@ def test_blocks_of_pages(page, tmp_path, monkeypatch):
         exec(compile("\n" * line + match[2], str(page), "exec"), namespace)  # so that errors name the page's lines
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_every_method_stands_in_the_tables(page):
+    rows = "\n".join(line.split("|")[1] for line in (ROOT / page).read_text().splitlines() if line.startswith("| `"))
+    methods = {x.__name__ for x in vars(jlora.methods).values() if inspect.isclass(x)} - {"Method"}
+    assert not [name for name in methods if not re.search(rf"`{name}\b", rows)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_pages(page):
     """Files that a page points to are there."""

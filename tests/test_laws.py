@@ -178,7 +178,8 @@ def test_count(row, case):
     ad = adapted(row, case, params)
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     trainable, total = jlora.count(ad)
-    assert trainable == sum(row.count(site.leaf) for site in ad.frozen.plan.sites)
+    leaves = [site.leaf for site in ad.frozen.plan.sites]
+    assert trainable == sum(map(row.count, leaves)) + sum(dict(map(row.shared, leaves)).values())
     assert trainable == size(ad.trainable)
     assert total == trainable + size(params)
 

@@ -8,9 +8,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jlora import targets
 from jlora._axes import Leaf
+from jlora._inverse import inverse
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
 from jlora.methods.base import Method, zeros
@@ -26,8 +28,9 @@ class Cayley:
         above = jnp.zeros((len(q), self.n, self.n), jnp.float32)
         above = above.at[(slice(None), *np.triu_indices(self.n, 1))].set(s * q.astype(jnp.float32))
         skew, eye = above - above.mT, jnp.eye(self.n)
-        # I + Q and (I - Q)^-1 commute, and I - Q is never singular: Q's eigenvalues are imaginary
-        return jnp.linalg.solve(eye - skew, eye + skew)
+        times = lambda a, b: jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+        # (I - Q)^-1 = (I + Q) (I - Q^2)^-1, and I - Q^2 = I + Q^T Q is symmetric with eigenvalues of at least 1
+        return times(times(eye + skew, eye + skew), inverse(eye - times(skew, skew)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

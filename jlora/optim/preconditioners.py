@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jlora._inverse import inverse
 from jlora._ranks import Member, Pair
 from jlora.optim._halves import Places, chosen, transformation
 
@@ -176,8 +177,8 @@ def _solve(metric: jax.Array, g: jax.Array, stack: int, eps: Any) -> jax.Array:
     rounding = 4 * rank * jnp.finfo(dtype).eps * jnp.max(jnp.diagonal(metric, axis1=-2, axis2=-1), -1)
     damped = metric + (eps + rounding).astype(dtype)[..., None, None] * jnp.eye(rank, dtype=dtype)
     flat = g.reshape(*g.shape[: stack + 1], math.prod(g.shape[stack + 1 :])).astype(dtype)
-    lower = jnp.broadcast_to(jnp.linalg.cholesky(damped), (*g.shape[:stack], rank, rank))
-    return jax.scipy.linalg.cho_solve((lower, True), flat).reshape(g.shape).astype(g.dtype)
+    solved = jnp.matmul(inverse(damped), flat, precision=lax.Precision.HIGHEST)
+    return solved.reshape(g.shape).astype(g.dtype)
 
 
 def _over_square(g: jax.Array, s: jax.Array) -> jax.Array:

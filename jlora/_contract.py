@@ -1,9 +1,6 @@
-"""Contractions of labelled arrays: planned from static shapes, run as large dots, with gradients written by hand.
+"""Contractions of labelled arrays: planned from static shapes, run as large dots.
 
-The product of several operands is contracted pair by pair in the order that `opt_einsum` finds cheapest. Gradients
-come from the same equation: the gradient of one operand is the contraction of all the others and the cotangent
-onto its labels, planned anew. Written so, a narrow gradient is one dot over all free axes with the narrow operand
-first, which is what makes it fast: the dot that JAX's transposition makes of `x @ a` copies all of `x` on CPU.
+The product of several operands is contracted pair by pair in the order that `opt_einsum` finds cheapest.
 """
 
 import dataclasses
@@ -73,6 +70,25 @@ def _spread(a: jax.Array, labels: Labels, out: Labels) -> jax.Array:
     return lax.expand_dims(a, missing) if missing else a
 
 
+def _tall(la: Labels, a: tuple[int, ...], lb: Labels, b: tuple[int, ...], contracted: Labels) -> int:
+    """How many leading axes two tall operands share, of which nothing stays, where the result is a small matrix."""
+    narrow = lambda ls, shape: math.prod(n for x, n in zip(ls, shape, strict=True) if x not in contracted) <= 64
+    if len(contracted) < 2 or not narrow(la, a) or not narrow(lb, b):
+        return 0
+    shared = 0
+    while shared < len(contracted) - 1 and la[shared] == lb[shared] and la[shared] in contracted:
+        shared += 1
+    return shared if math.prod(a[:shared]) > 64 else 0
+
+
+def _by_rows(lead: int, dimensions: Any, how: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A dot of two tall operands as one small dot a row, and their sum: XLA's CPU dot has a slow path for long sums."""
+    (ca, cb), _ = dimensions
+    rows = tuple(range(lead))
+    rest = lambda axes: tuple(n for n in axes if n >= lead)
+    return jnp.sum(lax.dot_general(a, b, ((rest(ca), rest(cb)), (rows, rows)), **how), rows)
+
+
 def contract(
     arrays: Sequence[jax.Array],
     labels: Sequence[Labels],
@@ -125,24 +141,20 @@ def contract(
             (index(la, contracted), index(lb, contracted)),
             (index(la, batch), index(lb, batch)),
         )
-        y = lax.dot_general(
-            a,
-            b,
-            dimensions,
-            precision=precision,
-            preferred_element_type=element,
-            out_sharding=sharding,
-        )
+        how = {"precision": precision, "preferred_element_type": element}
+        lead = 0 if batch or mesh is not None else _tall(la, a.shape, lb, b.shape, contracted)
+        if lead:
+            by_rows = functools.partial(_by_rows, lead, dimensions, how)
+            whole = functools.partial(lax.dot_general, dimension_numbers=dimensions, **how)
+            y = lax.platform_dependent(a, b, cpu=by_rows, default=whole)
+        else:
+            y = lax.dot_general(a, b, dimensions, out_sharding=sharding, **how)
         live.append((y, result))
     ((y, ls),) = live
     y = _spread(y, ls, tuple(out))
     if mesh is not None and out_sharding is not None and jax.typeof(y).sharding != out_sharding:
         y = jax.sharding.reshard(y, out_sharding)
     return y
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The custom rule of an adapted dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,234 +173,3 @@ class View:
         """The inverse of `of`."""
         a = a.reshape([self.split[n] for n in self.order])
         return lax.transpose(a, [self.order.index(n) for n in range(len(self.order))]).reshape(shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """One network as it meets an activation: `y[out] += sum x[x] * prod operands[labels]`.
-
-    Attributes:
-      x: labels of the activation; `x_shape` is the shape it is given for that (contracted axes may be split).
-      out: labels of the result, with shape `out_shape`.
-      operands: labels of each operand.
-      dense: labels of the network contracted to a matrix, and how that becomes the weight's own axes: the order of
-        its labels, then (shape, permutation, shape).
-      branch: which of the activations it takes (dropout gives a branch its own).
-      base: the place among its operands of W0 itself, -1 for none, and how W0 becomes that operand.
-    """
-
-    x: Labels
-    x_shape: tuple[int, ...]
-    out: Labels
-    out_shape: tuple[int, ...]
-    operands: tuple[Labels, ...]
-    dense: Labels
-    dense_shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    branch: int = 0
-    base: int = -1
-    view: View | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Dot:
-    """`y = x . (W0 + sum of products)`, W0 left out where `w` is None.
-
-    `x`, `w` and `y` are the axis labels of the dot as the model wrote it; `merged` says that the products are
-    contracted to a matrix and added to W0 inside the rule.
-    """
-
-    x: Labels
-    w: Labels | None
-    y: Labels
-    products: tuple[Product, ...]
-    left: bool  # the weight is the dot's left operand
-    dimension_numbers: Any
-    compute: Any  # the dtype that factors are cast to: the activation's
-    precision: Any
-    preferred_element_type: Any
-    out_sharding: Any
-    merged: bool
-
-
-def matrix(product: Product, operands: Sequence[jax.Array], dtype: Any, precision: Any = None) -> jax.Array:
-    """The dense dW of one network, in the weight's own axes."""
-    operands = [a.astype(dtype) for a in operands]
-    flat = contract(operands, product.operands, product.dense, precision=precision)
-    first, order, last = product.dense_shape
-    flat = flat if flat.shape == first else flat.reshape(first)
-    flat = lax.transpose(flat, order) if order != tuple(range(len(order))) else flat
-    return flat if flat.shape == last else flat.reshape(last)
-
-
-def _with_base(product: Product, base: jax.Array, operands: Sequence[jax.Array]) -> list[jax.Array]:
-    full = list(operands)
-    if product.view is not None:
-        full.insert(product.base, product.view.of(base))
-    return full
-
-
-def _chunks(dot: Dot, operands: Sequence[jax.Array]) -> list[list[jax.Array]]:
-    """The flat list of operands, cut by product."""
-    rest, cut = list(operands), []
-    for p in dot.products:
-        n = len(p.operands) - (p.base >= 0)
-        cut.append(rest[:n])
-        rest = rest[n:]
-    return cut
-
-
-def _base_dot(dot: Dot, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The dot exactly as the model wrote it, so that a zero delta changes no bit."""
-    assert dot.w is not None
-    return lax.dot_general(
-        *((w, x) if dot.left else (x, w)),
-        dot.dimension_numbers,
-        precision=dot.precision,
-        preferred_element_type=dot.preferred_element_type,
-        out_sharding=dot.out_sharding,
-    )
-
-
-def _merge(dot: Dot, base: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
-    """W0 + dW."""
-    for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-        base = base + matrix(p, _with_base(p, base, ops), base.dtype, dot.precision)
-    return base
-
-
-def _delta(dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.Array]) -> jax.Array:
-    """x . dW, factored."""
-    y = None
-    for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-        x = xs[p.branch].astype(dot.compute)
-        x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
-        full = [a.astype(dot.compute) for a in _with_base(p, base, ops)]
-        whole = _shape([x, *full], [p.x, *p.operands], p.out) == p.out_shape
-        dy = contract(
-            [x, *full],
-            [p.x, *p.operands],
-            p.out,
-            precision=dot.precision,
-            preferred_element_type=dot.preferred_element_type,
-            out_sharding=dot.out_sharding if whole else None,
-        )
-        dy = dy if dy.shape == p.out_shape else dy.reshape(p.out_shape)
-        y = dy if y is None else y + dy
-    assert y is not None
-    return y
-
-
-def _like(array: jax.Array) -> dict[str, Any]:
-    """Where the gradient of an array must live under an explicit mesh."""
-    return {"out_sharding": jax.typeof(array).sharding if explicit_mesh([array]) is not None else None}
-
-
-def _gradients(
-    dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.Array], dy: jax.Array
-) -> tuple[list[Any], Any, list[jax.Array]]:
-    """What the products owe: the activations (unless W' pays for them), W0 and the operands."""
-    run = functools.partial(contract, precision=dot.precision)
-    dxs: list[Any] = [None] * len(xs)
-    dbase = None
-    grads: list[jax.Array] = []
-    for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-        x = xs[p.branch].astype(dot.compute)
-        x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
-        full = [a.astype(dy.dtype) for a in _with_base(p, base, ops)]
-        shape = _shape([x, *full], [p.x, *p.operands], p.out)
-        g = dy if shape == dy.shape else dy.reshape(shape)
-        if not dot.merged:
-            like = _like(x) if p.x_shape == xs[p.branch].shape else {}
-            dxs[p.branch] = _sum(dxs[p.branch], run([g, *full], [p.out, *p.operands], p.x, **like), xs[p.branch])
-        place = 0
-        for n, ls in enumerate(p.operands):
-            rest = [m for m in range(len(full)) if m != n]
-            target = base if n == p.base else ops[place]
-            part = run(
-                [x, g, *(full[m] for m in rest)],
-                [p.x, p.out, *(p.operands[m] for m in rest)],
-                ls,
-                preferred_element_type=target.dtype,
-                **(_like(target) if n != p.base else {}),
-            )
-            if n == p.base:
-                assert p.view is not None
-                dbase = _sum(dbase, p.view.back(part, target.shape), target)
-            else:
-                grads.append(part.astype(target.dtype))
-                place += 1
-    return dxs, dbase, grads
-
-
-def _shape(arrays: Sequence[jax.Array], labels: Sequence[Labels], out: Labels) -> tuple[int, ...]:
-    size = {n: s for a, ls in zip(arrays, labels, strict=True) for n, s in zip(ls, a.shape, strict=True)}
-    return tuple(size[n] for n in out)
-
-
-def _sum(total: Any, part: jax.Array, like: jax.Array) -> jax.Array:
-    part = (part if part.shape == like.shape else part.reshape(like.shape)).astype(like.dtype)
-    return part if total is None else total + part
-
-
-@functools.lru_cache(maxsize=65536)
-def rule(dot: Dot, forward_mode: bool = False) -> Any:
-    """`f(xs, base, operands) -> y` for one adapted dot, as a custom rule unless `forward_mode`.
-
-    Residuals are the activation, W0 and the factors alone: rebuilding what is narrow, and W', costs less than
-    keeping it, and under a scan a kept W' would be a second copy of the model. The work on the products is jitted
-    apart, so that equal layers share one trace and one lowered function.
-    """
-    named = lambda f: jax.jit(functools.wraps(f)(functools.partial(f, dot)))
-    merge, delta, gradients = named(_merge), named(_delta), named(_gradients)
-
-    def f(xs: Any, base: Any, operands: Any) -> jax.Array:
-        with jax.named_scope("delta"):
-            change = merge(base, operands) if dot.merged else delta(xs, base, operands)
-        if dot.merged:
-            return _base_dot(dot, xs[0], change)
-        if dot.w is None:
-            return change
-        y = _base_dot(dot, xs[0], base)
-        return y + change.astype(y.dtype)
-
-    if forward_mode:
-        return f
-    custom = jax.custom_vjp(f)
-
-    def forward(xs: Any, base: Any, operands: Any) -> Any:
-        return f(xs, base, operands), (xs, base, operands)
-
-    def backward(residuals: Any, dy: jax.Array) -> Any:
-        xs, base, operands = residuals
-        dy = dy.astype(dot.compute)
-        with jax.named_scope("delta"):
-            dxs, dbase, grads = gradients(xs, base, operands, dy)
-        if dot.w is not None:
-            # factors first: x is free before dx is made; and W' anew, or the forward pass's would be kept for it
-            dy, grads, operands = lax.optimization_barrier((dy, grads, operands))
-            with jax.named_scope("delta"):
-                w = merge(base, operands) if dot.merged else base
-            run = functools.partial(contract, precision=dot.precision)
-            dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, **_like(xs[0]))
-            dxs[0] = _sum(dxs[0], dx, xs[0])
-            # dead code unless somebody asks: W0 is frozen
-            dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, **_like(base))
-            dbase = _sum(dbase, dw, base)
-        dxs = [jnp.zeros_like(x) if d is None else d for x, d in zip(xs, dxs, strict=True)]
-        return type(xs)(dxs), dbase, type(operands)(grads)
-
-    custom.defvjp(forward, backward)
-    return custom
-
-
-def cost(dot: Dot, xs: Sequence[Any], base: Any, operands: Sequence[Any]) -> tuple[float, float]:
-    """FLOPs of the products' forward pass, factored and contracted to matrices."""
-    factored = dense = 0.0
-    for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-        shapes = [tuple(a.shape) for a in ops]
-        if p.view is not None:
-            shapes.insert(p.base, p.view.shape)
-        x_shape = p.x_shape
-        factored += plan((p.x, *p.operands), (x_shape, *shapes), p.out)[1]
-        dense += plan(p.operands, tuple(shapes), p.dense)[1] + math.prod(p.dense_shape[-1])
-    return factored, dense

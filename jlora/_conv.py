@@ -50,7 +50,7 @@ def ragged(
         raise Refusal("a ragged dot in another form than rows times (group, in, out)")
     if len(d.rhs_group_dimensions) != 1 or len(w.axes) != 3 or any(len(g) != 1 for g in w.axes):
         raise Refusal("a ragged dot over joined axes")
-    if not w.plain:
+    if w.gain or not w.plain:
         raise Refusal("a ragged dot under a gain")
     group = w.axes[d.rhs_group_dimensions[0]][0]
     y = bind(w.base)
@@ -107,6 +107,7 @@ def conv(
 ) -> jax.Array:
     """`conv_general_dilated` with an adapted kernel: one factor holds the window, the others mix channels."""
     check_real(x)
+    w = w.multiplied()
     if params["batch_group_count"] != 1:
         raise Refusal("a convolution with batch groups")
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]

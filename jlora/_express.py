@@ -1,8 +1,7 @@
 """From a recipe and its arrays to the expression of one weight."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,8 +65,7 @@ def express(
         path=path,
     )
     if recipe.gain is not None:
-        sizes = [_network.parse(d, leaf).sizes for d in recipe.deltas]
-        made = _rescaled(made, term(recipe.gain, "IO", "gain ").operands, sizes)
+        made = made.replace(gain=term(recipe.gain, "IO", "gain ").operands)
     for delta, flat, prefix in ((recipe.left, "II", "left "), (recipe.right, "OO", "right ")):
         if delta is None:
             continue
@@ -78,13 +76,3 @@ def express(
     if key is None or not any(t.dropout for t in made.terms):
         return made
     return made.replace(key=jax.random.split(key, leaf.stack) if leaf.stack else key, key_labels=stack)
-
-
-def _rescaled(w: Weight, gain: Sequence[Operand], sizes: Sequence[Mapping[str, int]]) -> Weight:
-    """Every product times a gain; where a side is flat, its `O` becomes the `(o p)` of a Kronecker product."""
-    terms = []
-    for t, size in zip((w := w.factored()).terms, ({}, *sizes), strict=True):
-        flat = [(atoms, tuple((x, size[x]) for x in made)) for atoms, made in t.blocks if atoms != made]
-        regrouped = [o if o.is_base else functools.reduce(lambda o, side: o.shown(*side), flat, o) for o in gain]
-        terms.append(dataclasses.replace(t, operands=(*t.operands, *regrouped)))
-    return w.replace(terms=tuple(terms))

@@ -1,4 +1,4 @@
-"""How an adapted weight meets an activation: dots and row lookups (`_conv` has convolutions and ragged dots).
+"""How an adapted weight meets an activation: dots (`_conv` has convolutions and ragged dots, `_lookup` rows).
 
 Each function takes the operation's own parameters and returns the result, or `Refusal` with a reason where labels
 cannot say it; the weight is then made dense. None of them knows what a jaxpr is.
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._contract import Dot, Product, cost, explicit_mesh, rule
+from jlora._contract import contract, explicit_mesh
 from jlora._network import Labels
-from jlora._term import Term
+from jlora._rule import Dot, Product, cost, rule
+from jlora._term import Operand, Term
 from jlora._weight import Weight
 
 
@@ -43,8 +44,10 @@ def is_vector(w: Weight) -> bool:
 
 def is_dense_delta(w: Weight) -> bool:
     """Whether every product is already a matrix in the weight's own axes: adding it to W0 is all there is to do."""
-    return w.plain and all(
-        sum(bool(o.labels) for o in t.operands) == 1 and all(t.simple(a) for a in w.atoms) for t in w.terms
+    return (
+        w.plain
+        and not w.gain
+        and all(sum(bool(o.labels) for o in t.operands) == 1 and all(t.simple(a) for a in w.atoms) for t in w.terms)
     )
 
 
@@ -138,7 +141,89 @@ def _product(
     )
 
 
-def dot(
+def _combined(
+    product: Product, values: Sequence[jax.Array], size: Mapping[str, int]
+) -> tuple[Product, Sequence[jax.Array]]:
+    """A product of many operands as one of two, where each stands on one side: `r I, r, r O` is `(r I)(r O)`.
+
+    What is left is a low-rank update, whose gradients share their intermediate results; autodiff knows the rest.
+    """
+    inputs, outputs = set(product.x), set(product.out)
+    sides: dict[bool, list[int]] = {True: [], False: []}
+    neither = []
+    for n, ls in enumerate(product.operands):
+        met, made = set(ls) & (inputs - outputs), set(ls) & (outputs - inputs)
+        if met and made:
+            return product, values
+        (sides[bool(met)] if met or made else neither).append(n)
+    if sum(bool(ls) for ls in product.operands) < 3 or not sides[True] or not sides[False]:
+        return product, values
+    total = lambda side: sum(math.prod(values[n].shape) for n in sides[side])
+    sides[total(True) < total(False)] += neither
+    names, arrays = [], []
+    for side in (True, False):
+        held = dict.fromkeys(x for n in sides[side] for x in product.operands[n])
+        others = {x for n in sides[not side] for x in product.operands[n]} | inputs | outputs
+        out = tuple(sorted((x for x in held if x in others), key=lambda x: (x in inputs) + (x in outputs)))
+        names.append(out)
+        arrays.append((sides[side], out))
+    if sum(math.prod(size[x] for x in out) for out in names) > 2 * math.prod(product.dense_shape[-1]):
+        return product, values
+    with jax.named_scope("delta"):
+        made = [
+            contract([values[n] for n in which], [product.operands[n] for n in which], out, precision=_EXACT)
+            for which, out in arrays
+        ]
+    return dataclasses.replace(product, operands=tuple(names)), made
+
+
+_EXACT = lax.Precision.HIGHEST
+
+
+def _along_axes(w: Weight, o: Operand, axes: Sequence[int | None], like: jax.Array) -> jax.Array:
+    """A gain in the axes of an activation, `axes` saying which of the weight's each is (None for its own)."""
+    groups = [() if n is None else w.axes[n] for n in axes]
+    atoms = tuple(a for g in groups for a in g)
+    order = [o.labels.index(a) for a in atoms if a in o.labels]
+    value = lax.transpose(o.value(), order)
+    value = value.reshape([w.size[a] if a in o.labels else 1 for a in atoms])
+    held = [set(g) & set(o.labels) for g in groups]
+    full = [w.size[a] if h else 1 for g, h in zip(groups, held, strict=True) for a in g]
+    joined = [math.prod(w.size[a] for a in g) if h else 1 for g, h in zip(groups, held, strict=True)]
+    return jnp.broadcast_to(value, full).reshape(joined).astype(like.dtype)
+
+
+def _gained(w: Weight, axes: Sequence[int | None], y: jax.Array, which: Sequence[Operand]) -> jax.Array:
+    for o in which:
+        with jax.named_scope("delta"):
+            y = jnp.multiply(*_same_varying([y, _along_axes(w, o, axes, y)]))
+    return y
+
+
+def dot(w: Weight, x: jax.Array, left: bool, dimension_numbers: Any, **how: Any) -> jax.Array:
+    """`dot_general` of an activation with an adapted weight on either side; `_dot` says what else there is to know.
+
+    A gain on axes that are contracted multiplies the activation, one on the others the result.
+    """
+    if not w.gain:
+        return _dot(w, x, left, dimension_numbers, **how)
+    (lc, rc), (lb, rb) = dimension_numbers
+    (wc, xc), (wb, xb) = ((lc, rc), (lb, rb)) if left else ((rc, lc), (rb, lb))
+    place = dict(zip((*xc, *xb), (*wc, *wb), strict=True))
+    x_axes = [place.get(n) for n in range(x.ndim)]
+    w_free = [n for n in range(len(w.axes)) if n not in (*wc, *wb)]
+    x_free = [None] * (x.ndim - len(place))
+    y_axes = [*wb, *((*w_free, *x_free) if left else (*x_free, *w_free))]
+    on = lambda axes: {a for n in axes if n is not None for a in w.axes[n]}
+    before = [o for o in w.gain if set(o.labels) <= on(x_axes)]
+    after = [o for o in w.gain if not any(o is b for b in before) and set(o.labels) <= on(y_axes)]
+    if len(before) + len(after) < len(w.gain):
+        return _dot(w.multiplied(), x, left, dimension_numbers, **how)
+    y = _dot(w.replace(gain=()), _gained(w, x_axes, x, before), left, dimension_numbers, **how)
+    return _gained(w, y_axes, y, after)
+
+
+def _dot(
     w: Weight,
     x: jax.Array,
     left: bool,
@@ -151,8 +236,18 @@ def dot(
     key: Any,
     note: Note,
 ) -> jax.Array:
-    """`dot_general` of an activation with an adapted weight on either side."""
     check_real(x)
+    if w.plain and not w.terms:  # a gain alone
+        note(Use("rescaled activations", 0.0, 0.0))
+        one, other = _same_varying((w.base, x) if left else (x, w.base))
+        return lax.dot_general(
+            one,
+            other,
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
     (lc, rc), (lb, rb) = dimension_numbers
     (wc, xc), (wb, xb) = ((lc, rc), (lb, rb)) if left else ((rc, lc), (rb, lb))
     pairs = dict(zip((*xc, *xb), (*wc, *wb), strict=True))
@@ -189,6 +284,8 @@ def dot(
             values, names = w.operands(term)
             product = met(term, values, names)
         assert product is not None
+        if product.base < 0:
+            product, values = _combined(product, values, _sizes(w, values, names))
         products.append(product)
         operands += [v for n, v in enumerate(values) if n != product.base]
     compute = jnp.promote_types(x.dtype, w.base.dtype)
@@ -239,73 +336,3 @@ def product(
     made = Dot(tuple(x_labels), None, tuple(out), (p,), False, None, x.dtype, precision, None, None, False)
     x, *operands = _same_varying([x, *operands])
     return rule(made, forward_mode)((x,), None, tuple(operands))
-
-
-# --- rows of an embedding -----------------------------------------------------------------------------------------
-
-
-def lookup(
-    w: Weight,
-    indices: jax.Array,
-    params: Mapping[str, Any],
-    bind: Callable[[jax.Array], jax.Array],
-    forward_mode: bool,
-    note: Note,
-) -> "jax.Array | Weight":
-    """`gather` of whole rows along one axis."""
-    d = params["dimension_numbers"]
-    if len(d.start_index_map) != 1 or d.collapsed_slice_dims != d.start_index_map or d.operand_batching_dims:
-        raise Refusal("a gather of more than rows")
-    (axis,) = d.start_index_map
-    shape = w.base.shape
-    if tuple(params["slice_sizes"]) != tuple(1 if n == axis else s for n, s in enumerate(shape)):
-        raise Refusal("a gather of parts of rows")
-    if len(w.axes[axis]) != 1:
-        raise Refusal("a gather along joined axes")
-    (atom,) = w.axes[axis]
-    count = indices.ndim - 1
-
-    def rows(a: jax.Array, n: int) -> jax.Array:
-        """Axis `n` replaced by the batch axes of the indices, which come first."""
-        numbers = lax.GatherDimensionNumbers(tuple(range(count, count + a.ndim - 1)), (n,), (n,))
-        sizes = tuple(1 if m == n else s for m, s in enumerate(a.shape))
-        keep = {k: params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
-        # a row that is not there is filled in W0 alone; its delta is zero, and so is its gradient
-        return lax.gather(a, indices, numbers, sizes, fill_value=0, **keep)
-
-    base = bind(w.base)
-    if count == 0:
-        return w.along(atom, base, rows, drop=True).replace(axes=tuple(g for n, g in enumerate(w.axes) if n != axis))
-    if not all(t.simple(atom) for t in w.terms):
-        raise Refusal("a lookup in a weight whose rows are not labelled")
-    batch = tuple(f"row{n}" for n in range(count))
-    others = [g for n, g in enumerate(w.axes) if n != axis]
-    y = base if w.plain else jnp.zeros_like(base)
-    flops = 0.0
-    for t in w.terms:
-        values, names = w.operands(t)
-        runs = t.through(others)
-        if runs is None:
-            raise Refusal("a lookup across a flattened side")
-        picked, labels = [], []
-        for a, ls in zip(values, names, strict=True):
-            if atom in ls:
-                n = ls.index(atom)
-                a, ls = rows(a, n), (*batch, *ls[:n], *ls[n + 1 :])
-            picked.append(a.astype(base.dtype))
-            labels.append(ls)
-        lead = next(n for n, ls in enumerate(labels) if batch[0] in ls)
-        x, x_labels = picked.pop(lead), labels.pop(lead)
-        made = tuple(m for _, ms in runs for m in ms)
-        with jax.named_scope("delta"):
-            dy = product(x, x_labels, picked, labels, (*batch, *made), forward_mode)
-        dy = dy.reshape(*dy.shape[:count], *(s for n, s in enumerate(shape) if n != axis))
-        place = [n for n in range(base.ndim) if n not in d.offset_dims]
-        order = [0] * base.ndim
-        for n, m in enumerate((*place, *d.offset_dims)):
-            order[m] = n
-        y = y + lax.transpose(dy, order)
-        flops += 2.0 * math.prod(dy.shape) * (x.shape[-1] if x.ndim > count else 1)
-    # as in loralib, a lookup has no dropout: its input is no activation
-    note(Use("rows of the factors" if w.key is None else "rows of the factors, no dropout", flops, 0.0))
-    return y

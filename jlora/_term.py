@@ -84,6 +84,11 @@ class Term:
     blocks: Blocks = _static()
     dropout: float = _static()
 
+    def sizes(self) -> dict[str, int]:
+        """The size of every label of an operand that is not W0."""
+        shape = lambda o: jax.eval_shape(o.value).shape
+        return {x: n for o in self.operands if not o.is_base for x, n in zip(o.labels, shape(o), strict=True)}
+
     def simple(self, atom: str) -> bool:
         """Whether an axis of the weight is simply one label of this product."""
         return ((atom,), (atom,)) in self.blocks

@@ -2,12 +2,14 @@
 
     W = L (gain * (W0 + sum of deltas)) R
 
-Gain, L and R are multiplied out, so that W is W0 (once, or inside the products that contain it) plus a sum of products.
-W0 is moved by the very operations of the model; each product follows by relabelling. What cannot be said in labels
-turns one product, never the whole expression, into a dense one.
+L and R are multiplied out, so that W is W0 (once, or inside the products that contain it) plus a sum of products, and a
+gain that multiplies it all: a dot leaves that to the activations on either side. W0 is moved by the very operations of
+the model; each product follows by relabelling. What cannot be said in labels turns one product, never the whole
+expression, into a dense one.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +35,7 @@ class Weight:
       key: a dropout key (its leading axes are `key_labels`), or None.
       axes: for each axis of `base`, the atoms it is made of; `()` for an axis of size one.
       sizes: the size of every atom.
-      plain: whether W0 itself is one of the summands (a gain multiplies it into a term).
+      plain: whether W0 itself is one of the summands (L and R multiply it into a term).
       path: where it stands in the user's tree; kept only for `explain`, so that equal layers look alike elsewhere.
     """
 
@@ -45,6 +47,7 @@ class Weight:
     plain: bool = _static()
     key_labels: Labels = _static()
     path: str | None = _static()
+    gain: tuple[Operand, ...] = ()
 
     @property
     def size(self) -> Mapping[str, int]:
@@ -90,6 +93,8 @@ class Weight:
 
     def delta(self) -> jax.Array:
         """What is added to W0, dense and in at least float32, in the shape of `base`."""
+        if self.gain:
+            return self.multiplied().delta()
         dtype = wide(self.base.dtype)
         total = jnp.zeros(self.base.shape, dtype)
         for term in self.terms:
@@ -98,6 +103,8 @@ class Weight:
 
     def dense(self) -> jax.Array:
         """The weight as an array: summed in at least float32, then cast to the dtype of `base`."""
+        if self.gain:
+            return self.multiplied().dense()
         dtype = wide(self.base.dtype)
         total = self.base.astype(dtype) if self.plain else None
         with jax.named_scope("delta"):
@@ -126,18 +133,14 @@ class Weight:
                 term = self.flattened(term)
             operands = tuple(o.forced() if o.pending(atom) else o for o in term.operands)
             terms.append(dataclasses.replace(term, operands=operands))
-        return self.replace(terms=tuple(terms))
+        gain = tuple(o.forced() if o.pending(atom) else o for o in self.gain)
+        return self.replace(terms=tuple(terms), gain=gain)
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Weight":
         """`f` on every array, labels untouched (stop_gradient, pvary)."""
-        terms = tuple(
-            dataclasses.replace(
-                t,
-                operands=tuple(dataclasses.replace(o, arrays=tuple(map(f, o.arrays))) for o in t.operands),
-            )
-            for t in self.terms
-        )
-        return self.replace(base=f(self.base), terms=terms)
+        on = lambda operands: tuple(dataclasses.replace(o, arrays=tuple(map(f, o.arrays))) for o in operands)
+        terms = tuple(dataclasses.replace(t, operands=on(t.operands)) for t in self.terms)
+        return self.replace(base=f(self.base), terms=terms, gain=on(self.gain))
 
     def along(self, atom: str, base: jax.Array, f: Callable[[jax.Array, int], jax.Array], drop: bool) -> "Weight":
         """`f(array, axis)` on every array that carries `atom`, which is gone afterwards where `drop`."""
@@ -156,7 +159,8 @@ class Weight:
             key = f(key, key_labels.index(atom))
             key_labels = tuple(x for x in key_labels if not (drop and x == atom))
         axes = tuple(tuple(a for a in g if not (drop and a == atom)) for g in me.axes)
-        return me.replace(base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes)
+        gain = tuple(map(word, me.gain))
+        return me.replace(base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes, gain=gain)
 
     def resized(self, atom: str, size: int) -> "Weight":
         return self.replace(sizes=tuple((a, size if a == atom else n) for a, n in self.sizes))
@@ -238,7 +242,7 @@ class Weight:
             terms.append(dataclasses.replace(t, operands=operands, blocks=tuple(blocks)))
         sizes = tuple((a, outer if a == atom else n) for a, n in self.sizes) + ((inner, size),)
         axes = tuple(tuple(x for a in g for x in ((a, inner) if a == atom else (a,))) for g in self.axes)
-        return self.replace(terms=tuple(terms), sizes=sizes, axes=axes)
+        return self.replace(terms=tuple(terms), sizes=sizes, axes=axes, gain=tuple(map(word, self.gain)))
 
     # --- products -----------------------------------------------------------------------------------------------
 
@@ -249,9 +253,21 @@ class Weight:
         w0 = Term((Operand((), None, (), ()),), tuple(((a,), (a,)) for a in self.atoms), 0.0)
         return self.replace(terms=(w0, *self.terms), plain=False)
 
+    def multiplied(self) -> "Weight":
+        """The gain as an operand of every product; where a side is flat, its `O` is a Kronecker product's `(o p)`."""
+        if not self.gain:
+            return self
+        terms = []
+        for t in (me := self.factored()).terms:
+            size = t.sizes()
+            flat = [(atoms, tuple((x, size[x]) for x in made)) for atoms, made in t.blocks if atoms != made]
+            regrouped = [functools.reduce(lambda o, side: o.shown(*side), flat, o) for o in me.gain]
+            terms.append(dataclasses.replace(t, operands=(*t.operands, *regrouped)))
+        return me.replace(terms=tuple(terms), gain=())
+
     def times(self, side: Labels, operands: Sequence[Operand], meets: Sides, makes: Labels) -> "Weight":
         """A matrix on one side: its labels `meets` are the side as it was, `makes` the side as it is now."""
-        me, terms = self.factored(), []
+        me, terms = self.multiplied().factored(), []
         for t in me.terms:
             if not all(t.simple(a) for a in side):
                 t = me.flattened(t)

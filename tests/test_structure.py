@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1] / "jlora"
 
 # From the ground up: a room imports from those before it. A package counts as one room.
 ROOMS = (
-    "_inverse", "_tree", "_axes", "_network", "_contract", "_term", "_weight", "_express",  # the algebra
+    "_inverse", "_tree", "_axes", "_network", "_contract", "_rule", "_term", "_weight", "_express",  # the algebra
     "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_merge",  # methods know no jaxpr
-    "_ops", "_conv", "_interpret", "lift", "explain", "init", "optim",  # one room knows jaxprs
+    "_ops", "_lookup", "_conv", "_interpret", "lift", "explain", "init", "optim",  # one room knows jaxprs
     "rank", "quant", "shard", "serve", "combine", "prompt", "bottleneck",
     "io", "analysis", "plot", "__main__",  # nobody below io knows a file format
 )  # fmt: skip

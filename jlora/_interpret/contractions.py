@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from jlora import _conv, _ops
+from jlora import _conv, _lookup, _ops
 from jlora._ops import Refusal, Use
 from jlora._weight import is_weight
 
@@ -58,7 +58,7 @@ def _gather(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
         raise Refusal("a vector")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base: me.bind(eqn, [base, indices])[0]
-    return [_ops.lookup(w, indices, eqn.params, bind, me.forward_mode, note)]
+    return [_lookup.lookup(w, indices, eqn.params, bind, me.forward_mode, note)]
 
 
 def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:

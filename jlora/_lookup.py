@@ -1,0 +1,80 @@
+"""Rows of an adapted embedding: `gather` along one axis. As in `_ops`, nothing here knows what a jaxpr is."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._ops import Note, Refusal, Use, product
+from jlora._weight import Weight
+
+
+def lookup(
+    w: Weight,
+    indices: jax.Array,
+    params: Mapping[str, Any],
+    bind: Callable[[jax.Array], jax.Array],
+    forward_mode: bool,
+    note: Note,
+) -> "jax.Array | Weight":
+    """`gather` of whole rows along one axis."""
+    d = params["dimension_numbers"]
+    if len(d.start_index_map) != 1 or d.collapsed_slice_dims != d.start_index_map or d.operand_batching_dims:
+        raise Refusal("a gather of more than rows")
+    w = w.multiplied()
+    (axis,) = d.start_index_map
+    shape = w.base.shape
+    if tuple(params["slice_sizes"]) != tuple(1 if n == axis else s for n, s in enumerate(shape)):
+        raise Refusal("a gather of parts of rows")
+    if len(w.axes[axis]) != 1:
+        raise Refusal("a gather along joined axes")
+    (atom,) = w.axes[axis]
+    count = indices.ndim - 1
+
+    def rows(a: jax.Array, n: int) -> jax.Array:
+        """Axis `n` replaced by the batch axes of the indices, which come first."""
+        numbers = lax.GatherDimensionNumbers(tuple(range(count, count + a.ndim - 1)), (n,), (n,))
+        sizes = tuple(1 if m == n else s for m, s in enumerate(a.shape))
+        keep = {k: params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
+        # a row that is not there is filled in W0 alone; its delta is zero, and so is its gradient
+        return lax.gather(a, indices, numbers, sizes, fill_value=0, **keep)
+
+    base = bind(w.base)
+    if count == 0:
+        return w.along(atom, base, rows, drop=True).replace(axes=tuple(g for n, g in enumerate(w.axes) if n != axis))
+    if not all(t.simple(atom) for t in w.terms):
+        raise Refusal("a lookup in a weight whose rows are not labelled")
+    batch = tuple(f"row{n}" for n in range(count))
+    others = [g for n, g in enumerate(w.axes) if n != axis]
+    y = base if w.plain else jnp.zeros_like(base)
+    flops = 0.0
+    for t in w.terms:
+        values, names = w.operands(t)
+        runs = t.through(others)
+        if runs is None:
+            raise Refusal("a lookup across a flattened side")
+        picked, labels = [], []
+        for a, ls in zip(values, names, strict=True):
+            if atom in ls:
+                n = ls.index(atom)
+                a, ls = rows(a, n), (*batch, *ls[:n], *ls[n + 1 :])
+            picked.append(a.astype(base.dtype))
+            labels.append(ls)
+        lead = next(n for n, ls in enumerate(labels) if batch[0] in ls)
+        x, x_labels = picked.pop(lead), labels.pop(lead)
+        made = tuple(m for _, ms in runs for m in ms)
+        with jax.named_scope("delta"):
+            dy = product(x, x_labels, picked, labels, (*batch, *made), forward_mode)
+        dy = dy.reshape(*dy.shape[:count], *(s for n, s in enumerate(shape) if n != axis))
+        place = [n for n in range(base.ndim) if n not in d.offset_dims]
+        order = [0] * base.ndim
+        for n, m in enumerate((*place, *d.offset_dims)):
+            order[m] = n
+        y = y + lax.transpose(dy, order)
+        flops += 2.0 * math.prod(dy.shape) * (x.shape[-1] if x.ndim > count else 1)
+    # as in loralib, a lookup has no dropout: its input is no activation
+    note(Use("rows of the factors" if w.key is None else "rows of the factors, no dropout", flops, 0.0))
+    return y

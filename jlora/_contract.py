@@ -62,6 +62,11 @@ def _sharding(mesh: Any, specs: dict[str, Any], labels: Labels) -> NamedSharding
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def settled(a: jax.Array, sharding: Any) -> jax.Array:
+    """An array on an explicit mesh, moved where it does not live there yet."""
+    return a if jax.typeof(a).sharding == sharding else jax.sharding.reshard(a, sharding)
+
+
 def _spread(a: jax.Array, labels: Labels, out: Labels) -> jax.Array:
     """`a` with its labels in the order of `out`, and axes of size one for those it lacks."""
     order = [labels.index(x) for x in out if x in labels]
@@ -125,6 +130,9 @@ def contract(
             result = la + tuple(x for x in lb if x not in la)
             if final and set(result) == set(out):
                 result = tuple(out)
+            if mesh is not None:  # each operand gives up a mesh axis that the product has elsewhere
+                own = dict(zip(result, _sharding(mesh, specs, result).spec, strict=True))
+                a, b = settled(a, _sharding(mesh, own, la)), settled(b, _sharding(mesh, own, lb))
             live.append((_spread(a, la, result) * _spread(b, lb, result), result))
             continue
         free_a, free_b = ([x for x in p if x not in q] for p, q in ((la, lb), (lb, la)))
@@ -152,9 +160,7 @@ def contract(
         live.append((y, result))
     ((y, ls),) = live
     y = _spread(y, ls, tuple(out))
-    if mesh is not None and out_sharding is not None and jax.typeof(y).sharding != out_sharding:
-        y = jax.sharding.reshard(y, out_sharding)
-    return y
+    return settled(y, out_sharding) if mesh is not None and out_sharding is not None else y
 
 
 @dataclasses.dataclass(frozen=True)

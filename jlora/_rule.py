@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._contract import View, contract, explicit_mesh, plan
+from jlora._contract import View, contract, explicit_mesh, plan, settled
 from jlora._network import Labels
 
 
@@ -183,8 +183,6 @@ def _shape(arrays: Sequence[jax.Array], labels: Sequence[Labels], out: Labels) -
 
 def _sum(total: Any, part: jax.Array, like: jax.Array) -> jax.Array:
     part = (part if part.shape == like.shape else part.reshape(like.shape)).astype(like.dtype)
-    if explicit_mesh([like]) is not None and jax.typeof(part).sharding != jax.typeof(like).sharding:
-        part = jax.sharding.reshard(part, jax.typeof(like).sharding)  # a flat side forgot where its letters live
     return part if total is None else total + part
 
 
@@ -232,8 +230,10 @@ def rule(dot: Dot, forward_mode: bool = False) -> Any:
             # dead code unless somebody asks: W0 is frozen
             dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, **_like(base))
             dbase = _sum(dbase, dw, base)
-        dxs = [jnp.zeros_like(x) if d is None else d for x, d in zip(xs, dxs, strict=True)]
-        return type(xs)(dxs), dbase, type(operands)(grads)
+        # what was made in parts of its axes may live elsewhere than what it is the gradient of
+        home = lambda d, a: settled(d, jax.typeof(a).sharding) if explicit_mesh([a]) is not None else d
+        dxs = [jnp.zeros_like(x) if d is None else home(d, x) for x, d in zip(xs, dxs, strict=True)]
+        return type(xs)(dxs), None if dbase is None else home(dbase, base), type(operands)(grads)
 
     custom.defvjp(forward, backward)
     return custom

@@ -1,0 +1,251 @@
+"""What a step costs a device, in bytes held and bytes sent, from shapes alone."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jlora import _network, _table, _tree
+from jlora._tree import Target
+from jlora.adapted import Adapted, adapt
+from jlora.shard import _rules
+from jlora.shard._specs import abstract, roles_of, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """One kind of collective.
+
+    Attributes:
+      kind: `"all-gather"`, `"all-reduce"` or `"reduce-scatter"` (which a compiler may write as an all-reduce).
+      what: what is sent.
+      over: the mesh axes that it goes over.
+      bytes: of its arrays on one device, in one step: results of gathers, operands of reductions.
+    """
+
+    kind: str
+    what: str
+    over: tuple[str, ...]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device; activations are not counted.
+
+    Attributes:
+      base: the base's share.
+      factors: the frozen factors'.
+      trainable: the trainable factors'.
+      optimizer: the optimizer state's.
+      gradients: the gradients'.
+      traffic: what one step sends and receives.
+    """
+
+    base: int
+    factors: int
+    trainable: int
+    optimizer: int
+    gradients: int
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def total(self) -> int:
+        """All that a device holds."""
+        return self.base + self.factors + self.trainable + self.optimizer + self.gradients
+
+    def sent(self, kind: str = "", what: str = "") -> int:
+        """The bytes of the collectives of a kind, or of what they send; of all by default."""
+        return sum(t.bytes for t in self.traffic if t.kind.startswith(kind) and t.what.startswith(what))
+
+    def __str__(self) -> str:
+        held = [(n, f"{getattr(self, n):,}", "") for n in ("base", "factors", "trainable", "optimizer", "gradients")]
+        sent = [(f"{t.kind}: {t.what}", f"{t.bytes:,}", " ".join(t.over)) for t in self.traffic]
+        return _table.render(
+            ("a device", "bytes", "over"), [*held, ("all that is held", f"{self.total:,}", ""), *sent], (1,)
+        )
+
+
+def estimate(
+    params: Any,
+    spec: Any,
+    mesh: Any,
+    base_specs: Any,
+    *,
+    batch: PartitionSpec,
+    tx: Any = None,
+    tokens: int = 0,
+    activations: Any = jnp.bfloat16,
+    passes: int = 2,
+    quantised: "tuple[Target, float] | None" = None,
+    axes: dict[str, str] | None = None,
+) -> Estimate:
+    """Bytes a device holds and sends for a training step, without making an array.
+
+    Held are the shares that `partition_specs` gives: exact. Sent are: gathers of what is sharded over mesh axes that
+    the batch is sharded over too (fsdp), once in each pass; the reduction of factor gradients over the batch's axes;
+    and, where a weight is cut along other axes (tensor parallel), the sums of activations that its dots leave: the
+    output where the input side is cut, the input's gradient where the output side is, and the narrow ones of the
+    adapter beside them. Activations are counted one by one: where a compiler adds several before it sends them (the
+    gradients of query, key and value), it sends less.
+
+    Args:
+      params: the base, abstract or not.
+      spec: as for `adapt`.
+      mesh: a `Mesh`, or an `AbstractMesh` such as `AbstractMesh((64,), ("fsdp",))` for devices that are not there.
+      base_specs: as for `partition_specs`.
+      batch: the PartitionSpec of a batch: the mesh axes that tokens are sharded over.
+      tx: an optax transformation; None for a state of no size.
+      tokens: in a batch, over all devices; 0 leaves activations out.
+      activations: their dtype.
+      passes: how often a step gathers a weight: 2, in the forward and in the backward pass, as under a scan or remat;
+        3 where the whole forward pass is done anew; 1 where a compiler keeps what it gathered.
+      quantised: `(target, bits)`: which leaves hold that many bits a parameter; NF4 with double quantisation is
+        `(jlora.targets.linear, 4.127)`.
+      axes: as for `adapt`.
+
+    Returns:
+      An `Estimate`; it prints as a table.
+
+    Raises:
+      ValueError: what `adapt` and `partition_specs` refuse.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora, optax
+      >>> from jax.sharding import AbstractMesh, PartitionSpec as P
+      >>> params = {"query": {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}}
+      >>> mesh = AbstractMesh((8,), ("fsdp",))
+      >>> found = jlora.shard.estimate(params, jlora.LoRA(rank=8), mesh, "fsdp", batch=P("fsdp"), tx=optax.adamw(1e-4))
+      >>> found.base, found.optimizer, found.sent("all-gather", "base")
+      (4194304, 294916, 67108864)
+
+    References:
+      Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023: the bits of NF4.
+      Shoeybi et al, `Megatron-LM <https://arxiv.org/abs/1909.08053>`_, 2019: which activations are summed.
+    """
+    made = jax.eval_shape(lambda p: adapt(p, spec, axes=axes), params)
+    placed = abstract(mesh, made, base_specs)
+    sizes = dict(mesh.shape)
+    rows = tuple(n for entry in batch for n in _rules.names(entry) if sizes[n] > 1)
+    state = 0
+    if tx is not None:
+        shapes = jax.tree.leaves(jax.eval_shape(tx.init, placed.trainable))
+        places = jax.tree.leaves(state_shardings(tx, placed))
+        state = sum(_held(a, s.spec, sizes) for a, s in zip(shapes, places, strict=True))
+    tree = _tree.flatten(placed.frozen.base)
+    bits = [quantised[1] if quantised and _tree.matches(quantised[0], p, a) else 0 for p, a in _named(tree)]
+    share = lambda tree: sum(_held(a, a.sharding.spec, sizes) for a in jax.tree.leaves(tree))
+    trainable = share(placed.trainable)
+    traffic = [
+        *_gathers(tree, bits, placed, rows, sizes, passes),
+        *_gradients(placed, rows, sizes, sum(any(sizes[n] > 1 for n in _rules.names(entry)) for entry in batch)),
+        *_activations(tree, placed, rows, sizes, tokens * jnp.dtype(activations).itemsize),
+    ]
+    return Estimate(
+        base=sum(_held(a, a.sharding.spec, sizes, b) for a, b in zip(tree.leaves, bits, strict=True)),
+        factors=share(placed.frozen.factors),
+        trainable=trainable,
+        optimizer=state,
+        gradients=trainable,
+        traffic=tuple(t for t in traffic if t.bytes),
+    )
+
+
+def _named(tree: _tree.Named) -> "zip[tuple[str, Any]]":
+    return zip(tree.paths, tree.leaves, strict=True)
+
+
+def _held(leaf: Any, spec: PartitionSpec, sizes: Mapping[str, int], bits: float = 0) -> int:
+    """The bytes of a device's share."""
+    whole = math.prod(leaf.shape) * bits / 8 if bits else _rules.bytes_of(leaf)
+    return math.ceil(whole / math.prod(_rules.shards(entry, sizes) for entry in spec))
+
+
+def _without(spec: PartitionSpec, gone: tuple[str, ...]) -> PartitionSpec:
+    """The spec of an array that is gathered over some mesh axes."""
+    return PartitionSpec(*(tuple(n for n in _rules.names(entry) if n not in gone) or None for entry in spec))
+
+
+def _cut(spec: PartitionSpec, among: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(n for entry in spec for n in _rules.names(entry) if n in among)
+
+
+def _gathers(
+    tree: _tree.Named, bits: list[float], placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int], passes: int
+) -> list[Traffic]:
+    """What is sharded over the batch's axes is gathered to be used: matrices in every pass, other leaves once."""
+    base = factors = 0
+    for (path, a), roles, b in zip(_named(tree), roles_of(tree, placed.frozen.plan), bits, strict=True):
+        spec = a.sharding.spec
+        if _cut(spec, rows):
+            again = passes if not path.endswith("embedding") and set("ik") & set(roles) else 1
+            base += again * _held(a, _without(spec, rows), sizes, b)
+    for a in jax.tree.leaves((placed.trainable, placed.frozen.factors)):
+        if _cut(a.sharding.spec, rows):
+            factors += passes * _held(a, _without(a.sharding.spec, rows), sizes)
+    return [Traffic("all-gather", "base weights", rows, base), Traffic("all-gather", "factors", rows, factors)]
+
+
+def _gradients(placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int], times: int) -> list[Traffic]:
+    """Each device has a sum over its own rows: summed over the batch's axes, and kept where the factor is kept.
+
+    Where two array axes of a batch are sharded (batch and sequence), XLA sums over one after the other.
+    """
+    summed = scattered = 0
+    if rows:
+        for a in jax.tree.leaves(placed.trainable):
+            size = _held(a, _without(a.sharding.spec, rows), sizes)
+            if _cut(a.sharding.spec, rows):
+                scattered += size
+            else:
+                summed += times * size
+    what = "factor gradients"
+    return [Traffic("all-reduce", what, rows, summed), Traffic("reduce-scatter", what, rows, scattered)]
+
+
+def _activations(
+    tree: _tree.Named,
+    placed: Adapted,
+    rows: tuple[str, ...],
+    sizes: Mapping[str, int],
+    token_bytes: int,
+) -> list[Traffic]:
+    """A dot over an axis that is cut leaves a sum over devices."""
+    others = tuple(n for n in sizes if n not in rows and sizes[n] > 1)
+    local = token_bytes / math.prod(sizes[n] for n in rows)
+    narrow = {site.leaf.path: sum(map(_width, _parsed(site))) for site in placed.frozen.plan.sites}
+    wide = thin = 0.0
+    for (path, a), roles in zip(_named(tree), roles_of(tree, placed.frozen.plan), strict=True):
+        spec = tuple(a.sharding.spec) + (None,) * a.ndim
+        if not set("ik") & set(roles):
+            continue
+        side = lambda letters, roles=roles: [n for n, role in enumerate(roles) if role in letters]
+        cut = lambda letters, side=side, spec=spec: any(_cut(PartitionSpec(spec[n]), others) for n in side(letters))
+        share = lambda letters, side=side, spec=spec, a=a: math.prod(
+            a.shape[n] // math.prod(sizes[x] for x in _cut(PartitionSpec(spec[n]), others)) for n in side(letters)
+        )
+        layers = share("s")
+        if cut("ik"):
+            wide += layers * local * share("o")
+        if cut("o"):
+            wide += layers * local * share("ik") * (not path.endswith("embedding"))
+        if cut("iko"):  # once for the output or the input's gradient, once for the factor's gradient
+            thin += 2 * layers * local * narrow.get(path, 0)
+    return [
+        Traffic("all-reduce", "activations of the base", others, math.ceil(wide)),
+        Traffic("all-reduce", "activations of the adapter", others, math.ceil(thin)),
+    ]
+
+
+def _parsed(site: Any) -> list[_network.Parsed]:
+    return [_network.parse(delta, site.leaf) for delta in site.recipe.deltas]
+
+
+def _width(parsed: _network.Parsed) -> int:
+    """The size of the letters that stand on no side: what is left of an activation in the middle of a network."""
+    sides = {x for side, made in parsed.blocks for x in (*side, *made)}
+    return sum(parsed.sizes[x] for x in {x for labels in parsed.operands for x in labels} - sides)

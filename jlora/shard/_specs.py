@@ -1,0 +1,235 @@
+"""Where factors live, derived from the equations alone."""
+
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora import _axes, _network, _plan, _tree
+from jlora._network import Function, Parsed
+from jlora._plan import Plan, Site
+from jlora.adapted import Adapted, Frozen, is_adapted
+from jlora.shard import _rules
+from jlora.shard._rules import Entries, Sizes
+
+Place: TypeAlias = tuple[str, str]
+
+
+def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
+    """A PartitionSpec for every array of an `Adapted`, in its structure.
+
+    The base's are given; the factors' follow from the equations. An axis of a factor that stands for an axis of the
+    kernel (`I`, `O`, a window, a stack axis) is sharded as that one is. Ranks and other letters of a method's own are
+    replicated, and so are scales. Of a side in parentheses, `(i j)`, the slow letter takes the side's sharding where
+    it divides. A factor that several weights share is sharded where all of them agree. Gains, L and R follow the
+    same rule.
+
+    Args:
+      adapted: an `Adapted`, of arrays or abstract; or plain parameters.
+      base_specs: where the base lives:
+        a tree of PartitionSpecs, matched by path (one above several leaves is for all of them), such as
+        `nn.get_partition_spec(params)` or `nnx.get_partition_spec(state)` gives, in the names of the mesh's axes;
+        rules, `[(pattern, spec), ...]`, of which the first whose pattern is found in a path counts, and what no
+        pattern takes is replicated;
+        or a preset for the names that transformers use: `"fsdp"` (the model's width over a mesh axis of that name),
+        `"tensor"` (heads, the perceptron's width and the vocabulary), `"fsdp+tensor"`. Leaves of unknown names are
+        replicated and printed.
+      mesh: a `Mesh` or `AbstractMesh`. With it, an axis that its mesh axes do not divide is replicated; without it
+        the sizes are not known, and a slow letter is replicated too.
+
+    Returns:
+      PartitionSpecs in the structure of `adapted`.
+
+    Raises:
+      ValueError: specs that do not fit the base, all at once; rules that match nothing; a preset that does not know
+        more than 1 % of the base's bytes.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> from jax.sharding import PartitionSpec as P
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> specs = jlora.shard.partition_specs(adapted, [("kernel$", P("fsdp", "tensor"))])
+      >>> specs.trainable["query/kernel"]
+      {'a': P(None, 'fsdp'), 'b': P(None, 'tensor')}
+    """
+    if not is_adapted(adapted):
+        bare = Adapted({}, Frozen(adapted, {}, None, _plan.intern((), (), ())))
+        return partition_specs(bare, base_specs, mesh).frozen.base
+    frozen = adapted.frozen
+    sizes = None if mesh is None else dict(mesh.shape)
+    tree = _tree.flatten(frozen.base)
+    entries = _rules.resolve(tree, roles_of(tree, frozen.plan), base_specs, sizes)
+    of_factors = {place: _rules.to_spec(own) for place, own in _factors(frozen.plan, entries, sizes).items()}
+    at = lambda path, _: of_factors[path[-2].key, path[-1].key]
+    base = jax.tree.unflatten(tree.treedef, [_rules.to_spec(own) for own in entries])
+    factors = jax.tree_util.tree_map_with_path(at, frozen.factors)
+    key = None if frozen.key is None else PartitionSpec()
+    trainable = jax.tree_util.tree_map_with_path(at, adapted.trainable)
+    return Adapted(trainable, Frozen(base, factors, key, frozen.plan))
+
+
+def roles_of(tree: _tree.Named, plan: Plan) -> list[str]:
+    """The letters of every leaf: the plan's where it is adapted, else the conventions'."""
+    known = {site.index: site.leaf.roles for site in plan.sites}
+    shapes = [_tree.shape_dtype(leaf)[0] for leaf in tree.leaves]
+    both = zip(tree.paths, shapes, strict=True)
+    return [known.get(n) or _axes.conventions(path, shape) for n, (path, shape) in enumerate(both)]
+
+
+def _factors(plan: Plan, base: list[Entries], sizes: Sizes) -> dict[Place, Entries]:
+    """The entries of every stored array; of a shared one, those that all its weights give it."""
+    found: dict[Place, Entries] = {}
+    for site in plan.sites:
+        for place, own in _of_site(site, base[site.index], sizes).items():
+            agreed = tuple(a if a == b else None for a, b in zip(found.get(place, own), own, strict=True))
+            found[place] = agreed
+    return found
+
+
+def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
+    leaf, found = site.leaf, {}
+    stack = [kernel[n] for n in leaf.axes("s")]
+    stored = site.recipe.arrays(leaf)
+
+    def put(array: _network.Array, own: list[Any]) -> None:
+        place = (array.group or leaf.path, array.name)
+        entries = (stack if array.stacked else []) + own
+        # an equation comes before the functions that read its factors: it knows more of their axes
+        found.setdefault(place, _rules.fitted(tuple(entries), stored[place][1], sizes))
+
+    for delta, sides in site.recipe.networks:
+        parsed = _network.parse(delta, leaf, sides)
+        entry = _letters(parsed, dict(zip(_network.atoms(leaf), kernel, strict=True)), sizes)
+        for word, labels in zip(delta.operands, parsed.operands, strict=True):
+            given = word.arrays if isinstance(word, Function) else (word,) if isinstance(word, _network.Array) else ()
+            want = tuple(parsed.sizes[x] for x in labels)
+            for array in given:
+                shape = want if array.shape is None else array.shape
+                # an array inside a function has no labels: it takes those of the operand where their sizes agree
+                like = len(shape) == len(labels)
+                own = [entry.get(labels[n]) if like and want[n] == size else None for n, size in enumerate(shape)]
+                put(array, own)
+        if delta in site.recipe.deltas:
+            put(_network.scale_of(delta), [])
+    return found
+
+
+def _letters(parsed: Parsed, atoms: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """The entry of every letter: an atom's own; of a flat side's letters the slow one has the side's.
+
+    A side whose slow axis alone is cut is cut into runs of rows when it is flattened; so is its slow letter, if it
+    divides, and both cuts fall on the same rows.
+    """
+    entry = dict(atoms)
+    for side, made in parsed.blocks:
+        if side != made and sizes is not None:
+            first, *rest = (atoms[a] for a in side)
+            entry[made[0]] = first if not any(rest) else None
+    return entry
+
+
+def shardings(mesh: Any, adapted: Any, base_specs: Any) -> Any:
+    """`partition_specs` as NamedShardings of a mesh: for `jax.device_put`, `jit` and Orbax.
+
+    Args:
+      mesh: a `Mesh`, with automatic or explicit axes, or an `AbstractMesh`.
+      adapted: an `Adapted`, of arrays or abstract; or plain parameters.
+      base_specs: as for `partition_specs`.
+
+    Returns:
+      NamedShardings in the structure of `adapted`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> adapted = jax.device_put(adapted, jlora.shard.shardings(mesh, adapted, "fsdp"))
+      >>> adapted.trainable["query/kernel"]["a"].sharding.spec
+      P(None, 'fsdp')
+    """
+    specs = partition_specs(adapted, base_specs, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def abstract(mesh: Any, adapted: Any, base_specs: Any) -> Any:
+    """The same tree as ShapeDtypeStructs with shardings: what Orbax restores into, and `jit(...).lower` compiles for.
+
+    Args:
+      mesh: as for `shardings`.
+      adapted: an `Adapted`, of arrays or abstract; or plain parameters.
+      base_specs: as for `partition_specs`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> params = {"query": {"kernel": jax.ShapeDtypeStruct((6, 4), jnp.bfloat16)}}
+      >>> jlora.shard.abstract(mesh, params, "fsdp")["query"]["kernel"].sharding.spec
+      P('fsdp',)
+    """
+    struct = lambda a, s: jax.ShapeDtypeStruct(*_tree.shape_dtype(a), sharding=s)
+    return jax.tree.map(struct, adapted, shardings(mesh, adapted, base_specs))
+
+
+def state_shardings(tx: Any, adapted: Adapted) -> Any:
+    """The shardings of `tx.init(adapted.trainable)`.
+
+    A leaf that stands at the path of a factor and has its shape (a moment, a running mean) lives where the factor
+    lives; all others, counters and factored moments, are replicated.
+
+    Args:
+      tx: an optax transformation.
+      adapted: an `Adapted` on a mesh: arrays, or what `abstract` makes.
+
+    Returns:
+      NamedShardings in the structure of the state.
+
+    Raises:
+      ValueError: a factor that is on no mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora, optax
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> adapted = jlora.shard.abstract(mesh, adapted, "fsdp")
+      >>> places = jlora.shard.state_shardings(optax.adam(1e-3), adapted)
+      >>> places[0].mu["query/kernel"]["a"].spec, places[0].count.spec
+      (P(None, 'fsdp'), P())
+    """
+    everywhere = NamedSharding(mesh_of(adapted), PartitionSpec())
+    leaves = jax.tree_util.tree_leaves_with_path(adapted.trainable)
+    known = {(path, tuple(a.shape)): a.sharding for path, a in leaves}
+    at = lambda path, a: known.get((path[-2:], tuple(a.shape)), everywhere)  # paths end in a group and a factor
+    return jax.tree_util.tree_map_with_path(at, jax.eval_shape(tx.init, adapted.trainable))
+
+
+def sharding_of(tree: Any) -> Any:
+    """The NamedSharding of every array of a tree.
+
+    Raises:
+      ValueError: arrays that are on no mesh, all at once.
+    """
+    bad = [
+        f"{jax.tree_util.keystr(path)} of shape {_tree.shape_dtype(leaf)[0]}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if not isinstance(getattr(leaf, "sharding", None), NamedSharding)
+    ]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(
+            f"{', '.join(bad[:5])}{more} are on no mesh; write adapted = jax.device_put(adapted, "
+            "jlora.shard.shardings(mesh, adapted, base_specs)), or make it there with jlora.shard.init"
+        )
+    return jax.tree.map(lambda a: a.sharding, tree)
+
+
+def mesh_of(tree: Any) -> Any:
+    """The one mesh that a tree lives on."""
+    meshes = {leaf.mesh for leaf in jax.tree.leaves(sharding_of(tree))}
+    if len(meshes) != 1:
+        raise ValueError(f"these arrays live on {len(meshes)} meshes, not on one: {list(meshes)[:3]}")
+    return meshes.pop()

@@ -1,0 +1,69 @@
+"""`examples/multihost.py` as processes of this machine."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = [sys.executable, str(ROOT / "examples" / "multihost.py")]
+
+pytestmark = pytest.mark.slow
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+
+
+def run(*args, devices=1):
+    done = subprocess.run([*SCRIPT, *args], env=environment(devices), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def result(text):
+    return re.search(r"norm .* sha256 \w+", text)[0]
+
+
+def test_two_processes_are_one_with_two_devices(tmp_path):
+    """Bit for bit, and so is a run that stopped half-way; a checkpoint opens on other processes and devices."""
+    folder = str(tmp_path / "run")
+    whole = result(run("--local=2", "--steps", "31"))
+    assert result(run("--local=1", "--steps", "31", devices=2)) == whole
+    run("--local=2", "--steps", "15", "--folder", folder)
+    resumed = run("--local=1", "--steps", "31", "--folder", folder, devices=2)
+    assert "goes on at step 11" in resumed and result(resumed) == whole
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_takes_the_other_down(victim, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    args = ["--steps", "1000000", "--coordinator", f"localhost:{port}", "--processes", "2"]
+    logs = [open(tmp_path / f"{n}", "w+") for n in range(2)]
+    started = [
+        subprocess.Popen([*SCRIPT, *args, "--process", str(n)], env=environment(), stdout=logs[n], stderr=logs[n])
+        for n in range(2)
+    ]
+    try:
+        until = time.monotonic() + 120
+        while "step   10" not in (tmp_path / "0").read_text() and time.monotonic() < until:
+            assert all(p.poll() is None for p in started)
+            time.sleep(0.5)
+        started[victim].kill()
+        assert started[1 - victim].wait(60) != 0
+    finally:
+        for p, log in zip(started, logs, strict=True):
+            p.kill()
+            p.wait()
+            log.close()
+    said = (tmp_path / str(1 - victim)).read_text()
+    # the coordination service runs in process 0: without it, its loss is what the other sees
+    assert "Task 1 heartbeat timeout" in said if victim else "distributed service" in said, said

@@ -35,8 +35,10 @@ class Pair:
     Attributes:
       input: the factor of the input side.
       output: the factor of the output side.
-      gates: how many operands carry the letter alone.
+      gates: the factors that carry the letter alone.
       others: how many further operands the equation has.
+      path: the weight's.
+      rank: the size of the letter.
       layers: how many layers the weight stacks.
       scale: the place of the delta's s.
       scale_stack: how many stack axes s carries.
@@ -44,8 +46,10 @@ class Pair:
 
     input: Member
     output: Member
-    gates: int
+    gates: tuple[Member, ...]
     others: int
+    path: str
+    rank: int
     layers: int
     scale: tuple[str, str]
     scale_stack: int
@@ -59,6 +63,22 @@ class Pair:
     def trained(self) -> int:
         """How many of the two are trained."""
         return sum(m.array.trained for m in self.members)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the delta is s p diag(lam) q, all trained: AdaLoRA's form, and SoRA's."""
+        return self.trained == 2 and len(self.gates) == 1 and self.gates[0].array.trained and self.others == 0
+
+    @property
+    def own(self) -> tuple[Member, ...]:
+        """The trained factors that no other weight reads, gates first."""
+        return tuple(m for m in (*self.gates, self.output, self.input) if m.array.trained and m.array.group is None)
+
+    @property
+    def marks(self) -> tuple[Member, ...]:
+        """The factors whose zeros switch a rank off: a gate, or all that are its own where there is none."""
+        gates = tuple(gate for gate in self.gates if gate in self.own)
+        return gates[:1] or self.own
 
 
 def pairs(plan: Plan) -> tuple[Pair, ...]:
@@ -74,15 +94,17 @@ def pairs(plan: Plan) -> tuple[Pair, ...]:
 
 def _pair(site: Site, delta: Delta, parsed: Parsed, letter: str) -> Pair | None:
     words = list(zip(delta.operands, parsed.operands, strict=True))
-    gates = sum(labels == (letter,) for _, labels in words)
+    alone = [_member(site, word, labels, letter, parsed) for word, labels in words if labels == (letter,)]
+    gates = tuple(gate for gate in alone if gate is not None)
     sided = [(word, labels) for word, labels in words if letter in labels and labels != (letter,)]
     members = {_side(parsed, labels, letter): _member(site, word, labels, letter, parsed) for word, labels in sided}
     one, two = members.get("i"), members.get("o")
     if len(sided) != 2 or one is None or two is None:
         return None
-    others = len(words) - 2 - gates
-    stack = len(site.leaf.stack)
-    return Pair(one, two, gates, others, math.prod(site.leaf.stack), (site.leaf.path, delta.s), stack)
+    others = len(words) - 2 - len(gates)
+    stack, path = site.leaf.stack, site.leaf.path
+    rank = parsed.sizes[letter]
+    return Pair(one, two, gates, others, path, rank, math.prod(stack), (path, delta.s), len(stack))
 
 
 def _side(parsed: Parsed, labels: Labels, letter: str) -> str:

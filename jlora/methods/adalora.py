@@ -18,7 +18,7 @@ class AdaLoRA(LowRank):
     """dW = s p diag(lam) q with p (in, r), lam (r,), q (r, out): a singular value decomposition to be pruned.
 
     lam starts at zero, p and q at N(0, 0.02^2). This is the parametrisation alone; `jlora.rank.orthogonality` is the
-    penalty of the loss, and who gets which rank is decided while training.
+    penalty of the loss, and the optimizer `jlora.rank.adalora` decides while training who gets which rank.
 
     Attributes:
       rank: the initial r, at most min(in, out); the paper takes 1.5 times the target rank.

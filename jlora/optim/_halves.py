@@ -37,6 +37,38 @@ def _put(half: Any, values: Places) -> Any:
     return jax.tree_util.tree_map_with_path(lambda p, x: values.get((name(p[0]), name(p[-1])), x), half)
 
 
+class Halves:
+    """The trainable half of a plan inside the trees that optax hands round, wherever it stands there."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.groups = frozenset(group for (group, _), (_, trained) in shapes(plan).items() if trained)
+
+    def holds(self, x: Any) -> bool:
+        """Whether this node is an adapter: an `Adapted`, or a dictionary with all trained groups of the plan."""
+        return is_adapted(x) or isinstance(x, Mapping) and self.groups <= set(x)
+
+    def read(self, tree: Any, caller: str) -> Places:
+        """The factors of the one adapter in a tree, by place."""
+        found = [x for x in jax.tree.leaves(tree, is_leaf=self.holds) if self.holds(x)]
+        if len(found) != 1:
+            some = ", ".join(map(repr, sorted(self.groups)[:3]))
+            raise ValueError(
+                f"{caller} looks for one adapter with the groups {some}, ... and finds {len(found)}: give it that "
+                "adapter's parameters, alone or inside a larger tree (optax.partition and masks of factors go inside)"
+            )
+        return places(found[0].trainable if is_adapted(found[0]) else found[0])
+
+    def write(self, tree: Any, values: Places) -> Any:
+        """The tree with these factors in their places."""
+
+        def visit(x: Any) -> Any:
+            if not self.holds(x):
+                return x
+            return Adapted(_put(x.trainable, values), x.frozen) if is_adapted(x) else _put(x, values)
+
+        return jax.tree.map(visit, tree, is_leaf=self.holds)
+
+
 def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> optax.GradientTransformationExtraArgs:
     """A stateless transformation of the factors of an adapter, wherever they stand.
 
@@ -45,8 +77,8 @@ def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> op
     `frozen`.
     """
     ours = tuple(filter(wanted, _ranks.pairs(plan)))
-    groups = {group for (group, _), (_, trained) in shapes(plan).items() if trained}
-    is_half = lambda x: is_adapted(x) or isinstance(x, Mapping) and groups <= set(x)
+    halves = Halves(plan)
+    groups, is_half = halves.groups, halves.holds
 
     def update(updates: Any, state: Any, params: Any = None, *, frozen: Any = None, **extra: Any) -> Any:
         if not any(map(is_half, jax.tree.leaves(updates, is_leaf=is_half))):

@@ -116,7 +116,7 @@ def lora_fa(adapted: Any, eps: float = 1e-8) -> optax.GradientTransformationExtr
       <https://arxiv.org/abs/2308.03303>`_, 2023.
     """
     # with a gate or a shared factor between, dW is no s a b, and the projection another one
-    alone = lambda pair: pair.trained == 1 and pair.gates == pair.others == 0
+    alone = lambda pair: pair.trained == 1 and not pair.gates and pair.others == 0
     plan = chosen("lora_fa", adapted, alone, "the update s a b with one of the two frozen; write jlora.LoRAFA(...)")
     _check_eps("lora_fa", eps)
 

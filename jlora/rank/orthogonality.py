@@ -56,7 +56,7 @@ def _matrices(adapted: Any) -> list[tuple[jax.Array, int]]:
     if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
         raise TypeError(f"orthogonality takes an Adapted (jlora.join(trainable, frozen)), not {type(adapted).__name__}")
     plan = adapted.frozen.plan
-    diagonal = [p for p in _ranks.pairs(plan) if p.trained == 2 and p.gates == 1 and p.others == 0]
+    diagonal = [pair for pair in _ranks.pairs(plan) if pair.diagonal]
     members = {member.place: member for pair in diagonal for member in pair.members}
     if not members:
         methods = ", ".join(dict.fromkeys(m.describe() for m in plan.methods))
@@ -65,10 +65,11 @@ def _matrices(adapted: Any) -> list[tuple[jax.Array, int]]:
 
 
 def _squares(x: jax.Array, stack: int) -> jax.Array:
-    """||x x^T - I||_F^2 of each matrix of a stack."""
+    """||x x^T - I||_F^2 of each matrix of a stack; a row of zeros, where a compacted stack is padded, is no row."""
     flat = x.reshape(*x.shape[: stack + 1], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
     gram = jnp.einsum("...rn,...sn->...rs", flat, flat, precision=lax.Precision.HIGHEST)
-    return jnp.sum((gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)) ** 2, (-2, -1))
+    rows = jnp.any(flat != 0, -1).astype(gram.dtype)
+    return jnp.sum((gram - rows[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)) ** 2, (-2, -1))
 
 
 def _root(square: jax.Array) -> jax.Array:

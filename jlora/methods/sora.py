@@ -17,8 +17,8 @@ from jlora.methods.base import LowRank, normal, uniform, zeros
 class SoRA(LowRank):
     """dW = s a diag(g) b with a gate g (r,); ranks whose gate is zero can be dropped without a change.
 
-    a starts as in LoRA, g at N(0, 1), b at zero. This is the parametrisation alone; the proximal step on g is the
-    optimizer's.
+    a starts as in LoRA, g at N(0, 1), b at zero. This is the parametrisation alone; the proximal step on g is that of
+    the optimizer `jlora.rank.sora`.
 
     Attributes:
       rank: the maximal r, at most min(in, out).

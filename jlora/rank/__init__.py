@@ -6,3 +6,9 @@ from jlora.rank.budget import Budget as Budget
 from jlora.rank.orthogonality import orthogonality as orthogonality
 from jlora.rank.prune import magnitude as magnitude
 from jlora.rank.prune import prune as prune
+from jlora.rank.sora import SoRAState as SoRAState
+from jlora.rank.sora import geometric as geometric
+from jlora.rank.sora import linear as linear
+from jlora.rank.sora import log_linear as log_linear
+from jlora.rank.sora import soft_threshold as soft_threshold
+from jlora.rank.sora import sora as sora

@@ -211,7 +211,7 @@ def configuration(seed):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n > 5)) for n in range(20)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n > 3)) for n in range(20)])
 def test_a_slow_allocator_takes_the_same_steps(seed):
     rank, c = configuration(seed)
     adapted = start(rank)

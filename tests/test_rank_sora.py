@@ -213,6 +213,8 @@ def test_a_scanned_model_in_a_train_state_becomes_sparse():
         losses.append(float(value))
     g = np.asarray(state.params.trainable["layers/kernel"]["g"])
     assert losses[-1] < losses[0] and 0 < np.count_nonzero(g) < g.size
+    small = jlora.rank.compact(state.params)
+    assert_close(apply(small, x), apply(state.params, x), 1e-6)
 
 
 def test_mistakes_are_refused_in_words():

@@ -1,0 +1,284 @@
+"""An adapter without its dead ranks: the same function in fewer parameters."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jlora import _merge, _plan, _ranks
+from jlora._plan import Plan, Site
+from jlora._ranks import Pair
+from jlora.adapted import Adapted, Frozen, is_adapted, shapes
+from jlora.methods.base import Method
+from jlora.methods.lora import LoRA
+from jlora.rank.adalora import AdaLoRAState
+from jlora.rank.prune import plan_of
+
+Place = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Which ranks of a factor stay, and where they go: `order` (stack..., k), `alive` where it is no padding."""
+
+    order: np.ndarray
+    alive: np.ndarray
+
+    def cut(self, x: Any) -> jax.Array:
+        """(stack..., r, side...) -> (stack..., k, side...), zero where it is padding."""
+        more = (1,) * (jnp.ndim(x) - self.order.ndim)
+        taken = jnp.take_along_axis(x, self.order.reshape(*self.order.shape, *more), self.order.ndim - 1)
+        return jnp.where(self.alive.reshape(*self.alive.shape, *more), taken, jnp.zeros_like(taken))
+
+
+def compact(
+    adapted: Adapted, opt_state: Any = None, *, plain: bool = False, stacks: Literal["pad", "refuse"] = "pad"
+) -> Any:
+    """A smaller adapter with the same outputs: ranks that add nothing, those with a zero in some factor, are dropped.
+
+    For use outside of `jit`, since shapes follow from values: after AdaLoRA or SoRA, after `prune` or
+    `at_rank`. s stays what it was, so alpha is still over the rank that the adapter began with. A weight without
+    ranks leaves the plan. Layers of a stack share their shapes: they keep as many ranks as the largest needs, each
+    its own in front and zeros behind, which training leaves at zero and `orthogonality` does not count.
+
+    Weights whose factors are shared with others (VeRA, tied ones) and sums of two methods stay as they are.
+
+    Args:
+      adapted: any adapter, with values.
+      opt_state: the state of an optimizer of `adapted`, in either form. Every array that has a factor's name and
+        shape is cut with it; go on with an optimizer made for the smaller adapter. The state under `adalora` or
+        `sora` is their state's `inner`.
+      plain: p diag(lam) q becomes a plain `LoRA` with a = diag(lam) p and b = q.
+      stacks: `"refuse"` raises where the layers of a stack end with unlike ranks.
+
+    Returns:
+      The adapter; with `opt_state`, `(adapter, opt_state)`.
+
+    Raises:
+      TypeError: `adapted` is no `Adapted`.
+      ValueError: factors without values (inside `jit`); an adapter of which nothing would be left; a schedule that
+        never ran; an optimizer state that does not follow the factors' shapes, or one with `plain`.
+
+    Warns:
+      UserWarning: weights made to be pruned, of which no rank is dead.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.SoRA(rank=3))
+      >>> adapted.trainable["query/kernel"] |= {"g": jnp.array([0.5, 0.0, 0.0]), "b": jnp.ones((3, 4))}
+      >>> jlora.rank.compact(adapted)
+      Adapted(1 weight, 11 trainable)
+      >>> jlora.rank.compact(adapted, plain=True)
+      Adapted(1 weight, 10 trainable)
+    """
+    plan = plan_of("compact", adapted)
+    _check(adapted, opt_state, plain, stacks)
+    get = _merge.lookup(adapted)
+    by_path: dict[str, list[Pair]] = {}
+    for pair in _ranks.pairs(plan):
+        by_path.setdefault(pair.path, []).append(pair)
+
+    sites: list[Site] = []
+    kept: dict[Place, Kept] = {}
+    folded: dict[Place, jax.Array] = {}
+    notes: list[str] = []
+    dead = False
+    for site in plan.sites:
+        ours = by_path.get(site.leaf.path, [])
+        new, own = _smaller(site, ours, get, stacks)
+        dead |= not all(alive(pair, get).all() for pair in ours)
+        if new is None:
+            notes.append(f"{site.leaf.path}: no rank left, it is as it was")
+            continue
+        kept |= own
+        if plain and len(ours) == 1 and ours[0].diagonal and site.recipe.additive and len(site.recipe.deltas) == 1:
+            new = _plain(new, ours[0], kept, get, folded)
+        sites.append(new)
+    if not sites:
+        raise ValueError(
+            "compact: every rank of every weight adds nothing, so no adapter would be left; has it been trained?"
+        )
+    if not dead and any(pair.diagonal for ours in by_path.values() for pair in ours):
+        warnings.warn(
+            "compact found no dead rank: has the schedule (jlora.rank.adalora, sora) or jlora.rank.prune run?",
+            stacklevel=2,
+        )
+    small = planned(plan, sites, notes)
+
+    def value(place: Place) -> Any:
+        if place in folded:
+            return folded[place]
+        return kept[place].cut(get(*place)) if place in kept else get(*place)
+
+    made = rebuilt(adapted, small, value)
+    return made if opt_state is None else (made, _carried(opt_state, plan, small, kept))
+
+
+def planned(plan: Plan, sites: list[Site], notes: list[str] | None = None) -> Plan:
+    """A plan with other sites."""
+    methods = dict.fromkeys(site.method for site in sites)
+    return _plan.intern(tuple(sites), tuple(methods), (*plan.notes, *(notes or ())))
+
+
+def rebuilt(adapted: Adapted, plan: Plan, value: Callable[[Place], Any]) -> Adapted:
+    """The adapter of another plan over the same base."""
+    halves: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
+    for place, (shape, trained) in shapes(plan).items():
+        x = value(place)
+        assert x.shape == shape, (place, x.shape, shape)
+        halves[trained].setdefault(place[0], {})[place[1]] = x
+    return Adapted(halves[True], dataclasses.replace(adapted.frozen, factors=halves[False], plan=plan))
+
+
+def of_rank(site: Site, ours: list[Pair], k: int) -> Site | None:
+    """The weight under the same method at rank k; None where the method has not one rank for all its factors."""
+    method = _with_rank(site.method, k)
+    recipe = None if method is None else method.recipe(site.leaf)
+    if method is None or recipe is None:
+        return None
+    axis = {m.place: m.stack for pair in ours for m in (*pair.members, *pair.gates)}
+    cut = lambda place, shape: (*shape[: axis[place]], k, *shape[axis[place] + 1 :]) if place in axis else shape
+    want = {place: (cut(place, shape), a.trained) for place, (a, shape) in site.recipe.arrays(site.leaf).items()}
+    have = {place: (shape, a.trained) for place, (a, shape) in recipe.arrays(site.leaf).items()}
+    return dataclasses.replace(site, method=method, recipe=recipe) if want == have else None
+
+
+def _with_rank(method: Method, k: int) -> Method | None:
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    if "rank" in fields:
+        return dataclasses.replace(method, rank=k)  # type: ignore[call-arg]
+    inner = {name: _with_rank(value, k) for name, value in fields.items() if isinstance(value, Method)}
+    if len(inner) != 1 or None in inner.values():
+        return None
+    return dataclasses.replace(method, **inner)  # type: ignore[arg-type]
+
+
+# --- inside -------------------------------------------------------------------------------------------------------
+
+
+def _check(adapted: Adapted, opt_state: Any, plain: bool, stacks: str) -> None:
+    if stacks not in ("pad", "refuse"):
+        raise ValueError(f"compact(stacks={stacks!r}): write 'pad' or 'refuse'")
+    if plain and opt_state is not None:
+        raise ValueError("compact: the moments of p, lam and q are none of a plain LoRA's; compact one or the other")
+    concrete("compact", adapted)
+    is_state = lambda x: isinstance(x, AdaLoRAState)
+    for state in jax.tree.leaves(opt_state, is_leaf=is_state):
+        if is_state(state) and int(state.count) == 0:
+            raise ValueError(
+                "compact: the schedule of adalora never ran (its state counts no update), so nothing was pruned; "
+                "apply tx.update to every step, or compact without the state"
+            )
+
+
+def concrete(caller: str, adapted: Adapted) -> None:
+    """Raises unless the factors have values: shapes that follow from them cannot be made under `jit`."""
+    for group, named in (*adapted.trainable.items(), *adapted.frozen.factors.items()):
+        for name, x in named.items():
+            if isinstance(x, (Tracer, jax.ShapeDtypeStruct)):
+                raise ValueError(
+                    f"{caller}: {group!r}: {name!r} has no values here; shapes follow from values, so call it outside "
+                    "of jit (jlora.rank.prune and at_rank keep shapes and may be traced)"
+                )
+
+
+def alive(pair: Pair, get: Any) -> np.ndarray:
+    """(stack..., r): whether no factor has zeros there."""
+    rows = []
+    for m in (*pair.members, *pair.gates):
+        x = np.asarray(get(*m.place) != 0)
+        rows.append(x.reshape(*x.shape[: m.stack + 1], -1).any(-1))
+    return functools.reduce(np.logical_and, rows)
+
+
+def simple(site: Site, ours: list[Pair]) -> bool:
+    """Whether every factor of its pairs is the weight's own, with all of its stack axes."""
+    members = [m for pair in ours for m in (*pair.members, *pair.gates)]
+    return bool(members) and all(m.array.group is None and m.stack == len(site.leaf.stack) for m in members)
+
+
+def _smaller(site: Site, ours: list[Pair], get: Any, stacks: str) -> tuple[Site | None, dict[Place, Kept]]:
+    """The weight without its dead ranks (None: without any), and what stays of its factors."""
+    if not simple(site, ours):
+        return site, {}
+    living = {pair.output.place: alive(pair, get) for pair in ours}
+    counts = [x.sum(-1) for x in living.values()]
+    k, rank = max(int(n.max()) for n in counts), max(pair.rank for pair in ours)
+    if stacks == "refuse" and any(n.min() != n.max() for n in counts):
+        uneven = sorted({int(x) for n in counts for x in n.ravel()})
+        raise ValueError(
+            f"compact: the layers of {site.leaf.path!r} of shape {site.leaf.shape} end with unlike ranks, {uneven}; "
+            "stacks='pad' fills them up with zeros"
+        )
+    trained = {place for place, (array, _) in site.recipe.arrays(site.leaf).items() if array.trained}
+    if k == 0 and site.recipe.additive and trained <= {m.place for p in ours for m in (*p.members, *p.gates)}:
+        return None, {}
+    k = max(k, 1)
+    new = of_rank(site, ours, k) if k < rank else None
+    if new is None:
+        return site, {}
+    kept = {}
+    for pair in ours:
+        order = np.argsort(~living[pair.output.place], axis=-1, kind="stable")[..., :k]
+        one = Kept(order, np.take_along_axis(living[pair.output.place], order, -1))
+        kept |= {m.place: one for m in (*pair.members, *pair.gates)}
+    return new, kept
+
+
+def _plain(site: Site, pair: Pair, kept: dict[Place, Kept], get: Any, folded: dict[Place, jax.Array]) -> Site:
+    """The weight as a LoRA; its a and b go to `folded`."""
+    p, q, lam = (
+        kept[m.place].cut(get(*m.place)) if m.place in kept else get(*m.place) for m in (*pair.members, *pair.gates)
+    )
+    rank = p.shape[pair.input.stack]
+    method = _plan.named(LoRA(rank=rank, dtype=site.method.dtype))
+    recipe = method.recipe(site.leaf)
+    assert recipe is not None
+    path = site.leaf.path
+    folded[path, "a"] = lam.reshape(*lam.shape, *(1,) * (p.ndim - lam.ndim)) * p
+    folded[path, "b"] = q
+    folded[path, "s"] = get(*pair.scale)
+    return dataclasses.replace(site, method=method, recipe=recipe)
+
+
+def _carried(state: Any, old: Plan, new: Plan, kept: dict[Place, Kept]) -> Any:
+    """An optimizer's state with every copy of the factors cut as they were."""
+    had, have = shapes(old), shapes(new)
+    groups, left = {group for group, _ in had}, {group for group, _ in have}
+    is_part = lambda x: isinstance(x, Mapping) and bool(groups & set(x))
+
+    def leaf(place: Place, x: Any) -> Any:
+        if place not in kept or not hasattr(x, "shape") or x.shape == ():
+            return x
+        if x.shape != had[place][0]:
+            raise ValueError(
+                f"compact: the optimizer holds an array of shape {x.shape} for {place[0]!r}: {place[1]!r} of shape "
+                f"{had[place][0]}, whose ranks cannot be told; compact the adapter alone, and begin its state anew"
+            )
+        return kept[place].cut(x)
+
+    def part(half: Any) -> Any:
+        rows = {g: named for g, named in half.items() if g in left or g not in groups}
+        return {
+            g: {n: leaf((g, n), x) for n, x in named.items() if (g, n) in have} if g in groups else named
+            for g, named in rows.items()
+        }
+
+    def visit(x: Any) -> Any:
+        if is_part(x):
+            return part(x)
+        if not is_adapted(x):
+            return x
+        frozen = x.frozen
+        if isinstance(frozen, Frozen):
+            factors = part(frozen.factors) if is_part(frozen.factors) else frozen.factors
+            frozen = dataclasses.replace(frozen, factors=factors, plan=new)
+        return Adapted(part(x.trainable) if is_part(x.trainable) else x.trainable, frozen)
+
+    return jax.tree.map(visit, state, is_leaf=lambda x: is_part(x) or is_adapted(x))

@@ -1,0 +1,325 @@
+"""Smaller adapters: the same outputs, the same scale, the same steps; and best approximations of lower rank."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from jlora.rank import adalora, compact, magnitude, orthogonality, rank_table, resize
+from methods import assert_close, bits, moved
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def params():
+    return {
+        "dense": {"kernel": draw(1, 8, 5), "bias": draw(2, 5)},
+        "layers": {"kernel": draw(3, 3, 8, 8)},
+        "query": {"kernel": draw(4, 8, 2, 4)},
+    }
+
+
+def model(p, x):
+    x, _ = jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x, p["layers"]["kernel"])
+    heads = jnp.einsum("bi,ihd->bhd", x, p["query"]["kernel"])
+    return x @ p["dense"]["kernel"] + p["dense"]["bias"], heads
+
+
+X = draw(9, 7, 8)
+METHODS = {
+    "adalora": jlora.AdaLoRA(rank=4, alpha=3, target="kernel"),
+    "sora": jlora.SoRA(rank=4, alpha=3, target="kernel"),
+    "lora": jlora.LoRA(rank=4, alpha=3, target="kernel"),
+    "lora_fa": jlora.LoRAFA(rank=4, alpha=3, target="kernel"),
+    "slices": jlora.LoRA(rank=2, alpha=3, slices=((0, 2), (2, 5)), target="kernel"),
+    "dora": jlora.DoRA(jlora.AdaLoRA(rank=4, alpha=3, target="kernel")),
+    "loha": jlora.LoHa(rank=4, alpha=3, target="kernel"),
+}
+
+
+def few(*fast, of):
+    """All of them, and those that are not named in the slow part."""
+    return [pytest.param(x, marks=[pytest.mark.slow] * (x not in fast)) for x in of]
+
+
+ALIVE = {"dense/kernel": [1, 3], "layers/kernel": [[0], [0, 2, 3], []], "query/kernel": []}
+
+
+@functools.cache
+def pruned(name):
+    """Ranks dead by name of the weight: two of four, unlike ones in a stack, and all."""
+    adapted = jlora.adapt(params(), METHODS[name])
+    trainable = {g: dict(f) for g, f in moved(adapted.trainable).items()}
+    for group, alive in ALIVE.items():
+        for factor, x in trainable[group].items():
+            if factor == "m":
+                trainable[group][factor] = 1 + 0.1 * x
+            if factor not in ("lam", "g", "b", "b0", "b1", "a1", "a2", "b2"):
+                continue
+            x = np.array(x)
+            for layer, kept in zip(x, alive, strict=True) if group == "layers/kernel" else [(x, alive)]:
+                layer[[n for n in range(len(layer)) if n not in kept]] = 0
+            trainable[group][factor] = jnp.asarray(x)
+    return jlora.join(trainable, adapted.frozen)
+
+
+def ranks(adapted):
+    return {s.leaf.path: {size for d in s.recipe.deltas for _, size in d.sizes} for s in adapted.frozen.plan.sites}
+
+
+@pytest.mark.parametrize("name", few("adalora", "lora", of=METHODS))
+def test_a_compact_adapter_computes_the_same(name):
+    adapted = pruned(name)
+    small = compact(adapted)
+    for lifted in (jlora.lift(model), jlora.lift(model, dense=True)):
+        assert_close(lifted(small, X), lifted(adapted, X), 1e-6)
+    some = (
+        {"dense/kernel": {1}, "layers/kernel": {1}} if name == "slices" else {"dense/kernel": {2}, "layers/kernel": {3}}
+    )
+    # a magnitude without an update is still no base weight
+    assert ranks(small) == (some | {"query/kernel": {1}} if name == "dora" else some)
+    assert jlora.count(small)[0] < jlora.count(adapted)[0] and small.frozen.base is adapted.frozen.base
+    for group, factors in small.frozen.factors.items():
+        assert bits(factors["s"]) == bits(adapted.frozen.factors[group]["s"])
+    assert compact(small).frozen.plan is small.frozen.plan
+    assert jlora.join(*jlora.split(small))
+
+
+@pytest.mark.parametrize("name", ["adalora", "sora"])
+def test_plain_lora_on_request(name):
+    adapted = pruned(name)
+    small = compact(adapted, plain=True)
+    assert {type(s.method) for s in small.frozen.plan.sites} == {jlora.LoRA}
+    assert_close(jlora.lift(model)(small, X), jlora.lift(model)(adapted, X), 1e-6)
+    assert set(small.trainable["layers/kernel"]) == {"a", "b"}
+
+
+def test_a_compact_adapter_is_saved_and_loaded(tmp_path):
+    for n, small in enumerate((compact(pruned("adalora")), compact(pruned("sora"), plain=True))):
+        jlora.save(tmp_path / str(n), small)
+        again = jlora.load(tmp_path / str(n), params())
+        assert again.frozen.plan is small.frozen.plan and bits(again.trainable) == bits(small.trainable)
+
+
+def steps(tx, adapted, trainable, state, n, penalty=0.1):
+    lifted = jlora.lift(model)
+
+    def loss(trainable):
+        now = jlora.join(trainable, adapted.frozen)
+        return sum(jnp.mean((y - 1) ** 2) for y in lifted(now, X)) + penalty * orthogonality(now)
+
+    @jax.jit
+    def step(trainable, state):
+        updates, state = tx.update(jax.grad(loss)(trainable), state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    for _ in range(n):
+        trainable, state = step(trainable, state)
+    return trainable, state
+
+
+def test_padding_stays_zero_and_training_goes_on_as_it_was():
+    """20 more steps under Adam, decay and the penalty: what is padding moves nothing and is moved by nothing."""
+    adapted = pruned("adalora")
+    dead = jax.tree.map(lambda x: x == 0, magnitude(adapted))
+    # the ranks that are dead in the large adapter: zero in all of their factors, as padding is
+    whole = {g: dict(f) for g, f in adapted.trainable.items()}
+    for group, marks in dead.items():
+        for factor, x in whole[group].items():
+            d = marks["lam"].reshape(*marks["lam"].shape, *(1,) * (x.ndim - marks["lam"].ndim))
+            whole[group][factor] = jnp.where(d, 0, x)
+    tx = optax.adamw(0.02, weight_decay=0.1)
+    whole, state = steps(tx, adapted, whole, tx.init(whole), 3)
+    adapted = jlora.join(whole, adapted.frozen)
+    small, small_state = compact(adapted, state)
+    assert small_state[0].mu["layers/kernel"]["p"].shape == (3, 3, 8) and "query/kernel" not in small_state[0].mu
+    assert jax.tree.structure(small_state) == jax.tree.structure(tx.init(small.trainable))
+    got, got_state = steps(tx, small, small.trainable, small_state, 20)
+    want, want_state = steps(tx, adapted, whole, state, 20)
+    kept = jlora.join(got, small.frozen)
+    assert_close(jlora.lift(model)(kept, X), jlora.lift(model)(jlora.join(want, adapted.frozen), X), 1e-4)
+    for tree in (got, got_state[0].mu, got_state[0].nu):
+        for layer, n in enumerate((1, 3, 0)):
+            for x in tree["layers/kernel"].values():
+                assert not np.any(x[layer, n:]) and (n == 0 or np.any(x[layer, :n]))
+
+
+def test_the_penalty_does_not_count_padding():
+    adapted = pruned("adalora")
+    small = compact(adapted)
+    for form in ("paper", "reference"):
+        value = orthogonality(small, form)
+        padded = small.trainable["layers/kernel"]
+        squares = []
+        for group, factors in small.trainable.items():
+            for name in "pq":
+                x = np.asarray(factors[name], np.float64)
+                for layer in x if group == "layers/kernel" else [x]:
+                    layer = layer.reshape(len(layer), -1)
+                    layer = layer[np.any(layer != 0, 1)]
+                    squares.append(np.sum((layer @ layer.T - np.eye(len(layer))) ** 2))
+        want = np.sum(squares) if form == "paper" else np.mean(np.sqrt(squares))
+        np.testing.assert_allclose(value, want, rtol=1e-5)
+        grads = jax.grad(lambda t, form=form: orthogonality(jlora.join(t, small.frozen), form))(small.trainable)
+        assert not np.any(np.asarray(grads["layers/kernel"]["p"])[np.all(np.asarray(padded["p"]) == 0, -1)])
+
+
+def test_stacks_refuse_on_request():
+    with pytest.raises(ValueError, match=r"layers of 'layers/kernel' .* unlike ranks, \[0, 1, 3\]"):
+        compact(pruned("adalora"), stacks="refuse")
+
+
+@pytest.mark.parametrize("form", few("whole", of=("split", "whole", "multi", "chain")))
+def test_the_state_of_adalora_goes_along(form):
+    """Allocated, made small with its state, and trained on: the losses go on as they did."""
+    adapted = jlora.adapt(params(), METHODS["adalora"])
+    schedule = dict(target_budget=7, total_steps=6, init_warmup=1, final_warmup=2)
+    make = lambda adapted, **to: adalora(optax.adam(0.05), adapted, **(schedule | to))
+    wrap = {
+        "split": lambda tx: tx,
+        "whole": jlora.masked,
+        "multi": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+        "chain": lambda tx: optax.chain(optax.clip_by_global_norm(100.0), tx),
+    }[form]
+    lifted = jlora.lift(model)
+
+    def run(tx, params, state, n):
+        @jax.jit
+        def step(params, state):
+            join = lambda p: p if form == "whole" else jlora.join(p, frozen)
+            loss = lambda p: sum(jnp.mean((y - 1) ** 2) for y in lifted(join(p), X))
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        values = []
+        for _ in range(n):
+            params, state, value = step(params, state)
+            values.append(float(value))
+        return params, state, values
+
+    frozen = adapted.frozen
+    tx = wrap(make(adapted))
+    large = adapted if form == "whole" else adapted.trainable
+    large, state, _ = run(tx, large, tx.init(large), 6)
+    joined = large if form == "whole" else jlora.join(large, frozen)
+    small, small_state = compact(joined, state)
+    left = sum(int(jnp.sum(x)) for f in jax.tree.leaves(magnitude(small)) for x in [f != 0])
+    assert left == 7
+    tx2 = wrap(make(small, target_budget=7))
+    start = small if form == "whole" else small.trainable
+    assert jax.tree.structure(small_state) == jax.tree.structure(tx2.init(start))
+    _, _, want = run(tx, large, state, 5)
+    frozen = small.frozen
+    _, _, got = run(tx2, start, small_state, 5)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_compact_refuses_in_words():
+    adapted = jlora.adapt(params(), METHODS["adalora"])
+    with pytest.raises(ValueError, match="no adapter would be left; has it been trained"):
+        compact(adapted)
+    away = jlora.join(moved(adapted.trainable), adapted.frozen)
+    with pytest.warns(UserWarning, match="no dead rank: has the schedule"):
+        assert bits(compact(away).trainable) == bits(away.trainable)
+    state = adalora(optax.sgd(0.1), adapted, target_rank=1, total_steps=3).init(adapted.trainable)
+    with pytest.raises(ValueError, match="schedule of adalora never ran"):
+        compact(away, (state,))
+    with pytest.raises(ValueError, match="has no values here.*outside of jit"):
+        jax.jit(lambda t: compact(jlora.join(t, adapted.frozen)).trainable)(away.trainable)
+    with pytest.raises(TypeError, match="compact takes an Adapted"):
+        compact(away.trainable)
+    with pytest.raises(ValueError, match="'pad' or 'refuse'"):
+        compact(away, stacks="unstack")
+    with pytest.raises(ValueError, match="moments"):
+        compact(away, state, plain=True)
+    with pytest.raises(ValueError, match="begin its state anew"):
+        compact(pruned("adalora"), {"dense/kernel": {"p": jnp.ones((2, 2))}})
+
+
+def test_shared_factors_stay():
+    tied = jlora.adapt(params(), jlora.VeRA(rank=3, target="kernel"))
+    tied = jlora.join(moved(tied.trainable), tied.frozen)
+    zeroed = {g: dict(f) | {"d": jnp.zeros_like(f["d"])} for g, f in tied.trainable.items()}
+    assert bits(compact(jlora.join(zeroed, tied.frozen))) == bits(jlora.join(zeroed, tied.frozen))
+
+
+# --- resize -------------------------------------------------------------------------------------------------------
+
+
+def deltas(adapted):
+    base = {s.leaf.path: s.leaf for s in adapted.frozen.plan.sites}
+    merged, plain = jlora.merge(adapted), adapted.frozen.base
+    found = {}
+    for path in base:
+        name = path.split("/")[0]
+        d = np.asarray(merged[name]["kernel"], np.float64) - np.asarray(plain[name]["kernel"], np.float64)
+        found[path] = d if name == "layers" else d.reshape(1, 8, -1)
+    return found
+
+
+@pytest.mark.parametrize("name", few("adalora", of=("lora", "adalora", "sora")))
+@pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.9}], ids=str)
+def test_resize_is_eckart_and_young(name, how):
+    adapted = jlora.adapt(params(), METHODS[name])
+    adapted = jlora.join(moved(adapted.trainable, 1.0), adapted.frozen)
+    small, error = resize(adapted, **how)
+    got, want = deltas(small), deltas(adapted)
+    for path, d in want.items():
+        u, s, v = np.linalg.svd(d, full_matrices=False)
+        k = 2
+        if "energy" in how:
+            share = np.cumsum(s**2, -1) / np.sum(s**2, -1, keepdims=True)
+            k = int((share < 0.9).sum(-1).max()) + 1
+        best = (u[..., :k] * s[..., None, :k]) @ v[..., :k, :]
+        np.testing.assert_allclose(got[path], best, atol=2e-5)
+        np.testing.assert_allclose(error[path], np.sqrt(np.sum(s[..., k:] ** 2) / np.sum(s**2)), rtol=1e-4, atol=1e-6)
+        assert ranks(small)[path] == {k}
+    for f in small.trainable.values():
+        if "lam" in f:
+            p = f["p"].reshape(*f["lam"].shape, -1)
+            assert_close(
+                p @ jnp.swapaxes(p, -1, -2), jnp.broadcast_to(jnp.eye(p.shape[-2]), (*p.shape[:-1], p.shape[-2]))
+            )
+
+
+def test_resize_to_the_own_rank_changes_nothing():
+    adapted = jlora.adapt(params(), METHODS["lora"])
+    adapted = jlora.join(moved(adapted.trainable), adapted.frozen)
+    same, error = resize(adapted, rank=9)
+    assert_close(jlora.lift(model)(same, X), jlora.lift(model)(adapted, X), 1e-5)
+    assert same.frozen.plan is adapted.frozen.plan and max(error.values()) == 0
+
+
+def test_resize_refuses_in_words():
+    adapted = jlora.adapt(params(), METHODS["lora"])
+    with pytest.raises(ValueError, match="update of 'dense/kernel' is zero"):
+        resize(adapted, rank=2)
+    with pytest.raises(ValueError, match="update of 'dense/kernel' is zero"):
+        resize(adapted, energy=0.5)
+    for wrong in ({}, {"rank": 1, "energy": 0.5}):
+        with pytest.raises(ValueError, match="write one of the two"):
+            resize(adapted, **wrong)
+    for wrong in ({"rank": 0}, {"energy": 1.5}):
+        with pytest.raises(ValueError, match="rank is at least 1"):
+            resize(adapted, **wrong)
+    with pytest.raises(ValueError, match="resize finds no low-rank update under Full"):
+        resize(jlora.adapt(params(), jlora.Full(target="dense")), rank=1)
+
+
+def test_the_table_of_ranks():
+    text = rank_table(pruned("adalora"))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["dense/kernel", "1", "4", "2"] in rows and ["layers/kernel", "1", "4", "1", "3", "0"] in rows
+    assert text.endswith("6 of 20 ranks alive")
+    assert ["dense/kernel", "1", "4+4", "2", "+", "2"] in [
+        row.split() for row in rank_table(pruned("loha")).splitlines()
+    ]
+    with pytest.raises(ValueError, match="finds no ranks of a weight's own under VeRA"):
+        rank_table(jlora.adapt(params(), jlora.VeRA(rank=3, target="kernel")))

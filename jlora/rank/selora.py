@@ -1,0 +1,158 @@
+"""SeLoRA: ranks that grow where a further one would see much of the gradient.
+
+Mao et al, `SeLoRA: Self-Expanding Low-Rank Adaptation of Latent Diffusion Model for Medical Image Synthesis
+<https://arxiv.org/abs/2408.07196>`_, 2024.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jlora._ranks import Member, Pair, pairs
+from jlora.adapted import shapes
+from jlora.optim._halves import Halves, chosen
+from jlora.rank.prune import Places
+
+
+class SeLoRAState(NamedTuple):
+    """What `selora` carries.
+
+    Attributes:
+      count: updates made.
+      ranks: `{group: {factor: (stack...,)}}`, the active ranks of every layer.
+      ratio: the last Fisher ratio of each, at least 1.
+      inner: the wrapped optimizer's.
+    """
+
+    count: jax.Array
+    ranks: Any
+    ratio: Any
+    inner: Any
+
+
+def selora(
+    inner: optax.GradientTransformation,
+    adapted: Any,
+    *,
+    threshold: float = 1.3,
+    interval: int = 40,
+    start: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer under which every weight (a layer of a stack) begins at rank `start` and may grow to its LoRA's.
+
+    The factors have their full rank in memory. Of rows beyond the active rank n, those of a are as `adapt` drew them
+    and those of b are zero, so they add nothing; their updates are masked. The next row, a_n, is the probe: dL/da_n
+    is zero and dL/db_n is what the row would learn from. Every `interval` updates,
+
+        ratio = (sum_{i <= n} |dL/da_i|^2 + |dL/db_i|^2) / (sum_{i < n} |dL/da_i|^2 + |dL/db_i|^2)
+
+    and the row becomes active where the ratio is at least the threshold. It is the row that was probed, both sums are
+    of one gradient at one point, and so the ratio is at least 1. Moments of old rows are kept; those of a new row are
+    zero, as its gradients were masked. s does not change: alpha / r with the full rank r.
+
+    Args:
+      inner: the optimizer of all parameters.
+      adapted: the `Adapted` that is trained, as `adapt` made it; read for its static plan alone.
+      threshold: lambda, 1.3 in the authors' runs (1.0 to 1.3 are useful).
+      interval: real updates between two probes.
+      start: the first active rank.
+
+    Returns:
+      A transformation; its state is a `SeLoRAState`. `tx.update(grads, state, params, probe=other)` takes the ratio
+      of a second gradient, of another or a larger batch at the same point.
+
+    Raises:
+      TypeError: `adapted` is no `Adapted`.
+      ValueError: no weight with plain LoRA factors; a threshold below 1; another adapter's parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora, optax
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=4))
+      >>> tx = jlora.rank.selora(optax.adam(1e-2), adapted, interval=1)
+      >>> grads = jax.tree.map(jnp.ones_like, adapted.trainable)
+      >>> updates, state = tx.update(grads, tx.init(adapted.trainable), adapted.trainable)
+      >>> state.ranks["query/kernel"]["b"], updates["query/kernel"]["b"][:, 0] != 0
+      (Array(2, dtype=int32), Array([ True, False, False, False], dtype=bool))
+
+    References:
+      Mao et al, `SeLoRA <https://arxiv.org/abs/2408.07196>`_, 2024.
+    """
+    wanted = lambda pair: pair.trained == 2 and not pair.gates and pair.others == 0 and len(pair.own) == 2
+    plan = chosen("selora", adapted, wanted, "two trained factors of its own that share a rank; adapt with jlora.LoRA")
+    growing = tuple(filter(wanted, pairs(plan)))
+    if threshold < 1 or interval < 1 or start < 1:
+        raise ValueError(
+            f"selora(threshold={threshold}, interval={interval}, start={start}): each is at least 1 (the ratio is)"
+        )
+    halves = Halves(plan)
+    inner = optax.with_extra_args_support(inner)
+    layers = {pair.output.place: shapes(plan)[pair.output.place][0][: pair.output.stack] for pair in growing}
+
+    def init(params: Any) -> SeLoRAState:
+        ranks = {pair.output.place: min(start, pair.rank) for pair in growing}
+        filled = lambda dtype, value: _nested({p: jnp.full(n, value(p), dtype) for p, n in layers.items()})
+        ratio = filled(jnp.float32, lambda _: 1.0)
+        return SeLoRAState(jnp.zeros((), jnp.int32), filled(jnp.int32, ranks.get), ratio, inner.init(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, probe: Any = None, **extra: Any
+    ) -> tuple[Any, SeLoRAState]:
+        step = jnp.asarray(optax.safe_increment(state.count))
+        given = halves.read(updates, "selora")
+        seen = given if probe is None else halves.read(probe, "selora")
+        updates, inner_state = inner.update(
+            halves.write(updates, _active(growing, state.ranks, given)), state.inner, params, **extra
+        )
+        updates = halves.write(updates, _active(growing, state.ranks, halves.read(updates, "selora")))
+        due = step % interval == 0
+        ranks: Places = {}
+        ratios: Places = {}
+        for pair in growing:
+            place = pair.output.place
+            group, name = place
+            n, old = state.ranks[group][name], state.ratio[group][name]
+            ratio = fisher_ratio(pair, n, seen)
+            ranks[place] = jnp.where(due & (ratio >= threshold) & (n < pair.rank), n + 1, n)
+            ratios[place] = jnp.where(due, ratio, old)
+        return updates, SeLoRAState(step, _nested(ranks), _nested(ratios), inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def fisher_ratio(pair: Pair, n: jax.Array, grads: Places) -> jax.Array:
+    """(stack...,): the squared gradient of n + 1 rows over that of n; 1 where there is no gradient at all."""
+    squares = sum(_squares(grads[m.place], m) for m in pair.members)
+    rows = lax.iota(jnp.int32, pair.rank)
+    upto = lambda last: jnp.sum(jnp.where(rows < last[..., None], squares, 0), -1)
+    old, more = upto(n), upto(n + 1)
+    some = jnp.where(old > 0, more / jnp.where(old > 0, old, 1), jnp.where(more > 0, jnp.inf, 1.0))
+    return jnp.maximum(some, 1.0).astype(jnp.float32)  # a sum of one more square, but for rounding
+
+
+def _squares(x: jax.Array, member: Member) -> jax.Array:
+    """(stack..., r)"""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.sum(x.reshape(*x.shape[: member.stack + 1], -1) ** 2, -1)
+
+
+def _active(growing: tuple[Pair, ...], ranks: Any, values: Places) -> Places:
+    """The factors' values with zeros beyond the active ranks."""
+    made = {}
+    for pair in growing:
+        n = ranks[pair.output.place[0]][pair.output.place[1]]
+        rows = lax.iota(jnp.int32, pair.rank) < n[..., None]
+        for m in pair.members:
+            x = values[m.place]
+            keep = rows.reshape(*rows.shape, *(1,) * (x.ndim - rows.ndim))
+            made[m.place] = jnp.where(keep, x, jnp.zeros_like(x))
+    return made
+
+
+def _nested(values: Places) -> dict[str, dict[str, Any]]:
+    tree: dict[str, dict[str, Any]] = {}
+    for (group, name), x in values.items():
+        tree.setdefault(group, {})[name] = x
+    return tree

@@ -243,6 +243,24 @@ def test_compact_refuses_in_words():
         compact(pruned("adalora"), {"dense/kernel": {"p": jnp.ones((2, 2))}})
 
 
+def test_stacks_of_stacks_and_partitioned_states():
+    """Experts in layers, each with ranks of its own; a state in parts, one an optimizer of some factors."""
+    adapted = jlora.adapt({"k": draw(1, 2, 3, 6, 5)}, jlora.SoRA(rank=4, target="k"), axes={"k": "ssio"})
+    trainable = moved(adapted.trainable)
+    dead = np.random.default_rng(0).random((2, 3, 4)) < 0.6
+    trainable["k"]["g"] = jnp.where(dead, 0, trainable["k"]["g"])
+    adapted = jlora.join(trainable, adapted.frozen)
+    tx = optax.partition({"g": optax.adam(0.1), "rest": optax.sgd(0.1, momentum=0.9)}, lambda t: jax.tree.map_with_path(
+        lambda path, _: "g" if path[-1].key == "g" else "rest", t
+    ))  # fmt: skip
+    _, state = tx.update(trainable, tx.init(trainable), trainable)
+    small, small_state = compact(adapted, state)
+    assert small.trainable["k"]["a"].shape == (2, 3, int((~dead).sum(-1).max()), 6)
+    assert_close(jlora.merge(small), jlora.merge(adapted), 1e-6)
+    assert jax.tree.structure(small_state) == jax.tree.structure(tx.init(small.trainable))
+    tx.update(small.trainable, small_state, small.trainable)
+
+
 def test_shared_factors_stay():
     tied = jlora.adapt(params(), jlora.VeRA(rank=3, target="kernel"))
     tied = jlora.join(moved(tied.trainable), tied.frozen)

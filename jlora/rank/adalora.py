@@ -67,14 +67,15 @@ def adalora(
     and masks are fixed from T - t_f on. s does not change with the rank: it is alpha over the rank it began with.
 
     It wraps the whole optimizer, since it needs the gradients, and the parameters after the step:
-    `chain(clip, adalora(adamw(...), adapted, ...))`. Inside `jlora.masked` and `optax.MultiSteps` too, where steps
-    are real updates. The penalty `orthogonality` belongs to the loss.
+    `chain(clip, adalora(adamw(...), adapted, ...))`. Nothing that changes updates may stand behind it, or zeros would
+    be none. Inside `jlora.masked` and `optax.MultiSteps` too, where steps are real updates. The penalty
+    `orthogonality` belongs to the loss.
 
     Args:
       inner: the optimizer of all parameters.
       adapted: the `Adapted` that is trained; read for its static plan alone.
       total_steps: T, real updates.
-      target_rank: the mean rank of a weight (a layer of a stack) in the end; or
+      target_rank: the mean rank of a weight (a layer of a stack) in the end, their sum rounded down; or
       target_budget: bT itself, all ranks in the end.
       init_warmup: t_i, steps before the first pruning.
       final_warmup: t_f, steps at the end with fixed masks.
@@ -199,7 +200,7 @@ def _scores(triplets: tuple[Pair, ...], mean: Places, spread: Places) -> Places:
 
     def one(member: Member) -> jax.Array:
         s = mean[member.place] * spread[member.place]
-        return jnp.mean(s.reshape(*s.shape[: member.stack + 1], -1), -1)
+        return jnp.mean(s, tuple(range(member.stack + 1, s.ndim)))  # no reshape: sharded axes stay as they are
 
     def total(pair: Pair) -> jax.Array:
         parts = [one(member) for member in _members(pair)]

@@ -109,7 +109,8 @@ def dylora(
     """An optimizer that moves only what a step at rank b trains: ranks 1..b (`"frozen"`: rank b alone).
 
     The gradients of the others are zero, but momentum and weight decay would move them all the same. The moments of a
-    rank that rests see a gradient of zero. b comes in with each step: `tx.update(grads, state, params, b=b)`.
+    rank that rests see a gradient of zero. b comes in with each step: `tx.update(grads, state, params, b=b)`; the
+    `apply_gradients` of a Flax TrainState hands no such argument on.
 
     Raises:
       TypeError: `adapted` is no `Adapted`.

@@ -65,6 +65,8 @@ def prune(adapted: Adapted, scores: Any, b: Any, *, ties: Ties = "exact") -> Ada
 def magnitude(adapted: Adapted) -> dict[str, dict[str, jax.Array]]:
     """The size of each rank's own part of the update, s ||a_i|| |g_i| ||b_i||: the Frobenius norm of that part.
 
+    Where the equation has more operands (LoHa's second product), of the product of these alone.
+
     Returns:
       `{group: {factor: (stack..., r)}}`, the scores that `prune` takes; the factor is the one that pruning zeroes.
 
@@ -157,8 +159,7 @@ def _prune(trainable: Any, scores: Places, b: Any, plan: Plan, ties: Ties) -> An
 def _norms(x: jax.Array, member: Member) -> jax.Array:
     """(stack..., r): the norm over the axes of the side."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    flat = x.reshape(*x.shape[: member.stack + 1], -1)
-    return jnp.sqrt(jnp.sum(flat * flat, -1))
+    return jnp.sqrt(jnp.sum(x * x, tuple(range(member.stack + 1, x.ndim))))
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:

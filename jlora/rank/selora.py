@@ -135,7 +135,7 @@ def fisher_ratio(pair: Pair, n: jax.Array, grads: Places) -> jax.Array:
 def _squares(x: jax.Array, member: Member) -> jax.Array:
     """(stack..., r)"""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.sum(x.reshape(*x.shape[: member.stack + 1], -1) ** 2, -1)
+    return jnp.sum(x * x, tuple(range(member.stack + 1, x.ndim)))
 
 
 def _active(growing: tuple[Pair, ...], ranks: Any, values: Places) -> Places:

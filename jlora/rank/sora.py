@@ -76,7 +76,7 @@ def sora(
 
     What is below the threshold is zero exactly, and `compact` drops it. A gate at zero comes back when its step
     exceeds the threshold. It wraps the whole optimizer: `chain(clip, sora(adamw(...), adapted, ...))`; clipping
-    inside would not see the gates.
+    inside would not see the gates, and what changes updates behind it would undo the zeros.
 
     Args:
       inner: the optimizer of all but the gates.

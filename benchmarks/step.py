@@ -3,6 +3,7 @@
     python benchmarks/step.py                      three processes, two minutes each on two cores
     python benchmarks/step.py --processes 1 --rounds 5
     python benchmarks/step.py --methods            every method on all 36 kernels, factored and dense
+    python benchmarks/step.py --ranks              optimizers that change ranks, beside the same method under adamw
 
 6 layers x 384, 12 heads, batch 32 x 64, float32, adamw, no dropout, r = 8. All variants are compiled once and timed
 in turn, round by round, in one process; a figure is the median over rounds of its ratio to the floor of the same
@@ -18,6 +19,7 @@ the forward pass, and the backward pass for activations.
   full, lifted   the same through `jlora.lift`, every leaf a `jlora.Full` delta
 
 With `--methods`: a row a method, r = 8 (VeRA 256), and one for the same under `lift(fn, dense=True)`, merge then call.
+With `--ranks`: LoRA, AdaLoRA and SoRA under adamw; `adalora` with a mask every third step, `sora`, `selora`.
 """
 
 import argparse
@@ -60,6 +62,13 @@ METHODS = {
     "SSF": lambda target: jlora.SSF(target=target),
     "OFT": lambda target: jlora.OFT(block=32, target=target),
 }
+# Masks, thresholds and probes fall into the timed rounds.
+SCHEDULE = {"target_rank": 5, "total_steps": 10**4, "interval": 3}
+RANKS = {
+    "adalora": ("AdaLoRA", lambda tx, adapted: jlora.rank.adalora(tx, adapted, **SCHEDULE)),
+    "sora": ("SoRA", lambda tx, adapted: jlora.rank.sora(tx, adapted, learning_rate=1e-4, sparsity=1e-2)),
+    "selora": ("LoRA", lambda tx, adapted: jlora.rank.selora(tx, adapted, interval=3)),
+}
 KERNELS = r"encoder/layer_\d+/.*(query|key|value|output|intermediate)/kernel$"
 FLOOR = r"layer_0/attention/query/bias$"
 
@@ -76,9 +85,9 @@ def variants(config):
     rng = np.random.default_rng(1)
     ids = jnp.asarray(rng.integers(config.vocab_size, size=(BATCH, LENGTH)), jnp.int32)
     mask, labels = jnp.ones((BATCH, LENGTH), bool), jnp.asarray(rng.integers(2, size=BATCH))
-    tx = optax.adamw(1e-4)
+    adamw = optax.adamw(1e-4)
 
-    def make(join, frozen, trainable, apply):
+    def make(join, frozen, trainable, apply, tx=adamw):
         def loss(trainable, frozen):
             logits = apply({"params": join(trainable, frozen)}, ids, mask)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -96,9 +105,10 @@ def variants(config):
     def plain(name):
         return make(lambda t, f: put(f, name, t), params, get(params, name), model.apply)
 
-    def adapted(spec, **how):
-        trainable, frozen = jlora.split(jlora.adapt(params, spec))
-        return make(jlora.join, frozen, trainable, jlora.lift(model.apply, **how))
+    def adapted(spec, wrap=None, **how):
+        whole = jlora.adapt(params, spec)
+        tx = wrap(adamw, whole) if wrap else adamw
+        return make(jlora.join, whole.frozen, whole.trainable, jlora.lift(model.apply, **how), tx)
 
     bias = ("encoder", "layer_0", "attention", "query", "bias")
     every = jlora.LoRA(rank=RANK, alpha=16, target=KERNELS)
@@ -114,6 +124,8 @@ def variants(config):
     for name, method in METHODS.items():
         made[name] = lambda method=method: adapted(method(KERNELS))
         made[f"{name}, dense"] = lambda method=method: adapted(method(KERNELS), dense=True)
+    for name, (method, wrap) in RANKS.items():
+        made[name] = lambda method=method, wrap=wrap: adapted(METHODS[method](KERNELS), wrap)
     return made
 
 
@@ -164,13 +176,15 @@ def main():
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of rows")
     parser.add_argument("--methods", action="store_true", help="the rows of the methods")
+    parser.add_argument("--ranks", action="store_true", help="the rows of optimizers that change ranks")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(measure(options.rounds, options.only)))
         return
     rows = ["full", *(f"{name}{how}" for name in METHODS for how in ("", ", dense"))]
-    only = options.only or (rows if options.methods else FOUNDATION)
+    ranked = [*dict.fromkeys(method for method, _ in RANKS.values()), *RANKS]
+    only = options.only or (rows if options.methods else ranked if options.ranks else FOUNDATION)
     command = [sys.executable, __file__, "--worker", "--rounds", str(options.rounds), "--only", *only]
     runs = []
     for n in range(options.processes):

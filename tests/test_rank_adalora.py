@@ -229,6 +229,10 @@ def test_a_slow_allocator_takes_the_same_steps(seed):
         event = plain.step(gradients(n, trainable))
         for (g, name), want in plain.w.items():
             np.testing.assert_allclose(got[g][name], want, rtol=2e-4, atol=2e-5, err_msg=f"step {n} {g} {name}")
+        if c["importance"] == "sensitivity":  # U~ from the old I~ would be in proportion: no mask would tell
+            for averages, wants in ((state.sensitivity, plain.mean), (state.uncertainty, plain.spread)):
+                for (g, name), want in wants.items():
+                    np.testing.assert_allclose(averages[g][name], want, rtol=2e-3, atol=1e-5)
         assert [at for at in plain.triplets() if got[at[0]]["lam"][at[1]] == 0] == [
             at for at in plain.triplets() if plain.w[at[0], "lam"][at[1]] == 0
         ]

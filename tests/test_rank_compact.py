@@ -87,6 +87,9 @@ def test_a_compact_adapter_computes_the_same(name):
     assert jlora.count(small)[0] < jlora.count(adapted)[0] and small.frozen.base is adapted.frozen.base
     for group, factors in small.frozen.factors.items():
         assert bits(factors["s"]) == bits(adapted.frozen.factors[group]["s"])
+    if name not in ("slices", "lora_fa", "dora"):
+        for x in small.trainable["layers/kernel"].values():
+            assert x.ndim < 2 or [bool(np.any(x[n, m])) for n, m in ((0, 1), (2, 0), (1, 2))] == [False, False, True]
     assert compact(small).frozen.plan is small.frozen.plan
     assert jlora.join(*jlora.split(small))
 

@@ -13,9 +13,9 @@ import numpy as np
 class Budget:
     """b(t) from b0 down to bT along a cubic, with T = total_steps, t_i = init_warmup, t_f = final_warmup.
 
-        b(t) = b0                                                   t <= t_i
-        b(t) = floor(bT + (b0 - bT) (1 - (t - t_i) / (T - t_f - t_i))^3)   in between
-        b(t) = bT                                                   t >= T - t_f
+        b(t) = b0                                                           t <= t_i
+        b(t) = floor(bT + (b0 - bT) (1 - (t - t_i) / (T - t_f - t_i))^3)    in between
+        b(t) = bT                                                           t >= T - t_f
 
     Steps count from 1. Masks are made anew where t is a multiple of `interval` in between, and at T - t_f, where the
     budget is reached; from then on they are fixed.
@@ -35,7 +35,7 @@ class Budget:
       [864, 863, 697, 612, 576, 576]
 
     References:
-      Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023, equation 11 (12 in some versions).
+      Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023.
     """
 
     initial: int

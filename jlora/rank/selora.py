@@ -51,7 +51,8 @@ def selora(
 
     and the row becomes active where the ratio is at least the threshold. It is the row that was probed, both sums are
     of one gradient at one point, and so the ratio is at least 1. Moments of old rows are kept; those of a new row are
-    zero, as its gradients were masked. s does not change: alpha / r with the full rank r.
+    zero, as its gradients were masked. s does not change: alpha / r with the full rank r; the authors' alpha over the
+    first rank is `LoRA(rank=r, alpha=alpha * r / start)`.
 
     Args:
       inner: the optimizer of all parameters.

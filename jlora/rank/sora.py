@@ -38,7 +38,7 @@ def soft_threshold(x: jax.Array, threshold: Any, prox: Prox = "exact") -> jax.Ar
       [-1.  0.  0.  0.5] [-1.  0.  1.  0.]
 
     References:
-      Ding et al, `SoRA <https://arxiv.org/abs/2311.11696>`_, 2023, equation 7.
+      Ding et al, `SoRA <https://arxiv.org/abs/2311.11696>`_, 2023.
     """
     xi = jnp.asarray(threshold, x.dtype)
     zero = jnp.zeros_like(x)
@@ -136,7 +136,7 @@ def sora(
         ends = {}
         for p in places:
             g = soft_threshold((old[p] + change[p]).astype(old[p].dtype), xi, prox)
-            ends[p] = jnp.where(g == 0, -old[p], g - old[p])  # p + (0 - p) is zero exactly
+            ends[p] = g - old[p]  # old + (0 - old) is zero exactly
         return halves.write(updates, ends), SoRAState(jnp.asarray(optax.safe_increment(state.count)), inner_state)
 
     init = lambda params: SoRAState(jnp.zeros((), jnp.int32), both.init(params))

@@ -39,7 +39,11 @@ def start(method=jlora.LoRA, away=True):
 # --- DyLoRA -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [jlora.LoRA, jlora.SoRA, jlora.LoRAFA], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "method",
+    [jlora.LoRA, *(pytest.param(m, marks=pytest.mark.slow) for m in (jlora.SoRA, jlora.LoRAFA))],
+    ids=lambda m: m.__name__,
+)
 def test_a_rank_is_a_slice_with_alpha_over_b(method):
     adapted = start(method)
     merged = jax.jit(lambda b: jlora.merge(at_rank(adapted, b)))
@@ -64,7 +68,7 @@ def test_a_rank_is_a_slice_with_alpha_over_b(method):
 
 
 @pytest.mark.parametrize("mode", ["normal", "frozen"])
-@pytest.mark.parametrize("b", [1, 3, 4])
+@pytest.mark.parametrize("b", [3, *(pytest.param(b, marks=pytest.mark.slow) for b in (1, 4))])
 def test_gradients_reach_the_rows_of_the_mode(mode, b):
     """Rows that are constants still take part: the others have the gradients that they have in the normal mode."""
     adapted = start()
@@ -80,8 +84,11 @@ def test_gradients_reach_the_rows_of_the_mode(mode, b):
     assert np.any(got["dense/bias"]["delta"])
 
 
-@pytest.mark.parametrize("form", ["split", "whole"])
-@pytest.mark.parametrize("mode", ["normal", "frozen"])
+@pytest.mark.parametrize(
+    "mode,form",
+    [("normal", "whole"), ("frozen", "split")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("normal", "split"), ("frozen", "whole"))],
+)
 def test_momentum_and_decay_move_no_other_row(mode, form):
     """Ranks drawn anew: at each step only the rows of its rank change, bit for bit."""
     adapted = start()

@@ -107,8 +107,11 @@ def test_schedules_refuse_in_words():
 # --- the optimizer ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prox", ["exact", "reference"])
-@pytest.mark.parametrize("scale_by_lr", [True, False])
+@pytest.mark.parametrize(
+    "prox,scale_by_lr",
+    [("exact", True), ("reference", False)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("exact", False), ("reference", True))],
+)
 def test_steps_are_the_formula(prox, scale_by_lr):
     """SGD on all, written out in NumPy: g <- T(g - eta grad), xi = eta lambda (or lambda), both scheduled."""
     adapted = start()

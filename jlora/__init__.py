@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for JAX and Flax, as pure functions over pytrees."""
 
+from jlora import analysis as analysis
 from jlora import init as init
 from jlora import io as io
 from jlora import methods as methods

@@ -83,3 +83,16 @@ def norms(path: str, leaf: Any) -> bool:
         return False
     owner, _, name = path.rpartition("/")
     return name == "scale" or _NORM.search(owner) is not None
+
+
+def everything(path: str, leaf: Any) -> bool:
+    """Every floating-point leaf: what a subspace of all parameters moves.
+
+    Li et al, `Measuring the Intrinsic Dimension of Objective Landscapes <https://arxiv.org/abs/1804.08838>`_, 2018.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.targets.everything("layer_0/mlp/bias", jnp.ones(8)), jlora.targets.everything("step", jnp.ones(1, int))
+      (True, False)
+    """
+    return _floating(leaf) is not None

@@ -1,0 +1,109 @@
+"""A random subspace of all parameters: W = W0 + lam P theta, with one theta for the whole model.
+
+Li et al, `Measuring the Intrinsic Dimension of Objective Landscapes <https://arxiv.org/abs/1804.08838>`_, 2018.
+Aghajanyan, Zettlemoyer and Gupta, `Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning
+<https://arxiv.org/abs/2012.13255>`_, 2020.
+"""
+
+import dataclasses
+import math
+import zlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta, Function, Recipe, constant
+from jlora._tree import Target
+from jlora.methods._projections import PROJECTIONS
+from jlora.methods.base import Method, zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which projection is a weight's: `(stack..., 3)`, two halves of a hash of its path, and the layer.
+
+    Data and not metadata: equal layers then share one program, and no compiler can draw P beforehand and keep it.
+    Whole numbers below 2^24, which float32 holds exactly; whatever the method's dtype, these are float32.
+    """
+
+    path: str
+    seed: int
+
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        digest = zlib.crc32(f"{self.seed}/{self.path}".encode())
+        layers = jnp.arange(math.prod(shape[:-1]), dtype=jnp.float32).reshape(shape[:-1])
+        halves = [jnp.full(shape[:-1], half, jnp.float32) for half in (digest >> 16, digest & 0xFFFF)]
+        return jnp.stack([*halves, layers], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """lam P theta in a weight's own axes. Nothing of P outlives the call: the backward pass draws it again."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    def __call__(self, theta: jax.Array, place: jax.Array, *lam: jax.Array) -> jax.Array:
+        project = jax.checkpoint(PROJECTIONS[self.kind], static_argnums=2)
+        theta = theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
+        flat = project(theta, lax.stop_gradient(place).astype(jnp.uint32), math.prod(self.shape))
+        return math.prod(lam, start=flat.reshape(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class IntrinsicDimension(Method):
+    """dW = lam P theta: all weights move in one random subspace of d dimensions, whatever the size of the model.
+
+    theta (d,) is one vector for all weights, zero at the start; P, different for each weight and layer, has unit
+    columns and is drawn from a seed where it is used, forward and backward, and never stored. lam is one number a
+    weight (and layer), one at the start: the structure-aware form (SAID), which lets the update's size differ. The
+    paper's d counts them: m weights and its d are `IntrinsicDimension(d - m)` here. That is how
+    `jlora.analysis.intrinsic_dimension`, which looks for the smallest d that is enough, counts.
+
+    A means to measure a task, not to save time: dW is made dense, at each step. Columns are of unit length a weight,
+    as in the authors' code, and not over the whole model.
+
+    Attributes:
+      d: the size of theta.
+      projection: `"fastfood"`, O(D log D) for a weight of D elements; `"sparse"`, O(d sqrt(D)); `"dense"`, O(d D), the
+        original and slow.
+      said: whether there is a lam.
+      seed: of P.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"dense": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+      >>> adapted = jlora.adapt(params, jlora.IntrinsicDimension(5))
+      >>> {group: {name: x.shape for name, x in held.items()} for group, held in adapted.trainable.items()}
+      {'intrinsic/0/5': {'theta': (5,)}, 'dense/bias': {'lam': ()}, 'dense/kernel': {'lam': ()}}
+
+    References:
+      Li et al, `Measuring the Intrinsic Dimension of Objective Landscapes <https://arxiv.org/abs/1804.08838>`_, 2018.
+      Aghajanyan, Zettlemoyer and Gupta, `Intrinsic Dimensionality Explains the Effectiveness of Language Model
+      Fine-Tuning <https://arxiv.org/abs/2012.13255>`_, 2020.
+    """
+
+    d: int
+    projection: Literal["fastfood", "dense", "sparse"] = "fastfood"
+    said: bool = True
+    seed: int = 0
+    target: Target = dataclasses.field(default=targets.everything, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.d, int) or isinstance(self.d, bool) or self.d < 1:
+            raise ValueError(f"IntrinsicDimension({self.d!r}): d is a whole number of at least 1")
+        if self.projection not in PROJECTIONS:
+            names = ", ".join(map(repr, PROJECTIONS))
+            raise ValueError(f"IntrinsicDimension(projection={self.projection!r}): write one of {names}")
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        theta = Array("theta", zeros, (self.d,), group=f"intrinsic/{self.seed}/{self.d}", stacked=False)
+        place = Array("place", Place(leaf.path, self.seed), (3,), trained=False, derived=True)
+        lam = (Array("lam", constant(1.0), ()),) * self.said
+        made = Projected(self.projection, leaf.sizes("ik") + leaf.sizes("o"))
+        sides = " ".join(s for s, roles in (("I", "ik"), ("O", "o")) if leaf.axes(roles))
+        return Recipe((Delta(f"{sides} -> {sides}", (Function(made, (theta, place, *lam)),)),))

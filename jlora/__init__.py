@@ -6,6 +6,7 @@ from jlora import io as io
 from jlora import methods as methods
 from jlora import network as network
 from jlora import optim as optim
+from jlora import plot as plot
 from jlora import rank as rank
 from jlora import shard as shard
 from jlora import targets as targets

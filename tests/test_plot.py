@@ -1,0 +1,168 @@
+"""Figures: what is written on one stands inside and on nothing else; axes have labels; files are the same twice."""
+
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import matplotlib.backends.backend_agg  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
+
+from jlora import analysis, plot  # noqa: E402
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def grid():
+    one, other = (analysis.svd(rng(n).standard_normal((64, r))) for n, r in ((1, 8), (2, 64)))
+    return analysis.similarity(one, other)
+
+
+def amplified(count):
+    weight = rng(3).standard_normal((40, 30))
+    update = lambda n: analysis.svd(np.outer(rng(n).standard_normal(40), rng(n + 50).standard_normal(30)))
+    names = [f"layer_{n}/query" for n in range(count)]
+    return {name: analysis.amplification(update(n), weight, 1) for n, name in enumerate(names)}
+
+
+LAYERS = [f"bert/encoder/layer/{n}/attention/self/{kind}/kernel" for n in range(6) for kind in ("query", "value")]
+LOSSES = 0.3 + 0.4 * np.exp(-np.arange(40) / 12) + 0.03 * rng(1).standard_normal((6, 3, 40))
+POINTS = {
+    "LoRA r=1, query and value": (9_216, [0.790, 0.802, 0.806]),
+    "LoRA r=8, query and value": (73_728, [0.812, 0.818, 0.824]),
+    "LoRA r=64": (589_824, [0.815, 0.821, 0.823]),
+    "BitFit": (30_000, [0.78, 0.786, 0.79]),
+    "top 2 layers": (3_500_000, 0.816),
+    "full fine-tuning": (22_600_000, [0.83, 0.835, 0.838]),
+}
+
+DRAWN = {
+    "similarity": lambda ax=None: plot.similarity(grid(), title="r = 8 against r = 64, query of layer 3", ax=ax),
+    "spectra": lambda ax=None: plot.spectra(
+        {f"layer {n}": np.geomspace(3, 0.01 * (n + 1), 64) for n in range(4)}, title="ΔW of the queries", ax=ax
+    ),
+    "amplification": lambda ax=None: plot.amplification(amplified(3), title="r = 4", ax=ax),
+    "ranks": lambda ax=None: plot.ranks({path: n % 9 for n, path in enumerate(LAYERS)}, title="budget 48", ax=ax),
+    "pareto": lambda ax=None: plot.pareto(POINTS, title="movie sentences", ax=ax),
+    "curves": lambda ax=None: plot.curves(
+        {f"r = {2**n}": (10 * np.arange(40), LOSSES[n]) for n in range(3)}, title="three seeds", ax=ax
+    ),
+}
+MANY = {
+    "spectra": lambda: plot.spectra({f"layer_{n}/query/kernel": [2.0, 1.0, 0.5] for n in range(9)}),
+    "amplification": lambda: plot.amplification(amplified(12)),
+    "ranks": lambda: plot.ranks({f"{n}/{path}": n for path in LAYERS for n in range(6)}),
+    "one": lambda: plot.similarity(np.ones((1, 1))),
+    "panels": lambda: panels(),
+}
+
+
+def panels():
+    figure, axes = plot.panels(2, 3)
+    for (name, draw), ax in zip(DRAWN.items(), axes.flat, strict=True):
+        assert draw(ax) is figure, name
+    return figure
+
+
+def boxes(figure):
+    """Every text that is to be seen, and where it stands, in pixels."""
+    canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+    canvas.draw()
+    seen = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    # tick labels outside of the limits are kept, but not drawn
+    drawn = [t for t in seen if not any(t in ticks(axis) and not shown(t, axis) for axis in axes(figure))]
+    return [(t.get_text(), t.get_window_extent()) for t in drawn]
+
+
+def axes(figure):
+    return [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+
+
+def ticks(axis):
+    return [label for tick in (*axis.majorTicks, *axis.minorTicks) for label in (tick.label1, tick.label2)]
+
+
+def shown(text, axis):
+    low, high = sorted(axis.get_view_interval())
+    place = text.get_position()[0 if axis.axis_name == "x" else 1]
+    return low - 1e-9 * abs(low) <= place <= high + 1e-9 * abs(high)
+
+
+@pytest.mark.parametrize("draw", [*DRAWN.values(), *MANY.values()], ids=[*DRAWN, *(f"many {name}" for name in MANY)])
+def test_every_text_stands_inside_and_on_no_other(draw):
+    figure = draw()
+    found = boxes(figure)
+    width, height = figure.bbox.size
+    assert len(found) > 3
+    for text, box in found:
+        inside = box.x0 >= -0.5 and box.y0 >= -0.5 and box.x1 <= width + 0.5 and box.y1 <= height + 0.5
+        assert inside, f"{text!r} stands at {box.extents}, and the figure ends at {width, height}"
+    for n, (text, one) in enumerate(found):
+        for other, two in found[:n]:
+            apart = one.x1 <= two.x0 + 1 or two.x1 <= one.x0 + 1 or one.y1 <= two.y0 + 1 or two.y1 <= one.y0 + 1
+            assert apart, f"{text!r} overlaps {other!r}"
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_axes_are_labelled_and_files_are_reproducible(name, tmp_path):
+    figure = DRAWN[name]()
+    ax = figure.axes[0]
+    assert ax.get_xlabel() and ax.get_ylabel() and ax.get_title()
+    first, second = (plot.save(DRAWN[name](), tmp_path / f"{name}.v{n}") for n in (1, 2))
+    assert [p.name for p in first] == [f"{name}.v1.png", f"{name}.v1.svg"]
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes() and one.stat().st_size > 5000
+
+
+def test_no_global_is_touched(monkeypatch):
+    settings = lambda: {
+        k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"
+    }  # reading that sets it
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    before = settings()
+    DRAWN["curves"]()
+    assert settings() == before and "matplotlib.pyplot" not in sys.modules
+
+
+def test_series_are_told_apart_without_colour():
+    """Lightness and marker differ between any two of the first seven; the palette is Okabe and Ito's."""
+    styles = [plot._line(n) for n in range(14)]
+    assert len({(s["color"], s["marker"]) for s in styles}) == 14
+    assert len({s["marker"] for s in styles[:7]}) == len({s["color"] for s in styles[:7]}) == 7
+
+
+def test_weights_are_named_by_where_they_differ():
+    assert plot._distinct(["a/0/q/w", "a/1/q/w", "a/1/k/w"]) == ["0/q", "1/q", "1/k"]
+    assert plot._distinct(["a/q/w"]) == ["w"] and plot._distinct(["w", "b/w"]) == ["w", "b/w"]
+    assert plot._distinct(["a/b", "a/b/b"]) == ["b", "b/b"] and plot._distinct([]) == []
+
+
+def test_the_front_leaves_out_what_something_smaller_beats():
+    figure = plot.pareto({"a": (10, 0.5), "b": (20, 0.4), "c": (30, [0.5, 0.7]), "d": (10, 0.3)})
+    (line,) = [x for x in figure.axes[0].lines if x.get_label() == "front"]
+    assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(10, 50.0), (30, pytest.approx(60.0))]
+
+
+@pytest.mark.parametrize(
+    "call,words",
+    [
+        (lambda: plot.similarity(np.ones((2, 3, 3))), "index its layer"),
+        (lambda: plot.spectra({"q": np.ones((2, 3))}), "'q' has shape"),
+        (lambda: plot.curves({"q": ([0, 1], [1.0])}), "'q' has"),
+        (lambda: plot.amplification({"q": analysis.Amplification(*[jnp.ones(3)] * 6)}), "index it"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_words(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'jlora\[plot\]'"):
+        plot.panels()

@@ -233,6 +233,14 @@ METHODS = (
         dense_on=("linen/ragged_experts",),
         everywhere=False,
     ),
+    Row(
+        "intrinsic",
+        lambda target: jlora.IntrinsicDimension(7, target=target),
+        lambda leaf: math.prod(leaf.stack),
+        shared=lambda leaf: ("theta", 7),
+        on="all",
+        everywhere=False,
+    ),
     Row("bitfit", lambda target: jlora.BitFit(target=target), lambda leaf: math.prod(leaf.shape), on="vectors"),
     Row("full", lambda target: jlora.Full(target=target), lambda leaf: math.prod(leaf.shape), on="all"),
 )

@@ -309,6 +309,8 @@ def test_flops_are_those_of_the_factors_and_of_the_trace():
     lora = analysis.cost(tree, jlora.LoRA(rank=4, target="kernel"), tokens=16)
     np.testing.assert_allclose(lora.delta_flops, 2 * 4 * (96 + 64), rtol=0.03)
     assert lora.step_flops == 2 * lora.base_flops + 3 * lora.delta_flops < lora.full_step_flops
+    full = analysis.cost(tree, jlora.Full(target="kernel"), tokens=4096)
+    np.testing.assert_allclose(full.step_flops, full.full_step_flops, rtol=1e-3)
 
 
 def test_a_budget_prints_and_knows_lookups_vectors_and_stacks():

@@ -41,6 +41,7 @@ class Cost:
       optimizer_bytes: the state of the optimizer over the trained factors.
       base_flops: the model's own weights, forward, for one token.
       delta_flops: the updates, forward, for one token.
+      delta_backward_flops: the updates, backward, for one token.
     """
 
     rows: tuple[Row, ...]
@@ -52,6 +53,7 @@ class Cost:
     optimizer_bytes: int
     base_flops: float
     delta_flops: float
+    delta_backward_flops: float
 
     @property
     def share(self) -> float:
@@ -60,8 +62,8 @@ class Cost:
 
     @property
     def step_flops(self) -> float:
-        """A training step for one token: the base forward and backward for activations, updates three times."""
-        return 2 * self.base_flops + 3 * self.delta_flops
+        """A training step for one token: the base forward and backward for activations, and the updates in both."""
+        return 2 * self.base_flops + self.delta_flops + self.delta_backward_flops
 
     @property
     def full_step_flops(self) -> float:
@@ -108,8 +110,8 @@ def cost(
     """Parameters, bytes and FLOPs of a spec on a model, from shapes alone.
 
     FLOPs suppose that every matrix meets every token once, in a dot, an embedding by looking rows up (free) and all
-    experts of a stack alike; attention scores, norms and activations are left out, and biases are additions. Where
-    that is not the model, `jlora.explain` counts from its trace.
+    experts of a stack alike; attention scores, norms and activations are left out, and so is what functions of factors
+    compute (a norm, a projection drawn anew). Where that is not the model, `jlora.explain` counts from its trace.
 
     Args:
       params: as for `adapt`; `ShapeDtypeStruct`s do, and no value is read.
@@ -143,7 +145,7 @@ def cost(
     arrays: dict[tuple[str, str], Any] = {}
     rows, stored = [], 0
     flops = _delta_flops(params, plan, tokens)
-    for site, (method, recipe), delta in zip(plan.sites, given, flops, strict=True):
+    for site, (method, recipe), (delta, _) in zip(plan.sites, given, flops, strict=True):
         new = {place: found for place, found in recipe.arrays(site.leaf).items() if place not in arrays}
         for place, (array, shape) in new.items():
             arrays[place] = (array, jax.ShapeDtypeStruct(shape, jnp.dtype(method.dtype)))
@@ -162,7 +164,8 @@ def cost(
         gradient_bytes=sum(map(_size, trained.values())),
         optimizer_bytes=sum(map(_size, jax.tree.leaves(state))),
         base_flops=sum(_dot_flops(path, shape) for path, shape in zip(tree.paths, shapes, strict=True)),
-        delta_flops=sum(flops),
+        delta_flops=sum(forward for forward, _ in flops),
+        delta_backward_flops=sum(backward for _, backward in flops),
     )
 
 
@@ -183,8 +186,8 @@ def _dot_flops(path: str, shape: tuple[int, ...]) -> float:
     return 0.0 if len(shape) < 2 or looked_up else 2.0 * math.prod(shape)
 
 
-def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[float]:
-    """For each weight, what its update adds to the forward pass of one token."""
+def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[tuple[float, float]]:
+    """For each weight, what its update adds to the forward and to the backward pass of one token."""
     leaves = jax.tree.leaves(params)
     structs = {s.index: jax.ShapeDtypeStruct(s.leaf.shape, s.leaf.dtype) for s in plan.sites}
     base = [structs.get(n) for n in range(len(leaves))]
@@ -192,19 +195,24 @@ def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[float]:
     for site in plan.sites:
         for place, (_, shape) in site.recipe.arrays(site.leaf).items():
             made[place] = jax.ShapeDtypeStruct(shape, jnp.dtype(site.method.dtype))
-    found: list[float] = []
+    found: list[tuple[float, float]] = []
 
     def look(base: Any, factors: Any) -> None:
         adapted = Adapted({}, Frozen(params, factors, None, plan))
         for site, weight in zip(plan.sites, _merge.weights(adapted, base), strict=True):
-            found.append(_weight_flops(site, weight, tokens) / tokens)
+            forward, backward = _weight_flops(site, weight, tokens)
+            found.append((forward / tokens, backward / tokens))
 
     jax.eval_shape(look, base, _grouped(made))
     return found
 
 
-def _weight_flops(site: Site, weight: Weight, tokens: int) -> float:
-    """What the products of one weight add for a batch: met as factors, or made to a matrix once where that may be."""
+def _weight_flops(site: Site, weight: Weight, tokens: int) -> tuple[float, float]:
+    """What the products of one weight add for a batch: met as factors, or made to a matrix once where that may be.
+
+    Backward, factors are met twice, for their own gradients and for the activation's; of a matrix in the weight's own
+    axes there is one gradient, a dot as large as the weight's.
+    """
     factored, dense = 0.0, 0.0
     stack = tuple(a for a in weight.atoms if a[0] == "s")
     for term in weight.terms:
@@ -222,8 +230,11 @@ def _weight_flops(site: Site, weight: Weight, tokens: int) -> float:
         else:
             met = [(*stack, "token", *ins), *labels]
         factored += run(met, (*stack, "token", *outs))
-    if _ops.is_vector(weight) or _ops.is_dense_delta(weight):
-        return dense
+    dot = tokens * _dot_flops(site.leaf.path, site.leaf.shape)
+    if _ops.is_vector(weight):
+        return dense, dense
+    if _ops.is_dense_delta(weight):
+        return dense, dot
     if not weight.plain:  # W0 stands inside a product: its own dot is not the update's
-        factored = max(factored - tokens * _dot_flops(site.leaf.path, site.leaf.shape), 0.0)
-    return min(factored, dense) if weight.base.dtype == jnp.float32 else factored
+        factored = max(factored - dot, 0.0)
+    return min(factored, dense) if weight.base.dtype == jnp.float32 else factored, 2 * factored

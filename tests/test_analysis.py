@@ -11,7 +11,8 @@ import pytest
 import jlora
 from jlora import analysis
 from jlora.methods._projections import PROJECTIONS, draws, permutation
-from methods import bits, moved
+from jlora.methods.starts import sides
+from methods import FEW, adapted, assert_close, bits, moved, pairs
 
 
 def rng(seed=0):
@@ -267,6 +268,23 @@ def test_the_update_of_every_kind_of_method(name):
             a, b = pairs[path]
             assert a.shape[:-2] == b.shape[:-2] == dense.shape[:-2]
             np.testing.assert_allclose(a.mT @ b, dense, atol=2e-5 * max(1, np.abs(dense).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row,case", pairs(names=FEW, fast=()))
+def test_every_method_has_an_update_and_a_budget(row, case):
+    """Methods and shapes of the laws: dW against merging, and the budget from shapes against what is there."""
+    _, tree, _ = case.build()
+    start = adapted(row, case, tree)
+    found = analysis.cost(tree, row.spec([s.leaf.path for s in start.frozen.plan.sites]), axes=case.axes)
+    assert found.trainable == jlora.count(start)[0] and np.isfinite(found.step_flops) and found.delta_flops >= 0
+    start = jlora.join(moved(start.trainable), start.frozen)
+    updates, merged = jax.jit(analysis.updates)(start), jax.tree.leaves(jlora.merge(start))
+    for site in start.frozen.plan.sites:
+        if site.leaf.path in updates:
+            want = sides(merged[site.index], site.leaf) - analysis.weights(start)[site.leaf.path]
+            largest = float(jnp.abs(want).max())  # the merged weight is rounded at its own size, of about 1
+            assert_close(updates[site.leaf.path].matrix, want, 3e-5 * max(1, 1 / largest))
 
 
 def test_the_factors_of_lora_are_those_stored():

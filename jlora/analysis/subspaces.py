@@ -118,8 +118,8 @@ def principal_angles(a: Any, b: Any) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> a = jnp.array([[1.0], [0.0]])
-      >>> float(jlora.analysis.principal_angles(a, jnp.array([[1.0], [1e-6]]))[0])
-      9.99...e-07
+      >>> f"{jlora.analysis.principal_angles(a, jnp.array([[1.0], [1e-6]]))[0]:.3g}"
+      '1e-06'
 
     References:
       Bjorck and Golub, `Numerical methods for computing angles between linear subspaces

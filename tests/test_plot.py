@@ -108,7 +108,7 @@ def test_every_text_stands_inside_and_on_no_other(draw):
             assert apart, f"{text!r} overlaps {other!r}"
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "pareto" else pytest.mark.slow) for n in DRAWN])
 def test_axes_are_labelled_and_files_are_reproducible(name, tmp_path):
     figure = DRAWN[name]()
     ax = figure.axes[0]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from methods import METHODS
 
 WIDE, INNER, LAYERS, ROWS, LENGTH, STEPS = 16, 32, 2, 16, 4, 20
 
@@ -80,6 +82,21 @@ def named(method, shape=(16, 24), rules=RULES, mesh=MESH, axes=None):
 )
 def test_specs_follow_the_equation(method, want):
     assert named(method) == want
+
+
+@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+def test_every_method_fits_a_mesh(row):
+    """Specs in the structure of the Adapted, that divide what they cut."""
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = {"query": {"kernel": struct(2, 16, 24), "bias": struct(2, 24)}}
+    target = "bias" if row.on == "vectors" else "kernel"
+    axes = {"kernel": "sio", "bias": "so"}
+    adapted = jax.eval_shape(lambda p: jlora.adapt(p, row.spec(target), axes=axes), params)
+    rules = [("kernel", P("data", "fsdp", "tensor")), ("bias", P("data", "tensor"))]
+    places = jlora.shard.shardings(MESH, adapted, rules)
+    assert jax.tree.structure(places) == jax.tree.structure(adapted)
+    cut = jax.tree.map(lambda a, place: place.shard_shape(a.shape) != a.shape, adapted, places)
+    assert any(jax.tree.leaves(cut.trainable))
 
 
 def test_slow_letters_need_sizes_that_divide():
@@ -236,7 +253,7 @@ def params_of(scanned):
 
 
 AXES = {"layers/.*bias": "so"}
-METHODS = {
+TRAINED = {
     "LoRA": jlora.LoRA(rank=2, target="kernel"),
     "DoRA": jlora.DoRA(jlora.LoRA(rank=2, target="kernel")),
     "AdaLoRA": jlora.AdaLoRA(rank=2, target="kernel"),
@@ -291,13 +308,13 @@ def train(method, scanned, mesh, base_specs, batch, place, **options):
 @functools.cache
 def alone(method, scanned):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    losses, trainable = train(METHODS[method], scanned, mesh, P(), P("data"), place_of(mesh, P()))
+    losses, trainable = train(TRAINED[method], scanned, mesh, P(), P("data"), place_of(mesh, P()))
     return losses, jax.tree.map(np.asarray, trainable)
 
 
 def runs():
     quick = {("LoRA", False, "data2 fsdp2 tensor2", "Auto"), ("DoRA", True, "data4 tensor2", "Explicit")}
-    for method in METHODS:
+    for method in TRAINED:
         for scanned in (False, True):
             for place in PLACES:
                 for kind in ("Auto", "Explicit"):
@@ -311,7 +328,7 @@ def runs():
 def test_training_gives_the_numbers_of_one_device(method, scanned, place, kind):
     shape, names, base_specs, batch = PLACES[place]
     mesh = mesh_of(shape, names, kind)
-    losses, trainable = train(METHODS[method], scanned, mesh, base_specs, batch, place_of(mesh, batch))
+    losses, trainable = train(TRAINED[method], scanned, mesh, base_specs, batch, place_of(mesh, batch))
     want_losses, want = alone(method, scanned)
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, want_losses, rtol=1e-5, atol=1e-5)
@@ -322,8 +339,8 @@ def test_accumulation_and_clipping():
     """Four microbatches are the batch; a clip far above the norm changes nothing, one below bounds it."""
     mesh = mesh_of((4, 2), ("data", "tensor"), "Explicit")
     place = place_of(mesh, P("data"))
-    whole = train(METHODS["LoRA"], False, mesh, "tensor", P("data"), place, clip=1e9)
-    parts = train(METHODS["LoRA"], False, mesh, "tensor", P("data"), place, accumulate=4)
+    whole = train(TRAINED["LoRA"], False, mesh, "tensor", P("data"), place, clip=1e9)
+    parts = train(TRAINED["LoRA"], False, mesh, "tensor", P("data"), place, accumulate=4)
     np.testing.assert_allclose(whole[0], parts[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole[1], parts[1])
 
@@ -342,7 +359,7 @@ def test_the_clip_bounds_the_gradient():
 
 def test_donated_buffers_are_freed_and_nothing_moves():
     mesh = mesh_of((2, 2, 2), ("data", "fsdp", "tensor"))
-    adapted = jlora.shard.init(params_of(True), METHODS["LoRA"], mesh, "fsdp+tensor")
+    adapted = jlora.shard.init(params_of(True), TRAINED["LoRA"], mesh, "fsdp+tensor")
     f = jlora.lift(model(True, place_of(mesh, P())))
     tx = optax.adamw(1e-3)
     step = jlora.shard.train_step(lambda ad, x: jnp.mean(f(ad, x) ** 2), tx, mesh, adapted, batch=P(("data", "fsdp")))
@@ -372,10 +389,10 @@ def test_bytes_a_device_are_those_of_the_estimate(method, place):
     shape, names, base_specs, batch = PLACES[place]
     mesh = mesh_of(shape, names)
     tx = optax.adamw(1e-3)
-    adapted = jlora.shard.init(params_of(True), METHODS[method], mesh, base_specs)
+    adapted = jlora.shard.init(params_of(True), TRAINED[method], mesh, base_specs)
     state = jax.jit(tx.init, out_shardings=jlora.shard.state_shardings(tx, adapted))(adapted.trainable)
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params_of(True)))
-    guess = jlora.shard.estimate(shapes, METHODS[method], AbstractMesh(shape, names), base_specs, batch=batch, tx=tx)
+    guess = jlora.shard.estimate(shapes, TRAINED[method], AbstractMesh(shape, names), base_specs, batch=batch, tx=tx)
     for device in jax.devices():
         held = [on_a_device(t, device) for t in (adapted.frozen.base, adapted.frozen.factors, adapted.trainable, state)]
         assert held == [guess.base, guess.factors, guess.trainable, guess.optimizer]
@@ -391,10 +408,10 @@ def test_bytes_a_device_are_those_of_the_estimate(method, place):
 def test_values_do_not_depend_on_the_mesh(method):
     make = lambda: jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), params_of(False))
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    want = jlora.shard.init(make, METHODS[method], mesh, P())
+    want = jlora.shard.init(make, TRAINED[method], mesh, P())
     for shape, names, base_specs, _ in PLACES.values():
         for kind in ("Auto", "Explicit"):
-            got = jlora.shard.init(make, METHODS[method], mesh_of(shape, names, kind), base_specs)
+            got = jlora.shard.init(make, TRAINED[method], mesh_of(shape, names, kind), base_specs)
             assert jax.tree.structure(got) == jax.tree.structure(want)
             exact = np.testing.assert_array_equal if method != "DoRA" else functools.partial(
                 np.testing.assert_allclose, rtol=1e-6)  # norms are sums over devices  # fmt: skip
@@ -428,7 +445,7 @@ def test_orbax_across_meshes(tmp_path):
     """A base and a training checkpoint, written from one mesh and read into the shards of another."""
     first = mesh_of((8,), ("fsdp",))
     tx = optax.adamw(1e-3)
-    adapted = jlora.shard.init(params_of(True), METHODS["DoRA"], first, "fsdp")
+    adapted = jlora.shard.init(params_of(True), TRAINED["DoRA"], first, "fsdp")
     state = jax.jit(tx.init, out_shardings=jlora.shard.state_shardings(tx, adapted))(adapted.trainable)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "base", adapted.frozen.base)
@@ -437,7 +454,7 @@ def test_orbax_across_meshes(tmp_path):
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params_of(True)))
     with ocp.StandardCheckpointer() as checkpointer:
         base = checkpointer.restore(tmp_path / "base", jlora.shard.abstract(other, shapes, "tensor"))
-        again = jlora.shard.init(base, METHODS["DoRA"], other, "tensor")
+        again = jlora.shard.init(base, TRAINED["DoRA"], other, "tensor")
         places = jlora.shard.state_shardings(tx, again)
         fresh = jax.jit(tx.init, out_shardings=places)(again.trainable)
         step = checkpointer.restore(tmp_path / "step", {"trainable": again.trainable, "opt_state": fresh})
@@ -457,7 +474,7 @@ def programs():
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "shard_programs.py"],
-        cwd=here, env={"PYTHONPATH": str(here.parent), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+        cwd=here, env=os.environ | {"PYTHONPATH": str(here.parent)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

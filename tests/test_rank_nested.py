@@ -65,6 +65,7 @@ def test_a_rank_is_a_slice_with_alpha_over_b(method):
         assert_close(jlora.merge(small), merged(b), 1e-6)
     assert merged._cache_size() == lifted._cache_size() == 1
     assert_close(lifted(4), jlora.lift(model)(adapted, X))
+    assert bits(merged(0)["layers"]) == bits(params()["layers"]) and merged._cache_size() == 1
 
 
 @pytest.mark.parametrize("mode", ["normal", "frozen"])
@@ -146,7 +147,7 @@ def test_the_search_returns_the_whole_curve():
 
 def test_dylora_refuses_in_words():
     adapted = start()
-    for b in (0, 5):
+    for b in (0, 5, np.int64(5)):
         with pytest.raises(ValueError, match="ranks from 1 to 4"):
             at_rank(adapted, b)
     with pytest.raises(ValueError, match="'normal' or 'frozen'"):

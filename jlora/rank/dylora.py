@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -50,7 +51,7 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
     _check_mode("at_rank", mode)
     pairs = ranked("at_rank", adapted)
     most = max(pair.rank for pair in pairs)
-    if isinstance(b, int) and not 1 <= b <= most:
+    if isinstance(b, (int, np.integer)) and not 1 <= b <= most:
         raise ValueError(f"at_rank(b={b}): this adapter has ranks from 1 to {most}")
     trainable = {group: dict(named) for group, named in adapted.trainable.items()}
     factors = {group: dict(named) for group, named in adapted.frozen.factors.items()}
@@ -65,7 +66,7 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
             trainable[m.place[0]][m.place[1]] = jnp.where(_along(keep, m, x.ndim), x, jnp.zeros_like(x))
     for (group, name), rank in scales.items():
         s = factors[group][name]
-        factors[group][name] = s * (rank / jnp.minimum(b, rank)).astype(s.dtype)
+        factors[group][name] = s * (rank / jnp.clip(b, 1, rank)).astype(s.dtype)  # a traced b of 0 is the base, not NaN
     return Adapted(trainable, dataclasses.replace(adapted.frozen, factors=factors))
 
 

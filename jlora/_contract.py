@@ -63,8 +63,9 @@ def _sharding(mesh: Any, specs: dict[str, Any], labels: Labels) -> NamedSharding
 
 
 def settled(a: jax.Array, sharding: Any) -> jax.Array:
-    """An array on an explicit mesh, moved where it does not live there yet."""
-    return a if jax.typeof(a).sharding == sharding else jax.sharding.reshard(a, sharding)
+    """An array of an explicit mesh, moved where it does not live there yet; one of no mesh stays."""
+    at = jax.typeof(a).sharding
+    return a if at == sharding or at.mesh.empty else jax.sharding.reshard(a, sharding)
 
 
 def _spread(a: jax.Array, labels: Labels, out: Labels) -> jax.Array:

@@ -98,7 +98,7 @@ def _matrices(adapted: Adapted) -> Iterator[tuple[Site, Weight]]:
 
 def _factored(site: Site, weight: Weight) -> Factors | None:
     """The products of a weight as one pair, None where one of them is no low-rank product."""
-    pairs = [_pair(site, weight, term) for term in weight.terms] if weight.plain else []
+    pairs = [_pair(site, weight, term) for term in weight.terms] if weight.plain and not weight.gain else []
     if not pairs or any(pair is None for pair in pairs):
         return None
     a, b = (jnp.concatenate(parts, -2) for parts in zip(*filter(None, pairs), strict=True))

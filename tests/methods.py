@@ -245,6 +245,8 @@ METHODS = (
     Row("full", lambda target: jlora.Full(target=target), lambda leaf: math.prod(leaf.shape), on="all"),
 )
 LORA = METHODS[0]
+# One row for each word of the algebra: the laws of composition take these in the fast part, all in the slow one.
+CHOSEN = ("lora", "sora", "krona", "vera", "dora", "oft", "bitfit", "full")
 
 # One model for each kind of use. The fast part runs LoRA on these and other methods on FAST, the slow part LoRA on the
 # whole zoo; FEW is what a method that need not go everywhere is held to.
@@ -265,13 +267,23 @@ def marks(case: zoo.Case, fast: bool, newest: bool = False) -> tuple[Any, ...]:
     return (*case.marks, *(() if fast else late))
 
 
-def pairs(rows: Any = METHODS, names: Any = None, fast: Any = FAST, newest: Any = None) -> list[Any]:
-    """Rows of `parametrize("row,case", ...)`: LoRA is fast on SMALL, others on `fast`, `newest` runs on new JAX too."""
+def alone(rows: Any = METHODS) -> list[Any]:
+    """Rows of `parametrize("row", ...)`."""
+    slow = lambda row: () if row.name in CHOSEN else (pytest.mark.slow,)
+    return [pytest.param(row, id=row.name, marks=slow(row)) for row in rows]
+
+
+def pairs(rows: Any = METHODS, names: Any = None, fast: Any = None, newest: Any = None) -> list[Any]:
+    """Rows of `parametrize("row,case", ...)`: LoRA is fast on SMALL, others on `fast`, `newest` runs on new JAX too.
+
+    Without `fast`, those of CHOSEN are on FAST.
+    """
     made = []
     for row in rows:
         for case in zoo.CASES if names is None else map(CASES.__getitem__, names):
             if row.takes(case) and (row.everywhere or case.name in FEW):
-                kept = case.name in (SMALL if row is LORA else fast)
+                others = (FAST if row.name in CHOSEN else ()) if fast is None else fast
+                kept = case.name in (SMALL if row is LORA else others)
                 marked = marks(case, kept, row is newest)
                 made.append(pytest.param(row, case, id=f"{row.name}-{case.name}", marks=marked))
     return made

@@ -14,6 +14,8 @@ from jlora.methods._projections import PROJECTIONS, draws, permutation
 from jlora.methods.starts import sides
 from methods import FEW, adapted, assert_close, bits, moved, pairs
 
+pytestmark = pytest.mark.slow  # nothing else stands on this room
+
 
 def rng(seed=0):
     return np.random.default_rng(seed)
@@ -434,7 +436,8 @@ def model():
     return apply, tree, jnp.asarray(rng(6).standard_normal((5, 12)), jnp.float32)
 
 
-@pytest.mark.parametrize("kind", ["fastfood", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dense", "sparse"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fastfood", "dense", "sparse"])
 def test_a_model_in_a_subspace(kind):
     """Lifted equals dense, in values and gradients, through a scan; layers have projections of their own."""
     apply, tree, x = model()

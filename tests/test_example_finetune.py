@@ -248,6 +248,7 @@ def test_runs_compares_and_resumes_bit_for_bit(folder, tsv, tmp_path, capsys):
     chex.assert_trees_all_equal(last_state(out), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bitfit", "full"])
 def test_other_methods(folder, tsv, tmp_path, capsys, method):
     (folder / "tokenizer.json").unlink()  # the vocabulary alone will do

@@ -113,7 +113,7 @@ def test_many_axes_are_flattened_and_stacks_stay_apart(name):
 MODELS = ("linen/bfloat16_params", "linen/scan_axis_1_remat", "linen/tied_attend")
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [MODELS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])])
 def test_the_start_is_the_base_bit_for_bit_however_it_is_computed(model):
     """Lifted, eager and compiled, and merged; no sum cancels, so nothing that a compiler fuses can matter."""
     case = CASES[model]

@@ -444,6 +444,7 @@ def masks(f, key, **options):
     return np.concatenate(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("f", (*SINGLE, *STACKED), ids=lambda f: f.__name__)
 def test_every_use_draws_a_mask_of_its_own(f, key):
     """Uses, layers and turns: each mask keeps half, and no two are alike; the next key draws others."""
@@ -520,6 +521,7 @@ class Block(nn.Module):
         return x + nn.Dense(6, name="down")(nn.tanh(nn.Dense(9, name="up")(x))), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "remat", "forward_mode"])
 def test_the_gradient_under_a_key_is_the_slope_of_what_was_drawn(how, key):
     """Finite differences along one direction: the backward pass, and what remat computes again, use the same masks."""

@@ -13,6 +13,8 @@ from matplotlib.text import Text  # noqa: E402
 
 from jlora import analysis, plot  # noqa: E402
 
+pytestmark = pytest.mark.slow  # nothing else stands on this room
+
 
 def rng(seed=0):
     return np.random.default_rng(seed)

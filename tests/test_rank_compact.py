@@ -127,6 +127,7 @@ def steps(tx, adapted, trainable, state, n, penalty=0.1):
     return trainable, state
 
 
+@pytest.mark.slow
 def test_padding_stays_zero_and_training_goes_on_as_it_was():
     """20 more steps under Adam, decay and the penalty: what is padding moves nothing and is moved by nothing."""
     adapted = pruned("adalora")
@@ -179,6 +180,7 @@ def test_stacks_refuse_on_request():
 
 
 @pytest.mark.parametrize("form", few("whole", of=("split", "whole", "multi", "chain")))
+@pytest.mark.slow
 def test_the_state_of_adalora_goes_along(form):
     """Allocated, made small with its state, and trained on: the losses go on as they did."""
     adapted = jlora.adapt(params(), METHODS["adalora"])

@@ -404,6 +404,7 @@ def test_bytes_a_device_are_those_of_the_estimate(method, place):
 # Starting -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["LoRA", *(pytest.param(m, marks=pytest.mark.slow) for m in ("DoRA", "VeRA"))])
 def test_values_do_not_depend_on_the_mesh(method):
     make = lambda: jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), params_of(False))

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from methods import METHODS, assert_close, cotangents, moved
+from methods import CHOSEN, METHODS, assert_close, cotangents, moved
 
 WIDE, INNER, HEADS, WORDS, LAYERS = 16, 24, 4, 32, 2
 
@@ -123,7 +123,7 @@ def rows():
             has_bias = "up" in params
             if (row.on != "vectors" or has_bias) and (row.everywhere or name == "mlp"):
                 for kind in ("Auto", "Explicit"):
-                    slow = row is not METHODS[0] and (name, kind) != ("mlp", "Explicit")
+                    slow = row is not METHODS[0] and (row.name not in CHOSEN or (name, kind) != ("mlp", "Explicit"))
                     marks = (pytest.mark.slow,) if slow else ()
                     yield pytest.param(row, name, kind, id=f"{row.name}-{name}-{kind}", marks=marks)
 

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._contract import contract, explicit_mesh
+from jlora._contract import contract, explicit_mesh, settled
 from jlora._network import Labels
 from jlora._rule import Dot, Product, cost, rule
 from jlora._term import Operand, Term
@@ -180,6 +181,40 @@ def _combined(
 _EXACT = lax.Precision.HIGHEST
 
 
+def _through(
+    p: Product, x: jax.Array, base: jax.Array, values: Sequence[jax.Array], forward_mode: bool, **how: Any
+) -> jax.Array | None:
+    """A product that contains W0 with the rest on either side of it, as three in turn: `x L`, then W0, then `R`.
+
+    So W0 meets the activation once forward and once backward: the factors' gradients share what comes back through it.
+    None where a factor joins both sides, as HiRA's do.
+    """
+    inputs, outputs = set(p.x), set(p.out)
+    names = dict(enumerate(p.operands))
+    own = names.pop(p.base)
+    before = [n for n, ls in names.items() if not set(ls) & (outputs - inputs)]
+    after = [n for n in names if n not in before]
+    letters = lambda which: {label for n in which for label in names[n]}
+    if letters(after) & (inputs - outputs) or letters(before) & letters(after) - (inputs & outputs):
+        return None
+    facing = [label for label in own if label not in outputs | letters(after)]
+    met = (*(label for label in p.x if label in outputs), *facing)
+    left = [label for label in own if label not in (*met, *facing)]
+    made = (*(label for label in met if label in outputs), *left)
+    w0 = p.view.of(base).astype(x.dtype) if p.view is not None else base
+    x = x.reshape(p.x_shape)
+    meet = lambda x, labels, which, out: (
+        product(x, labels, [values[n].astype(x.dtype) for n in which], [names[n] for n in which], out, forward_mode)
+        if which
+        else contract([x], [labels], out)
+    )
+    with jax.named_scope("delta"):
+        x = meet(x, p.x, before, met)
+    y = contract([x, w0], [met, own], made, **how)
+    with jax.named_scope("delta"):
+        return meet(y, made, after, p.out).reshape(p.out_shape)
+
+
 def _along_axes(w: Weight, o: Operand, axes: Sequence[int | None], like: jax.Array) -> jax.Array:
     """A gain in the axes of an activation, `axes` saying which of the weight's each is (None for its own)."""
     groups = [() if n is None else w.axes[n] for n in axes]
@@ -196,7 +231,11 @@ def _along_axes(w: Weight, o: Operand, axes: Sequence[int | None], like: jax.Arr
 def _gained(w: Weight, axes: Sequence[int | None], y: jax.Array, which: Sequence[Operand]) -> jax.Array:
     for o in which:
         with jax.named_scope("delta"):
-            y = jnp.multiply(*_same_varying([y, _along_axes(w, o, axes, y)]))
+            gain = _along_axes(w, o, axes, y)
+            if (mesh := explicit_mesh([y])) is not None:  # it lives where the activation does, whatever its factors do
+                spec = zip(gain.shape, (*jax.typeof(y).sharding.spec, *[None] * y.ndim), strict=False)
+                gain = settled(gain, NamedSharding(mesh, PartitionSpec(*(s if n > 1 else None for n, s in spec))))
+            y = jnp.multiply(*_same_varying([y, gain]))
     return y
 
 
@@ -262,7 +301,8 @@ def _dot(
     if any(len(w.axes[n]) > 1 for n in wb):
         raise Refusal("a batch axis joins several axes of the weight")
 
-    xs, products, operands = [x], [], []
+    compute = jnp.promote_types(x.dtype, w.base.dtype)
+    xs, products, operands, passed = [x], [], [], []
     for term in w.terms:
         branch = 0
         if term.dropout and key is not None:
@@ -286,9 +326,19 @@ def _dot(
         assert product is not None
         if product.base < 0:
             product, values = _combined(product, values, _sizes(w, values, names))
+        elif not w.plain and explicit_mesh([x, w.base, *values]) is None:
+            x_term, *rest = _same_varying([xs[branch].astype(compute), *values])
+            y = _through(product, x_term, w.base, rest, forward_mode, precision=precision)
+            if y is not None:
+                passed.append(y)
+                continue
         products.append(product)
         operands += [v for n, v in enumerate(values) if n != product.base]
-    compute = jnp.promote_types(x.dtype, w.base.dtype)
+    y = functools.reduce(jnp.add, passed) if passed else None
+    dense_flops = 2.0 * math.prod(y_shape) * math.prod(size[f"w{n}"] for n in wc)
+    if y is not None and not products:
+        note(Use("W0 between factors", dense_flops, dense_flops))
+        return y.astype(preferred_element_type or compute)
     made = Dot(
         x=x_labels,
         w=w_labels if w.plain else None,
@@ -309,13 +359,13 @@ def _dot(
     )
     can_merge = w.plain and full32 and len(xs) == 1 and explicit_mesh([x, w.base, *operands]) is None
     made = dataclasses.replace(made, merged=bool(can_merge and dense < factored))
-    dense_flops = 2.0 * math.prod(y_shape) * math.prod(size[f"w{n}"] for n in wc)
     words = "merged" if made.merged else "factored"
     note(Use(words, dense if made.merged else factored, dense_flops))
     reads_base = w.plain or any(p.base >= 0 for p in products)
     arrays = _same_varying([*xs, w.base, *operands])
     xs, base, operands = arrays[: len(xs)], arrays[len(xs)], arrays[len(xs) + 1 :]
-    return rule(made, forward_mode)(tuple(xs), base if reads_base else None, tuple(operands))
+    out = rule(made, forward_mode)(tuple(xs), base if reads_base else None, tuple(operands))
+    return out if y is None else out + y.astype(out.dtype)
 
 
 def product(

@@ -23,6 +23,8 @@ sys.path.insert(0, str(EXAMPLES))
 import bert  # noqa: E402
 import finetune  # noqa: E402
 
+pytestmark = pytest.mark.slow  # whole programs
+
 safetensors = pytest.importorskip("safetensors.numpy", reason="the checkpoints here are safetensors")
 
 PRAISE, BLAME = "good fine grand lovely".split(), "bad poor dull awful".split()

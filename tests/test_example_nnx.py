@@ -13,6 +13,8 @@ from flax import nnx
 
 import jlora
 
+pytestmark = pytest.mark.slow  # whole programs
+
 STEPS, PRETRAIN_STEPS = 40, 60
 SIZE = {"width": 32, "heads": 2, "depth": 2, "letters": 4, "batch": 16}
 

@@ -464,6 +464,7 @@ KILL = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random(saved, tmp_path):
     """SIGKILL in a loop of saves over one path: what is there is one of the two, whole."""
     _, adapter, base = saved

@@ -439,7 +439,7 @@ def random_convolution(seed):
     return lambda p, x: lax.conv_general_dilated(x, p["w"], strides, padding, **options), shape, letters, x_shape
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 12 else pytest.mark.slow) for n in range(60)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 6 else pytest.mark.slow) for n in range(60)])
 def test_random_convolutions(seed):
     f, shape, letters, x_shape = random_convolution(seed)
     x = jnp.asarray(np.random.default_rng(seed).standard_normal(x_shape), jnp.float32)

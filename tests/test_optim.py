@@ -123,6 +123,7 @@ def train(tx, params, grads, **extra):
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_form_takes_the_same_steps(name):
     """Split, whole inside and outside `jlora.masked`, inside a larger tree, under masks and averaging."""

@@ -383,6 +383,7 @@ def on_a_device(tree, device):
     return sum(s.data.nbytes for a in jax.tree.leaves(tree) for s in a.addressable_shards if s.device == device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "VeRA", "LoKr"])
 def test_bytes_a_device_are_those_of_the_estimate(method, place):

@@ -84,7 +84,9 @@ def _tall(la: Labels, a: tuple[int, ...], lb: Labels, b: tuple[int, ...], contra
     shared = 0
     while shared < len(contracted) - 1 and la[shared] == lb[shared] and la[shared] in contracted:
         shared += 1
-    return shared if math.prod(a[:shared]) > 64 else 0
+    kept = math.prod(n for ls, s in ((la, a), (lb, b)) for x, n in zip(ls, s, strict=True) if x not in contracted)
+    small = kept <= 2 * max(math.prod(a[shared:]), math.prod(b[shared:]))  # what a row makes, beside what it reads
+    return shared if math.prod(a[:shared]) > 64 and small else 0
 
 
 def _by_rows(lead: int, dimensions: Any, how: Any, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -92,7 +94,9 @@ def _by_rows(lead: int, dimensions: Any, how: Any, a: jax.Array, b: jax.Array) -
     (ca, cb), _ = dimensions
     rows = tuple(range(lead))
     rest = lambda axes: tuple(n for n in axes if n >= lead)
-    return jnp.sum(lax.dot_general(a, b, ((rest(ca), rest(cb)), (rows, rows)), **how), rows)
+    dtype = how["preferred_element_type"] or jnp.promote_types(a.dtype, b.dtype)
+    how = how | {"preferred_element_type": jnp.promote_types(dtype, jnp.float32)}  # as one dot would sum
+    return jnp.sum(lax.dot_general(a, b, ((rest(ca), rest(cb)), (rows, rows)), **how), rows).astype(dtype)
 
 
 def contract(

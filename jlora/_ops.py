@@ -150,35 +150,31 @@ def _combined(
     What is left is a low-rank update, whose gradients share their intermediate results; autodiff knows the rest.
     """
     inputs, outputs = set(product.x), set(product.out)
-    sides: dict[bool, list[int]] = {True: [], False: []}
-    neither = []
-    for n, ls in enumerate(product.operands):
-        met, made = set(ls) & (inputs - outputs), set(ls) & (outputs - inputs)
-        if met and made:
-            return product, values
-        (sides[bool(met)] if met or made else neither).append(n)
-    if sum(bool(ls) for ls in product.operands) < 3 or not sides[True] or not sides[False]:
+    facing = lambda ls: (bool(set(ls) & (inputs - outputs)), bool(set(ls) & (outputs - inputs)))
+    faces = [facing(ls) for ls in product.operands]
+    before, after, between = ([n for n, f in enumerate(faces) if f == side] for side in ((1, 0), (0, 1), (0, 0)))
+    labelled = sum(bool(ls) for ls in product.operands)
+    if labelled < 3 or not before or not after or len(before) + len(after) + len(between) < len(faces):
         return product, values
-    total = lambda side: sum(math.prod(values[n].shape) for n in sides[side])
-    sides[total(True) < total(False)] += neither
-    names, arrays = [], []
-    for side in (True, False):
-        held = dict.fromkeys(x for n in sides[side] for x in product.operands[n])
-        others = {x for n in sides[not side] for x in product.operands[n]} | inputs | outputs
-        out = tuple(sorted((x for x in held if x in others), key=lambda x: (x in inputs) + (x in outputs)))
-        names.append(out)
-        arrays.append((sides[side], out))
-    if sum(math.prod(size[x] for x in out) for out in names) > 2 * math.prod(product.dense_shape[-1]):
+    total = lambda side: sum(values[n].size for n in side)
+    min(before, after, key=total).extend(between)  # gates cost least where there is least
+
+    def joined(side: list[int], other: list[int]) -> Labels:
+        met = {x for n in other for x in product.operands[n]} | inputs | outputs
+        held = dict.fromkeys(x for n in side for x in product.operands[n] if x in met)
+        return tuple(sorted(held, key=lambda x: (x in inputs) + (x in outputs)))  # ranks first
+
+    names = joined(before, after), joined(after, before)
+    if sum(math.prod(size[x] for x in ls) for ls in names) > 2 * math.prod(product.dense_shape[-1]):
         return product, values
     with jax.named_scope("delta"):
         made = [
-            contract([values[n] for n in which], [product.operands[n] for n in which], out, precision=_EXACT)
-            for which, out in arrays
+            contract(
+                [values[n] for n in side], [product.operands[n] for n in side], ls, precision=lax.Precision.HIGHEST
+            )
+            for side, ls in zip((before, after), names, strict=True)
         ]
-    return dataclasses.replace(product, operands=tuple(names)), made
-
-
-_EXACT = lax.Precision.HIGHEST
+    return dataclasses.replace(product, operands=names), made
 
 
 def _through(
@@ -215,54 +211,32 @@ def _through(
         return meet(y, made, after, p.out).reshape(p.out_shape)
 
 
-def _along_axes(w: Weight, o: Operand, axes: Sequence[int | None], like: jax.Array) -> jax.Array:
-    """A gain in the axes of an activation, `axes` saying which of the weight's each is (None for its own)."""
-    groups = [() if n is None else w.axes[n] for n in axes]
-    atoms = tuple(a for g in groups for a in g)
-    order = [o.labels.index(a) for a in atoms if a in o.labels]
-    value = lax.transpose(o.value(), order)
+def _along(w: Weight, o: Operand, groups: Sequence[Labels | None], like: jax.Array) -> jax.Array:
+    """A gain in the axes of an activation, `groups` saying which atoms of the weight each is (None for its own)."""
+    parts = [g or () for g in groups]
+    atoms = tuple(a for g in parts for a in g)
+    value = lax.transpose(o.value(), [o.labels.index(a) for a in atoms if a in o.labels])
     value = value.reshape([w.size[a] if a in o.labels else 1 for a in atoms])
-    held = [set(g) & set(o.labels) for g in groups]
-    full = [w.size[a] if h else 1 for g, h in zip(groups, held, strict=True) for a in g]
-    joined = [math.prod(w.size[a] for a in g) if h else 1 for g, h in zip(groups, held, strict=True)]
+    held = [bool(set(g) & set(o.labels)) for g in parts]
+    full = [w.size[a] if h else 1 for g, h in zip(parts, held, strict=True) for a in g]
+    joined = [math.prod(w.size[a] for a in g) if h else 1 for g, h in zip(parts, held, strict=True)]
     return jnp.broadcast_to(value, full).reshape(joined).astype(like.dtype)
 
 
-def _gained(w: Weight, axes: Sequence[int | None], y: jax.Array, which: Sequence[Operand]) -> jax.Array:
-    for o in which:
+def _gained(w: Weight, gain: Sequence[Operand], groups: Sequence[Labels | None], x: jax.Array) -> jax.Array:
+    """An activation times gains on axes that it shares with the weight."""
+    for o in gain:
         with jax.named_scope("delta"):
-            gain = _along_axes(w, o, axes, y)
-            if (mesh := explicit_mesh([y])) is not None:  # it lives where the activation does, whatever its factors do
-                spec = zip(gain.shape, (*jax.typeof(y).sharding.spec, *[None] * y.ndim), strict=False)
-                gain = settled(gain, NamedSharding(mesh, PartitionSpec(*(s if n > 1 else None for n, s in spec))))
-            y = jnp.multiply(*_same_varying([y, gain]))
-    return y
+            g = _along(w, o, groups, x)
+            if (mesh := explicit_mesh([x])) is not None:  # it lives where the activation does, whatever its factors do
+                spec = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
+                there = PartitionSpec(*(s if n > 1 else None for n, s in zip(g.shape, spec, strict=False)))
+                g = settled(g, NamedSharding(mesh, there))
+            x = jnp.multiply(*_same_varying([x, g]))
+    return x
 
 
-def dot(w: Weight, x: jax.Array, left: bool, dimension_numbers: Any, **how: Any) -> jax.Array:
-    """`dot_general` of an activation with an adapted weight on either side; `_dot` says what else there is to know.
-
-    A gain on axes that are contracted multiplies the activation, one on the others the result.
-    """
-    if not w.gain:
-        return _dot(w, x, left, dimension_numbers, **how)
-    (lc, rc), (lb, rb) = dimension_numbers
-    (wc, xc), (wb, xb) = ((lc, rc), (lb, rb)) if left else ((rc, lc), (rb, lb))
-    place = dict(zip((*xc, *xb), (*wc, *wb), strict=True))
-    x_axes = [place.get(n) for n in range(x.ndim)]
-    w_free = [n for n in range(len(w.axes)) if n not in (*wc, *wb)]
-    x_free = [None] * (x.ndim - len(place))
-    y_axes = [*wb, *((*w_free, *x_free) if left else (*x_free, *w_free))]
-    on = lambda axes: {a for n in axes if n is not None for a in w.axes[n]}
-    before = [o for o in w.gain if set(o.labels) <= on(x_axes)]
-    after = [o for o in w.gain if not any(o is b for b in before) and set(o.labels) <= on(y_axes)]
-    if len(before) + len(after) < len(w.gain):
-        return _dot(w.multiplied(), x, left, dimension_numbers, **how)
-    y = _dot(w.replace(gain=()), _gained(w, x_axes, x, before), left, dimension_numbers, **how)
-    return _gained(w, y_axes, y, after)
-
-
-def _dot(
+def dot(
     w: Weight,
     x: jax.Array,
     left: bool,
@@ -275,18 +249,11 @@ def _dot(
     key: Any,
     note: Note,
 ) -> jax.Array:
+    """`dot_general` of an activation with an adapted weight on either side.
+
+    A gain on axes that are contracted multiplies the activation, one on the others the result.
+    """
     check_real(x)
-    if w.plain and not w.terms:  # a gain alone
-        note(Use("rescaled activations", 0.0, 0.0))
-        one, other = _same_varying((w.base, x) if left else (x, w.base))
-        return lax.dot_general(
-            one,
-            other,
-            dimension_numbers,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
-        )
     (lc, rc), (lb, rb) = dimension_numbers
     (wc, xc), (wb, xb) = ((lc, rc), (lb, rb)) if left else ((rc, lc), (rb, lb))
     pairs = dict(zip((*xc, *xb), (*wc, *wb), strict=True))
@@ -301,6 +268,26 @@ def _dot(
     if any(len(w.axes[n]) > 1 for n in wb):
         raise Refusal("a batch axis joins several axes of the weight")
 
+    x_groups, y_groups = ([group.get(n) for n in labels] for labels in (x_labels, y_labels))
+    on = lambda o, groups: set(o.labels) <= {a for g in groups for a in g or ()}
+    if not all(on(o, x_groups) or on(o, y_groups) for o in w.gain):
+        w = w.multiplied()
+    after = [o for o in w.gain if not on(o, x_groups)]
+    x = _gained(w, [o for o in w.gain if on(o, x_groups)], x_groups, x)
+    dense_flops = 2.0 * math.prod(y_shape) * math.prod(size[f"w{n}"] for n in wc)
+    if w.plain and not w.terms:  # a gain alone
+        note(Use("rescaled activations", 0.0, dense_flops))
+        one, other = _same_varying((w.base, x) if left else (x, w.base))
+        y = lax.dot_general(
+            one,
+            other,
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+        return _gained(w, after, y_groups, y)
+
     compute = jnp.promote_types(x.dtype, w.base.dtype)
     xs, products, operands, passed = [x], [], [], []
     for term in w.terms:
@@ -311,8 +298,8 @@ def _dot(
         met = functools.partial(
             _product,
             w,
-            x_axes=[(n, group.get(n)) for n in x_labels],
-            y_axes=[(n, group.get(n)) for n in y_labels],
+            x_axes=list(zip(x_labels, x_groups, strict=True)),
+            y_axes=list(zip(y_labels, y_groups, strict=True)),
             y_shape=y_shape,
             x_shape=x.shape,
             branch=branch,
@@ -327,18 +314,18 @@ def _dot(
         if product.base < 0:
             product, values = _combined(product, values, _sizes(w, values, names))
         elif not w.plain and explicit_mesh([x, w.base, *values]) is None:
-            x_term, *rest = _same_varying([xs[branch].astype(compute), *values])
-            y = _through(product, x_term, w.base, rest, forward_mode, precision=precision)
-            if y is not None:
-                passed.append(y)
+            x_term, base, *rest = _same_varying([xs[branch].astype(compute), w.base, *values])
+            how = {"precision": precision, "preferred_element_type": preferred_element_type}
+            part = _through(product, x_term, base, rest, forward_mode, **how)
+            if part is not None:
+                passed.append(part)
                 continue
         products.append(product)
         operands += [v for n, v in enumerate(values) if n != product.base]
-    y = functools.reduce(jnp.add, passed) if passed else None
-    dense_flops = 2.0 * math.prod(y_shape) * math.prod(size[f"w{n}"] for n in wc)
-    if y is not None and not products:
+    if not products:
         note(Use("W0 between factors", dense_flops, dense_flops))
-        return y.astype(preferred_element_type or compute)
+        y = functools.reduce(jnp.add, passed).astype(preferred_element_type or compute)
+        return _gained(w, after, y_groups, y)
     made = Dot(
         x=x_labels,
         w=w_labels if w.plain else None,
@@ -364,8 +351,9 @@ def _dot(
     reads_base = w.plain or any(p.base >= 0 for p in products)
     arrays = _same_varying([*xs, w.base, *operands])
     xs, base, operands = arrays[: len(xs)], arrays[len(xs)], arrays[len(xs) + 1 :]
-    out = rule(made, forward_mode)(tuple(xs), base if reads_base else None, tuple(operands))
-    return out if y is None else out + y.astype(out.dtype)
+    y = rule(made, forward_mode)(tuple(xs), base if reads_base else None, tuple(operands))
+    y = functools.reduce(lambda y, part: y + part.astype(y.dtype), passed, y)
+    return _gained(w, after, y_groups, y)
 
 
 def product(

@@ -37,6 +37,7 @@ class Weight:
       sizes: the size of every atom.
       plain: whether W0 itself is one of the summands (L and R multiply it into a term).
       path: where it stands in the user's tree; kept only for `explain`, so that equal layers look alike elsewhere.
+      gain: what multiplies all of it, element by element, labelled with atoms.
     """
 
     base: jax.Array

@@ -106,6 +106,13 @@ def rotation(q, n):
     return whole
 
 
+def vera(d, b):
+    """A diag(d) B diag(b), A and B as they were drawn."""
+    frozen = jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, jlora.VeRA(rank=3, target="w")).frozen.factors
+    drawn = {k: np.float64(a) for named in frozen.values() for k, a in named.items()}
+    return (drawn["A"].T * d) @ drawn["B"] * b
+
+
 def randlora(lam, gam):
     """A sum of two products (6 = 4 + 2 narrow inputs, rank 4) over bases of unit variance."""
     frozen = jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, jlora.RandLoRA(rank=4, target="w")).frozen.factors
@@ -134,6 +141,20 @@ CLOSED = {
     "SSF": (jlora.SSF(target="w"), lambda gamma: W0 * (gamma - 1)),
     "TiedLoRA": (jlora.TiedLoRA(rank=2, target="w"), lambda a, b, u, v: ((a.T * u) @ b) * v),
     "DoRA": (jlora.DoRA(jlora.LoRA(rank=2, alpha=3, target="w")), dora(lambda a, b: 1.5 * a.T @ b)),
+    "DoRA of AdaLoRA": (
+        jlora.DoRA(jlora.AdaLoRA(rank=2, alpha=3, target="w")),
+        dora(lambda p, lam, q: 1.5 * (p.T * lam) @ q),
+    ),
+    "DoRA of LoHa": (
+        jlora.DoRA(jlora.LoHa(rank=2, alpha=3, target="w")),
+        dora(lambda a1, b1, a2, b2: 1.5 * (a1.T @ b1) * (a2.T @ b2)),
+    ),
+    "DoRA of LoKr": (
+        jlora.DoRA(jlora.LoKr(rank=1, alpha=3, decompose_both=True, target="w")),
+        dora(lambda c, a, b: 3 * np.kron(c, a.T @ b)),
+    ),
+    "DoRA of VeRA": (jlora.DoRA(jlora.VeRA(rank=3, target="w")), dora(vera)),
+    "VeRA": (jlora.VeRA(rank=3, target="w"), vera),
     "DoRA of KronA": (jlora.DoRA(jlora.KronA(factors=(3, 2), target="w")), dora(np.kron)),
     "OFT": (jlora.OFT(block=3, target="w"), lambda q: rotation(q, 3) @ W0 - W0),
     "OFT, whole": (jlora.OFT(block=6, target="w"), lambda q: rotation(q, 6) @ W0 - W0),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="figures are an extra")
 
 import matplotlib.backends.backend_agg  # noqa: E402
 from matplotlib.text import Text  # noqa: E402

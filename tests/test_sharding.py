@@ -196,10 +196,18 @@ def test_lift_does_not_change_where_outputs_live(name):
 
 
 @pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("name", MODELS)
-def test_inside_shard_map(name, check):
+@pytest.mark.parametrize(
+    "row,name",
+    [pytest.param(METHODS[0], name, id=name) for name in MODELS]
+    + [
+        pytest.param(row, "mlp", id=row.name, marks=pytest.mark.slow)
+        for row in METHODS[1:]
+        if row.name in CHOSEN and row.on != "vectors"
+    ],
+)
+def test_inside_shard_map(row, name, check):
     """Each device has some rows of the batch and the whole adapter; gradients are summed by `shard_map` itself."""
-    f, trainable, frozen, _, x = setting(METHODS[0], name)
+    f, trainable, frozen, _, x = setting(row, name)
     both, c = run(f, trainable, frozen, x)
     want = both(trainable, frozen, x, c)
     mesh = mesh_of("Auto", (8,), ("data",))

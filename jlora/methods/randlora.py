@@ -8,29 +8,16 @@ import dataclasses
 import functools
 import math
 
-import jax
-
 from jlora import targets
 from jlora._axes import Leaf
-from jlora._network import Array, Delta, Function, Recipe, constant
+from jlora._network import Array, Delta, Function, constant
 from jlora._tree import Target
-from jlora.methods.base import Method, check_low_rank, check_rank, zeros
-from jlora.methods.vera import draw
-
-
-@dataclasses.dataclass(frozen=True)
-class Bases:
-    """A (rows, n) matrix as `lead` axes and the axes of a side."""
-
-    lead: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def __call__(self, a: jax.Array) -> jax.Array:
-        return a.reshape(*self.lead, *self.sizes)
+from jlora.methods.base import LowRank, zeros
+from jlora.methods.vera import draw, shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandLoRA(Method):
+class RandLoRA(LowRank):
     """dW of full rank, as a sum of n = ceil(min(in, out) / r) products of rank r between random, frozen bases.
 
     A (r, narrow side) is one for all products, B (n, r, wide side) one for each; both are drawn from a seed with unit
@@ -53,39 +40,24 @@ class RandLoRA(Method):
     """
 
     rank: int = 32
-    alpha: float | None = None
     seed: int = 0
     target: Target = targets.attention
 
-    def __post_init__(self) -> None:
-        check_rank(self)
+    def delta(self, leaf: Leaf) -> Delta:
+        r, roles = self.rank, {"I": "ik", "O": "o"}
+        narrow, wide = sorted(roles, key=lambda side: leaf.size(roles[side]))
+        n = -(-leaf.size(roles[narrow]) // r)
 
-    def recipe(self, leaf: Leaf) -> Recipe | None:
-        if self.rank == 0:
-            return None
-        check_low_rank(leaf, self.rank)
-        r, sides = self.rank, {"I": "ik", "O": "o"}
-        narrow, wide = sorted(sides, key=lambda side: leaf.size(sides[side]))
-        low, high = leaf.size(sides[narrow]), leaf.size(sides[wide])
-        n = -(-low // r)
-
-        def base(name: str, which: int, side: str, lead: tuple[int, ...]) -> Function:
-            sizes = leaf.sizes(sides[side])
-            shape = (math.prod(lead), math.prod(sizes))
-            group = f"randlora/{self.seed}/{shape[0]}/{shape[1]}"
+        def base(name: str, which: int, rows: tuple[int, ...], side: str) -> Function:
+            group = f"randlora/{self.seed}/{math.prod(rows)}/{leaf.size(roles[side])}"
             init = functools.partial(draw, self.seed, which, math.sqrt(3.0))  # U(-sqrt 3, sqrt 3) has unit variance
-            array = Array(name, init, shape, trained=False, group=group, stacked=False, derived=True)
-            return Function(Bases(lead, sizes), (array,))
+            return shared(name, group, rows, leaf.sizes(roles[side]), init, trained=False, derived=True)
 
         words = (
-            base("A", 0, narrow, (r,)),
+            base("A", 0, (r,), narrow),
             Array("lam", zeros),
-            Array("gam", constant(1 / high)),
-            base("B", 1, wide, (n, r)),
+            Array("gam", constant(1 / leaf.size(roles[wide]))),
+            base("B", 1, (n, r), wide),
         )
         equation = f"r {narrow}, r n, n {narrow}, n r {wide} -> I O"
-        s = 1.0 if self.alpha is None else self.alpha / r
-        return Recipe((Delta(equation, words, (("r", r), ("n", n)), s),))
-
-    def canonical(self) -> "RandLoRA":
-        return dataclasses.replace(self, alpha=None)
+        return Delta(equation, words, (("r", r), ("n", n)), self.scale)

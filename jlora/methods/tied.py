@@ -75,7 +75,7 @@ class TiedLoRA(Method):
 
         def matrix(name: str, sizes: tuple[int, ...], init: Init) -> Word:
             if name in self.tied:
-                return shared(name, group, self.rank, sizes, init, trained=name in self.trained)
+                return shared(name, group, (self.rank,), sizes, init, trained=name in self.trained)
             return Array(name, init, (self.rank, *sizes), name in self.trained)
 
         # exactly one factor starts at zero: b, or v where b is frozen

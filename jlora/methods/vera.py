@@ -26,18 +26,19 @@ def draw(seed: int, which: int, bound: float, key: Any, shape: tuple[int, ...], 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A (r, n) matrix in the axes of a side."""
+    """A matrix with its rows in axes of their own, its columns in the axes of a side."""
 
+    rows: tuple[int, ...]
     sizes: tuple[int, ...]
 
     def __call__(self, a: jax.Array) -> jax.Array:
-        return a.reshape(*a.shape[:1], *self.sizes)
+        return a.reshape(*self.rows, *self.sizes)
 
 
-def shared(name: str, group: str, rank: int, sizes: tuple[int, ...], init: Any, **kind: bool) -> Function:
+def shared(name: str, group: str, rows: tuple[int, ...], sizes: tuple[int, ...], init: Any, **kind: bool) -> Function:
     """A matrix that several weights share, seen through the axes of one of them."""
-    array = Array(name, init, (rank, math.prod(sizes)), group=group, stacked=False, **kind)
-    return Function(Side(sizes), (array,))
+    array = Array(name, init, (math.prod(rows), math.prod(sizes)), group=group, stacked=False, **kind)
+    return Function(Side(rows, sizes), (array,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,8 @@ class VeRA(Method):
         a_init = functools.partial(draw, self.seed, 0, math.sqrt(6 / n_in))
         b_init = functools.partial(draw, self.seed, 1, math.sqrt(6 / r))
         frozen = {"trained": False, "derived": True}
-        a = shared("A", f"{group}/in {n_in}", r, leaf.sizes("ik"), a_init, **frozen)
-        big_b = shared("B", f"{group}/out {n_out}", r, leaf.sizes("o"), b_init, **frozen)
+        a = shared("A", f"{group}/in {n_in}", (r,), leaf.sizes("ik"), a_init, **frozen)
+        big_b = shared("B", f"{group}/out {n_out}", (r,), leaf.sizes("o"), b_init, **frozen)
         d, b = Array("d", constant(self.d_initial)), Array("b", zeros)
         return Recipe((Delta("r I, r, r O, O -> I O", (a, d, big_b, b), (("r", r),)),))
 

@@ -20,7 +20,7 @@ MODULES = ["jlora", *(m.name for m in pkgutil.walk_packages(jlora.__path__, "jlo
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run -->\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-NEEDS = {"jlora.plot": "matplotlib"}  # the extra without which a module's examples cannot run
+NEEDS = {"jlora.plot": "matplotlib"}  # the extra without which a room's examples cannot run
 
 PUBLIC = {name: x for name, x in vars(jlora).items() if not name.startswith("_") and not inspect.ismodule(x)}
 
@@ -28,8 +28,9 @@ PUBLIC = {name: x for name, x in vars(jlora).items() if not name.startswith("_")
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is an extra")
+    for room, extra in NEEDS.items():
+        if name == room or name.startswith(f"{room}."):
+            pytest.importorskip(extra, reason=f"{extra} is an extra")
     module = importlib.import_module(name)
     found = doctest.DocTestFinder(exclude_empty=True).find(module, name)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

@@ -12,6 +12,7 @@ import matplotlib.backends.backend_agg  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from jlora import analysis, plot  # noqa: E402
+from jlora.plot import _style  # noqa: E402
 
 pytestmark = pytest.mark.slow  # nothing else stands on this room
 
@@ -133,15 +134,15 @@ def test_no_global_is_touched(monkeypatch):
 
 def test_series_are_told_apart_without_colour():
     """Lightness and marker differ between any two of the first seven; the palette is Okabe and Ito's."""
-    styles = [plot._line(n) for n in range(14)]
+    styles = [_style.line(n) for n in range(14)]
     assert len({(s["color"], s["marker"]) for s in styles}) == 14
     assert len({s["marker"] for s in styles[:7]}) == len({s["color"] for s in styles[:7]}) == 7
 
 
 def test_weights_are_named_by_where_they_differ():
-    assert plot._distinct(["a/0/q/w", "a/1/q/w", "a/1/k/w"]) == ["0/q", "1/q", "1/k"]
-    assert plot._distinct(["a/q/w"]) == ["w"] and plot._distinct(["w", "b/w"]) == ["w", "b/w"]
-    assert plot._distinct(["a/b", "a/b/b"]) == ["b", "b/b"] and plot._distinct([]) == []
+    assert _style.distinct(["a/0/q/w", "a/1/q/w", "a/1/k/w"]) == ["0/q", "1/q", "1/k"]
+    assert _style.distinct(["a/q/w"]) == ["w"] and _style.distinct(["w", "b/w"]) == ["w", "b/w"]
+    assert _style.distinct(["a/b", "a/b/b"]) == ["b", "b/b"] and _style.distinct([]) == []
 
 
 def test_the_front_leaves_out_what_something_smaller_beats():

@@ -1,0 +1,134 @@
+"""What all figures share: colours, one style, axes and legends, files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+HATCHES = ("", "//", "..", "xx", "\\\\")
+STYLE = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.labelsize": 9.0,
+    "legend.fontsize": 8.0,
+    "legend.frameon": False,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "hatch.linewidth": 0.5,
+    "svg.hashsalt": "jlora",  # the same figure is the same file
+}
+WIDTH, HEIGHT = 4.6, 3.2  # inches, of one panel
+
+
+def panels(rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Any]:
+    """A figure of several axes in the style of this room, for `ax=`.
+
+    Args:
+      rows: of axes.
+      columns: of axes.
+      width: of one, in inches.
+      height: of one, in inches.
+
+    Returns:
+      The figure, and an array `(rows, columns)` of axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import jlora
+      >>> figure, axes = jlora.plot.panels(1, 2)
+      >>> axes.shape
+      (1, 2)
+    """
+    matplotlib = imported()
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=150)
+        return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
+    """Writes a figure as PNG and as SVG, `path.png` and `path.svg`; the same figure gives the same bytes.
+
+    Returns:
+      The two paths.
+
+    Example:
+      >>> import jlora
+      >>> [path.name for path in jlora.plot.save(jlora.plot.spectra({"query": [3.0, 1.0]}), "spectra")]
+      ['spectra.png', 'spectra.svg']
+    """
+    matplotlib = imported()
+    stem = Path(path)
+    png, svg = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg"))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(png, dpi=200, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None})
+    return png, svg
+
+
+# --- for the other files of this room -----------------------------------------------------------------------------
+
+
+def imported() -> Any:
+    """matplotlib, or an error that names the extra."""
+    try:
+        import matplotlib
+        import matplotlib.figure
+        import matplotlib.ticker
+    except ImportError:
+        raise ImportError("figures need matplotlib: pip install 'jlora[plot]'") from None
+    return matplotlib
+
+
+def axis_of(ax: Axes | None, width: float = WIDTH, height: float = HEIGHT) -> Any:
+    """The axis that was given, or the one of a new figure."""
+    return panels(width=width, height=height)[1][0, 0] if ax is None else ax
+
+
+def figure_of(ax: Any) -> Figure:
+    """The figure that an axis stands in."""
+    return ax.get_figure(root=True)
+
+
+def line(n: int) -> dict[str, Any]:
+    """Colour and marker of the n-th series; after seven of them, other pairs of the two."""
+    return {"color": COLOURS[n % 7], "marker": MARKERS[(n + n // 7) % 7]}
+
+
+def legend_of(ax: Axes, count: int) -> None:
+    """None for one series, inside for a few, beside the axis for many."""
+    if count > 4:
+        beside(ax)
+    elif count > 1:
+        ax.legend(loc="best")
+
+
+def beside(ax: Axes) -> None:
+    """A legend to the right of the axis, where it hides nothing."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+
+
+def distinct(paths: Sequence[str]) -> list[str]:
+    """Paths without the first and last steps that all of them share."""
+    steps = [path.split("/") for path in paths]
+    least = min(map(len, steps), default=1) - 1  # a path keeps one step at least
+    same = lambda n: len({row[n] for row in steps}) == 1
+    head = next((n for n in range(least) if not same(n)), least)
+    tail = next((n for n in range(least - head) if not same(-1 - n)), least - head)
+    return ["/".join(row[head : len(row) - tail]) for row in steps]

@@ -1,0 +1,151 @@
+"""Spectra, subspaces, and what an update amplifies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jlora import _table
+from jlora.analysis import Amplification
+from jlora.plot._style import COLOURS, HATCHES, STYLE, WIDTH, axis_of, beside, figure_of, imported, legend_of, line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def similarity(
+    grid: Any,
+    *,
+    title: str = "",
+    rows: str = "directions of the first, i",
+    columns: str = "directions of the second, j",
+    ax: Axes | None = None,
+) -> Figure:
+    """phi(i, j) as a heat map from 0 to 1, i downwards: what `analysis.similarity` returns.
+
+    Args:
+      grid: `(i, j)`; of a stack, one layer.
+      title: above it.
+      rows: what i counts.
+      columns: what j counts.
+      ax: where to draw.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> grid = jlora.analysis.random_similarity(16, 8, 8)
+      >>> jlora.plot.similarity(grid, title="random").axes[0].get_title()
+      'random'
+
+    References:
+      Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, figure 3.
+    """
+    grid = np.asarray(grid, np.float64)
+    if grid.ndim != 2:
+        raise ValueError(f"plot.similarity draws one grid (i, j), not an array of shape {grid.shape}; index its layer")
+    matplotlib = imported()
+    with matplotlib.rc_context(STYLE):
+        on: Any = axis_of(ax)
+        extent = (0.5, grid.shape[1] + 0.5, grid.shape[0] + 0.5, 0.5)
+        shown = on.imshow(grid, cmap="cividis", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
+        on.grid(False)
+        on.set(title=title, xlabel=columns, ylabel=rows)
+        for axis in (on.xaxis, on.yaxis):
+            axis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
+        figure_of(on).colorbar(shown, ax=on, label="subspace similarity φ(i, j)")
+    return figure_of(on)
+
+
+def spectra(series: Mapping[str, Any], *, title: str = "", ax: Axes | None = None) -> Figure:
+    """Singular values, from the largest down, on a logarithmic axis; zeros are left out.
+
+    Args:
+      series: `{label: s (k,)}`.
+      title: above it.
+      ax: where to draw.
+
+    Example:
+      >>> import jlora
+      >>> jlora.plot.spectra({"query": [3.0, 1.0, 0.5]}).axes[0].get_yscale()
+      'log'
+    """
+    matplotlib = imported()
+    with matplotlib.rc_context(STYLE):
+        on: Any = axis_of(ax)
+        for n, (label, values) in enumerate(series.items()):
+            s = np.asarray(values, np.float64)
+            if s.ndim != 1:
+                raise ValueError(f"plot.spectra draws one spectrum (k,) a label; {label!r} has shape {s.shape}")
+            k = np.flatnonzero(s > 0)
+            on.plot(k + 1, s[k], label=label, markevery=max(1, len(s) // 12), **line(n))
+        on.set(title=title, xlabel="index k", ylabel="singular value σ(k)", yscale="log")
+        on.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
+        legend_of(on, len(series))
+    return figure_of(on)
+
+
+def amplification(
+    found: Mapping[str, Amplification], *, title: str = "", legend: bool = True, ax: Axes | None = None
+) -> Figure:
+    """Bars of what `analysis.amplification` measures, a group a label, and the factor above it.
+
+    Args:
+      found: `{label: Amplification}`, of one weight each; of a stack, one layer.
+      title: above it.
+      legend: whether to say which bar is which; once is enough for several panels.
+      ax: where to draw.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> update = jlora.analysis.svd(jnp.diag(jnp.array([0.0, 6.0])))
+      >>> found = jlora.analysis.amplification(update, jnp.diag(jnp.array([9.0, 2.0])), rank=1)
+      >>> [text.get_text() for text in jlora.plot.amplification({"query": found}).axes[0].texts]
+      ['×3.0']
+
+    References:
+      Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, table 7.
+    """
+    bars = {
+        "W": "weight",
+        "W on its first r": "onto_weight",
+        "W on those of ΔW": "onto_update",
+        "W on random r": "onto_random",
+        "ΔW": "update",
+    }
+    matplotlib = imported()
+    with matplotlib.rc_context(STYLE):
+        on: Any = axis_of(ax, width=max(WIDTH, 1.2 + 0.9 * len(found)) + 1.4 * legend)
+        groups = np.arange(len(found))
+        for n, (label, field) in enumerate(bars.items()):
+            heights = [_number(getattr(x, field), name) for name, x in found.items()]
+            on.bar(groups + 0.16 * (n - 2), heights, 0.15, label=label, color=COLOURS[n], hatch=HATCHES[n], ec="white")
+        for group, (name, x) in zip(groups, found.items(), strict=True):
+            top = max(_number(getattr(x, field), name) for field in bars.values())
+            on.annotate(
+                f"×{_number(x.factor, name):.3g}" if _number(x.factor, name) >= 100 else f"×{float(x.factor):.1f}",
+                (group, top),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=8,
+            )
+        on.set(title=title, ylabel="Frobenius norm", yscale="log")
+        on.margins(y=0.12)
+        names = [_table.shorten(name, 24) for name in found]
+        room = on.get_position().width * figure_of(on).get_figwidth() - 1.4 * legend
+        steep = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        on.set_xticks(groups, names, **(steep if 0.07 * sum(len(n) + 2 for n in names) > room else {}))
+        on.set_xlabel("weight (×: amplification, ‖ΔW‖ / ‖UᵀWV‖)")
+        on.grid(False, axis="x")
+        if legend:
+            beside(on)
+    return figure_of(on)
+
+
+def _number(x: Any, name: str) -> float:
+    if np.ndim(x):
+        raise ValueError(f"plot.amplification draws one number a label; {name!r} is a stack of {np.shape(x)}: index it")
+    return float(x)

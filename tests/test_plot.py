@@ -11,8 +11,8 @@ pytest.importorskip("matplotlib", reason="figures are an extra")
 import matplotlib.backends.backend_agg  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from jlora import analysis, plot  # noqa: E402
-from jlora.plot import _style  # noqa: E402
+from jlora import analysis, plot, rank  # noqa: E402
+from jlora.plot import _style, layers  # noqa: E402
 
 pytestmark = pytest.mark.slow  # nothing else stands on this room
 
@@ -44,13 +44,18 @@ POINTS = {
     "full fine-tuning": (22_600_000, [0.83, 0.835, 0.838]),
 }
 
+BUDGET = rank.Budget(96, 24, total_steps=60, init_warmup=6, final_warmup=20, interval=5)
+HISTORY = {t: {path: BUDGET.at(t) * (n + 1) // 78 for n, path in enumerate(LAYERS)} for t in range(0, 61, 5)}
+
 DRAWN = {
     "similarity": lambda ax=None: plot.similarity(grid(), title="r = 8 against r = 64, query of layer 3", ax=ax),
     "spectra": lambda ax=None: plot.spectra(
         {f"layer {n}": np.geomspace(3, 0.01 * (n + 1), 64) for n in range(4)}, title="ΔW of the queries", ax=ax
     ),
     "amplification": lambda ax=None: plot.amplification(amplified(3), title="r = 4", ax=ax),
-    "ranks": lambda ax=None: plot.ranks({path: n % 9 for n, path in enumerate(LAYERS)}, title="budget 48", ax=ax),
+    "allocation": lambda ax=None: plot.allocation(
+        {path: n % 9 for n, path in enumerate(LAYERS)}, title="budget 48", ax=ax
+    ),
     "pareto": lambda ax=None: plot.pareto(POINTS, title="movie sentences", ax=ax),
     "curves": lambda ax=None: plot.curves(
         {f"r = {2**n}": (10 * np.arange(40), LOSSES[n]) for n in range(3)}, title="three seeds", ax=ax
@@ -59,7 +64,11 @@ DRAWN = {
 MANY = {
     "spectra": lambda: plot.spectra({f"layer_{n}/query/kernel": [2.0, 1.0, 0.5] for n in range(9)}),
     "amplification": lambda: plot.amplification(amplified(12)),
-    "ranks": lambda: plot.ranks({f"{n}/{path}": n for path in LAYERS for n in range(6)}),
+    "allocation": lambda: plot.allocation({f"{n}/{path}": n for path in LAYERS for n in range(6)}),
+    "stacked": lambda: plot.allocation({f"blocks/{name}/kernel": np.arange(24) % 17 for name in ("q", "up_proj")}),
+    "no layers": lambda: plot.allocation({"embed": 3, "head/kernel": 2}),
+    "ranks": lambda: plot.ranks(HISTORY, budget=BUDGET.at, title="budget 24"),
+    "ranks without budget": lambda: plot.ranks(dict(list(HISTORY.items())[:1])),
     "one": lambda: plot.similarity(np.ones((1, 1))),
     "panels": lambda: panels(),
 }
@@ -145,6 +154,28 @@ def test_weights_are_named_by_where_they_differ():
     assert _style.distinct(["a/b", "a/b/b"]) == ["b", "b/b"] and _style.distinct([]) == []
 
 
+def test_ranks_stand_where_layer_and_module_meet():
+    """Numbers of a path and indices of a stack are columns, the rest is the row; no weight leaves a blank."""
+    modules, columns, grid = layers._grid({"m/layer_10/q/w": 3, "m/layer_9/q/w": 2, "m/layer_9/k/w": 5})
+    assert (modules, columns) == (["q", "k"], ["9", "10"])
+    np.testing.assert_array_equal(grid, [[2, 3], [5, np.nan]])
+    modules, columns, grid = layers._grid({"stage_1/q": np.array([4, 0]), "head": 7})
+    assert (modules, columns) == (["stage/q", "head"], ["–", "1.0", "1.1"])
+    np.testing.assert_array_equal(grid, [[np.nan, 4, 0], [7, np.nan, np.nan]])
+
+
+def test_a_history_shows_the_sum_beside_the_budget():
+    left, right, _ = plot.ranks(HISTORY, budget=BUDGET.at).axes
+    alive, budget = right.lines
+    assert dict(zip(alive.get_xdata(), alive.get_ydata(), strict=True)) == {
+        t: sum(now.values()) for t, now in HISTORY.items()
+    }
+    assert [BUDGET.at(t) for t in range(61)] == list(budget.get_ydata())
+    assert [cell.get_text() for cell in left.texts][::-1] == [
+        str(r) for r in reversed([HISTORY[60][path] for kind in (0, 1) for path in LAYERS[kind::2]])
+    ]
+
+
 def test_the_front_leaves_out_what_something_smaller_beats():
     figure = plot.pareto({"a": (10, 0.5), "b": (20, 0.4), "c": (30, [0.5, 0.7]), "d": (10, 0.3)})
     (line,) = [x for x in figure.axes[0].lines if x.get_label() == "front"]
@@ -157,6 +188,8 @@ def test_the_front_leaves_out_what_something_smaller_beats():
         (lambda: plot.similarity(np.ones((2, 3, 3))), "index its layer"),
         (lambda: plot.spectra({"q": np.ones((2, 3))}), "'q' has shape"),
         (lambda: plot.curves({"q": ([0, 1], [1.0])}), "'q' has"),
+        (lambda: plot.allocation({}), "no weight"),
+        (lambda: plot.ranks({}), "empty history"),
         (lambda: plot.amplification({"q": analysis.Amplification(*[jnp.ones(3)] * 6)}), "index it"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Figures of what `jlora.analysis` finds, in one style.
+"""Figures of what `jlora.analysis` finds and `jlora.rank` decides, in one style.
 
     figure = jlora.plot.similarity(grid)          # every function returns the figure it drew on
     jlora.plot.save(figure, "phi")                # phi.png and phi.svg
@@ -20,7 +20,8 @@ from jlora.plot._style import STYLE as STYLE
 from jlora.plot._style import WIDTH as WIDTH
 from jlora.plot._style import panels as panels
 from jlora.plot._style import save as save
-from jlora.plot.allocation import ranks as ranks
+from jlora.plot.layers import allocation as allocation
+from jlora.plot.layers import ranks as ranks
 from jlora.plot.runs import curves as curves
 from jlora.plot.runs import pareto as pareto
 from jlora.plot.subspaces import amplification as amplification

@@ -1,4 +1,4 @@
-"""How many ranks each weight has, as text."""
+"""How many ranks each weight has, as numbers and as text."""
 
 import numpy as np
 
@@ -6,6 +6,29 @@ from jlora import _merge, _ranks, _table
 from jlora.adapted import Adapted
 from jlora.rank.compact import alive, concrete
 from jlora.rank.prune import plan_of
+
+
+def ranks(adapted: Adapted) -> dict[str, np.ndarray]:
+    """How many ranks of each weight add something: `{path: (stack...,)}`, one number for each layer of a stack.
+
+    A rank adds something where none of its factors is zero. For use outside of `jit`. A weight with several products
+    of low rank (LoHa, slices) has the sum of theirs. Kept by step, it is the history that `jlora.plot.ranks` draws.
+
+    Raises:
+      TypeError: `adapted` is no `Adapted`.
+      ValueError: factors without values (inside `jit`); an adapter without ranks.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.SoRA(rank=3))
+      >>> adapted.trainable["query/kernel"] |= {"g": jnp.array([0.5, 0.0, 0.0]), "b": jnp.ones((3, 4))}
+      >>> jlora.rank.ranks(adapted)
+      {'query/kernel': array(1)}
+    """
+    found: dict[str, np.ndarray] = {}
+    for path, _, counts in _counted("ranks", adapted):
+        found[path] = np.asarray(found.get(path, 0) + counts)
+    return found
 
 
 def rank_table(adapted: Adapted) -> str:
@@ -29,22 +52,27 @@ def rank_table(adapted: Adapted) -> str:
       <BLANKLINE>
       1 of 3 ranks alive
     """
-    plan = plan_of("rank_table", adapted)
-    concrete("rank_table", adapted)
-    get = _merge.lookup(adapted)
     rows: dict[str, tuple[list[str], list[str]]] = {}
     living = stored = 0
-    for pair in _ranks.pairs(plan):
-        counts = alive(pair, get).sum(-1)
-        ranks, texts = rows.setdefault(pair.path, ([], []))
-        ranks.append(str(pair.rank))
+    for path, rank, counts in _counted("rank_table", adapted):
+        sizes, texts = rows.setdefault(path, ([], []))
+        sizes.append(str(rank))
         texts.append(" ".join(map(str, np.ravel(counts).tolist())))
         living += int(counts.sum())
-        stored += pair.rank * counts.size
-    if not rows:
-        methods = ", ".join(dict.fromkeys(m.describe() for m in plan.methods))
-        raise ValueError(f"rank_table finds no ranks of a weight's own under {methods}")
-    joined = [(path, ("+".join(ranks), " + ".join(texts))) for path, (ranks, texts) in rows.items()]
+        stored += rank * counts.size
+    joined = [(path, ("+".join(sizes), " + ".join(texts))) for path, (ranks, texts) in rows.items()]
     folded = [(path, str(n), *rest) for path, n, rest in _table.fold(joined)]
     table = _table.render(("path", "weights", "of rank", "alive"), folded, right=(1, 2, 3))
     return f"{table}\n\n{living:,} of {stored:,} ranks alive"
+
+
+def _counted(caller: str, adapted: Adapted) -> list[tuple[str, int, np.ndarray]]:
+    """Path, stored rank and living ranks (stack...,) of every product of low rank."""
+    plan = plan_of(caller, adapted)
+    concrete(caller, adapted)
+    get = _merge.lookup(adapted)
+    found = [(pair.path, pair.rank, np.asarray(alive(pair, get).sum(-1))) for pair in _ranks.pairs(plan)]
+    if not found:
+        methods = ", ".join(dict.fromkeys(m.describe() for m in plan.methods))
+        raise ValueError(f"{caller} finds no ranks of a weight's own under {methods}")
+    return found

@@ -100,16 +100,7 @@ def main(args: list[str] | None = None) -> None:
     """Reads what the command line names; what is wrong with it is said in words."""
     run = tyro.cli(Run, args=args)
     try:
-        folder, file = run.model or fetch_minilm(run), run.data or fetch_movies(run)
-        for name in ("rank", "steps", "batch", "length", "save_every"):
-            if getattr(run, name) < 1:
-                raise ValueError(f"{name} is {getattr(run, name)}, but must be at least 1")
-        texts, labels, names = read(file)
-        p = run.dropout
-        dropout = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
-        config = bert.Config.read(folder, num_labels=len(names), **dropout)
-        params = jax.tree.map(jnp.asarray, bert.load(folder, config))
-        data = tokenize(folder, config, texts, labels, run)
+        folder, file, config, names, params, data = prepare(run)
         halves(run, run.method, params)  # a rank too large for the model shows here
         checkpoints = open_run(run)
     except (ValueError, OSError) as error:
@@ -120,11 +111,25 @@ def main(args: list[str] | None = None) -> None:
         finetune(run, folder, config, names, params, data, checkpoints)
 
 
+def prepare(run: Run) -> tuple[Path, Path, bert.Config, list[str], Any, "Data"]:
+    """The model's folder and the file of texts, and what is in them: configuration, labels, parameters, data."""
+    folder, file = run.model or fetch_minilm(run), run.data or fetch_movies(run)
+    for name in ("rank", "steps", "batch", "length", "save_every"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"{name} is {getattr(run, name)}, but must be at least 1")
+    texts, labels, names = read(file)
+    p = run.dropout
+    dropout = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
+    config = bert.Config.read(folder, num_labels=len(names), **dropout)
+    params = jax.tree.map(jnp.asarray, bert.load(folder, config))
+    return folder, file, config, names, params, tokenize(folder, config, texts, labels, run)
+
+
 def finetune(run, folder, config, names, params, data, checkpoints) -> None:
     """Trains, saves, exports, checks the export in a fresh process, and compares."""
     model = bert.Bert(config)
     tuned, seconds = train(run, run.method, model, params, data, checkpoints)
-    logits = evaluate(model, tuned, data)
+    logits = evaluate(forward(model), tuned, data)
     rows = [row(run.method, tuned, seconds, logits, data)]
 
     if run.method != "full":
@@ -144,7 +149,7 @@ def finetune(run, folder, config, names, params, data, checkpoints) -> None:
     for method in ("probe", "full") if run.compare else ():
         if method != run.method:
             tuned, seconds = train(run, method, model, params, data)
-            rows.append(row(method, tuned, seconds, evaluate(model, tuned, data), data))
+            rows.append(row(method, tuned, seconds, evaluate(forward(model), tuned, data), data))
     rows.sort(key=lambda row: row["trainable"])
     write(run.out / "results.json", json.dumps(rows, indent=1))
     show(rows, data)
@@ -162,12 +167,15 @@ def halves(run: Run, method: str, params: Any) -> tuple[Any, Any, Callable[[Any,
     return *jlora.split(adapted), jlora.join
 
 
-def optimizer(run: Run, method: str) -> optax.GradientTransformation:
-    """AdamW, its learning rate a triangle: up for a tenth of the steps, then down to zero."""
-    N, n = run.steps, max(run.steps // 10, 1)
+def triangle(peak: float, steps: int) -> Callable[[Any], Any]:
+    """A learning rate that rises for a tenth of the steps, then falls to zero."""
+    n = max(steps // 10, 1)
+    return lambda t: peak * jnp.minimum((t + 1) / n, (steps - t) / (steps - n + 1))
 
-    def adamw(peak):
-        return optax.adamw(lambda t: peak * jnp.minimum((t + 1) / n, (N - t) / (N - n + 1)))
+
+def optimizer(run: Run, method: str, wrap: Callable = lambda tx: tx) -> optax.GradientTransformationExtraArgs:
+    """AdamW with a learning rate of its own for the head; `wrap` goes round all but the clipping, to decide ranks."""
+    adamw = lambda peak: optax.adamw(triangle(peak, run.steps))
 
     def parts(tree):
         part = lambda path, _: "head" if "classifier" in jax.tree_util.keystr(path) else "body"
@@ -175,7 +183,7 @@ def optimizer(run: Run, method: str) -> optax.GradientTransformation:
 
     body = adamw(RATES[method] if run.lr is None else run.lr)
     rates = optax.partition({"head": adamw(run.head_lr), "body": body}, parts)
-    return optax.chain(optax.clip_by_global_norm(1.0), rates)
+    return optax.chain(optax.clip_by_global_norm(1.0), wrap(rates))
 
 
 def train(run: Run, method: str, model, params, data: "Data", checkpoints=None) -> tuple[Any, Any]:
@@ -223,10 +231,14 @@ def train(run: Run, method: str, model, params, data: "Data", checkpoints=None) 
     return join(state["trainable"], frozen), float(np.mean(timed)) if timed else None
 
 
-def evaluate(model, tuned: Any, data: "Data", size: int = 50) -> np.ndarray:
-    """The logits of the held-out texts."""
+def forward(model) -> Callable:
+    """The model compiled, once for each width and each form of its parameters."""
     apply = jlora.lift(model.apply)
-    forward = jax.jit(lambda params, ids, mask: apply({"params": params}, ids, mask))
+    return jax.jit(lambda params, ids, mask: apply({"params": params}, ids, mask))
+
+
+def evaluate(forward: Callable, tuned: Any, data: "Data", size: int = 50) -> np.ndarray:
+    """The logits of the held-out texts."""
     rows, out = data.by_width(data.test), {}
     for part in (rows[i : i + size] for i in range(0, len(rows), size)):
         ids, mask, _ = data.batch(np.resize(part, size))  # the last part is filled up

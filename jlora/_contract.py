@@ -40,6 +40,12 @@ def explicit_mesh(arrays: Sequence[Any]) -> Any:
     return None
 
 
+def spread(arrays: Sequence[Any]) -> bool:
+    """Whether some array is known to live on a mesh of several devices, cut or not."""
+    meshes = [jax.typeof(a).sharding.mesh for a in arrays]
+    return any(mesh.shape[name] > 1 for mesh in meshes for name in mesh.axis_names if name not in mesh.manual_axes)
+
+
 def _specs(arrays: Sequence[Any], labels: Sequence[Labels]) -> dict[str, Any]:
     """The mesh axes of each label, the first operand that shards it counting."""
     specs: dict[str, Any] = {}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._contract import contract, explicit_mesh, settled
+from jlora._contract import contract, explicit_mesh, settled, spread
 from jlora._network import Labels
 from jlora._rule import Dot, Product, cost, rule
 from jlora._term import Operand, Term
@@ -344,7 +344,9 @@ def dot(
         None,
         jnp.float32,
     )
-    can_merge = w.plain and full32 and len(xs) == 1 and explicit_mesh([x, w.base, *operands]) is None
+    # on a mesh W0 may be cut; so is the sum then, and what is made anew in the backward pass is gathered anew
+    alone = explicit_mesh([x, w.base, *operands]) is None and not spread([x, w.base, *operands])
+    can_merge = w.plain and full32 and len(xs) == 1 and alone
     made = dataclasses.replace(made, merged=bool(can_merge and dense < factored))
     words = "merged" if made.merged else "factored"
     note(Use(words, dense if made.merged else factored, dense_flops))

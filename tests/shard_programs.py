@@ -65,14 +65,15 @@ MODELS = {
     "scanned": (scanned, {"layers": weights(LAYERS)}),
 }
 PLACES = {
-    # name: (mesh shape, names, base specs, batch, sequence); with 16 or 256 tokens the deltas are factored or merged
+    # name: (mesh shape, names, base specs, batch, sequence); on one device, 256 tokens would be worth a merged weight
     "data": ((8,), ("data",), P(), P("data"), 2),
     "tensor": ((4, 2), ("data", "tensor"), "tensor", P("data"), 2),
     "fsdp": ((8,), ("fsdp",), "fsdp", P("fsdp"), 2),
     "sequence": ((4, 2), ("data", "sequence"), P(), P("data", "sequence"), 2),
-    "data, merged": ((8,), ("data",), P(), P("data"), 32),
-    "tensor, merged": ((4, 2), ("data", "tensor"), "tensor", P("data"), 32),
-    "fsdp, merged": ((8,), ("fsdp",), "fsdp", P("fsdp"), 32),
+    "data, long": ((8,), ("data",), P(), P("data"), 32),
+    "tensor, long": ((4, 2), ("data", "tensor"), "tensor", P("data"), 32),
+    "sequence, long": ((4, 2), ("data", "sequence"), P(), P("data", "sequence"), 32),
+    "fsdp, long": ((8,), ("fsdp",), "fsdp", P("fsdp"), 32),
 }
 
 

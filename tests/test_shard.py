@@ -499,30 +499,37 @@ class TestPrograms:
         assert gradients <= total(found["sent"], "all-reduce") <= gradients + 64
 
     def test_tensor_parallel_gathers_nothing(self, programs, model):
-        for place in ("tensor", "tensor, merged"):
+        for place in ("tensor", "tensor, long"):
             assert {kind for kind, *_ in programs[f"{model} {place}"]["sent"]} == {"all-reduce"}
 
     def test_fsdp_gathers_each_weight_as_often_as_the_plain_model(self, programs, model):
-        found = programs[f"{model} fsdp"]
         gathered = lambda sent: sum(times for kind, n, _, times in sent if kind == "all-gather" and n == WEIGHT)
-        assert gathered(found["with x"]) == gathered(found["plain"]) > 0
-        merged = programs[f"{model} fsdp, merged"]  # W0 + dW is made anew in the backward pass, and gathered again
-        assert gathered(merged["with x"]) == 2 * 2 * 3
+        for place in ("fsdp", "fsdp, long"):
+            found = programs[f"{model} {place}"]
+            assert gathered(found["sent"]) == gathered(found["with x"]) == gathered(found["plain"]) > 0
 
     def test_batch_and_sequence_sharded_move_no_activation(self, programs, model):
-        found = programs[f"{model} sequence"]
-        assert {kind for kind, *_ in found["sent"]} == {"all-reduce"}
-        assert total(found["sent"], "all-reduce") <= found["guess"]["all-reduce: factor gradients"] + 64
+        for place in ("sequence", "sequence, long"):
+            found = programs[f"{model} {place}"]
+            assert {kind for kind, *_ in found["sent"]} == {"all-reduce"}
+            assert total(found["sent"], "all-reduce") <= found["guess"]["all-reduce: factor gradients"] + 64
 
     @pytest.mark.parametrize("place", ["data", "tensor", "fsdp", "sequence"])
-    def test_the_estimate_is_what_is_held_and_sent(self, programs, model, place):
+    @pytest.mark.parametrize("long", ["", ", long"])
+    def test_the_estimate_is_what_is_held_and_sent(self, programs, model, place, long):
         """Every array counted; beside them scalars: the loss, and a norm for each factor that is cut."""
-        found = programs[f"{model} {place}"]
+        found = programs[f"{model} {place}{long}"]
         assert found["arguments"] == found["held"]
-        guess = found["guess"]
-        gathers = sum(size for name, size in guess.items() if name.startswith("all-gather"))
-        assert total(found["with x"], "all-gather") == gathers / (2 if model == "unrolled" else 1)
-        assert total(found["with x"], "all-reduce") == sum(guess.values()) - gathers
+        guess, again = found["guess"], 2 if model == "unrolled" else 1  # unrolled, XLA keeps what it gathered
+        gathered = [row for row in found["with x"] if row[0] == "all-gather"]
+        weights, factors = (
+            total([row for row in gathered if (row[1] == WEIGHT) == is_weight], "all-gather")
+            for is_weight in (True, False)
+        )
+        assert again * weights == guess.get("all-gather: base weights", 0)
+        want = guess.get("all-gather: factors", 0)
+        assert factors == 1.5 * want if long else again * factors == want  # in a long batch s * a, three times
+        assert total(found["with x"], "all-reduce") == sum(n for what, n in guess.items() if "gather" not in what)
         scalars = [row for row in found["sent"] if row[1] == 1]
         assert total(scalars, "all-reduce") <= 64
 

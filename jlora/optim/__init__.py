@@ -7,6 +7,7 @@ shares, the side it serves) is read off the equation in the adapter's static pla
 
 from jlora.optim.labels import factor_labels as factor_labels
 from jlora.optim.masking import masked as masked
+from jlora.optim.memory import offload as offload
 from jlora.optim.preconditioners import lora_fa as lora_fa
 from jlora.optim.preconditioners import riemannian as riemannian
 from jlora.optim.rates import lora_plus as lora_plus

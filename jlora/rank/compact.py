@@ -33,6 +33,7 @@ class Kept:
     def cut(self, x: Any) -> jax.Array:
         """(stack..., r, side...) -> (stack..., k, side...), zero where it is padding."""
         more = (1,) * (jnp.ndim(x) - self.order.ndim)
+        x = jax.device_put(x, jax.memory.Space.Device)  # offloaded moments: nothing is computed on the host
         taken = jnp.take_along_axis(x, self.order.reshape(*self.order.shape, *more), self.order.ndim - 1)
         return jnp.where(self.alive.reshape(*self.alive.shape, *more), taken, jnp.zeros_like(taken))
 

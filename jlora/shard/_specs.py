@@ -179,7 +179,8 @@ def state_shardings(tx: Any, adapted: Adapted) -> Any:
     """The shardings of `tx.init(adapted.trainable)`.
 
     A leaf that stands at the path of a factor and has its shape (a moment, a running mean) lives where the factor
-    lives; all others, counters and factored moments, are replicated.
+    lives; all others, counters and factored moments, are replicated. What `optim.offload` keeps on the host is said
+    to live there.
 
     Args:
       tx: an optax transformation.
@@ -204,7 +205,11 @@ def state_shardings(tx: Any, adapted: Adapted) -> Any:
     leaves = jax.tree_util.tree_leaves_with_path(adapted.trainable)
     known = {(path, tuple(a.shape)): a.sharding for path, a in leaves}
     at = lambda path, a: known.get((path[-2:], tuple(a.shape)), everywhere)  # paths end in a group and a factor
-    return jax.tree_util.tree_map_with_path(at, jax.eval_shape(tx.init, adapted.trainable))
+    traced = jax.jit(tx.init).trace(adapted.trainable)
+    places = jax.tree_util.tree_map_with_path(at, traced.out_info)
+    # Shapes do not say which memory an array lives in; the trace's own types do.
+    host = iter([x.memory_space is jax.memory.Space.Host for x in traced.jaxpr.out_avals])
+    return jax.tree.map(lambda place: place.with_memory_kind("pinned_host") if next(host) else place, places)
 
 
 def sharding_of(tree: Any) -> Any:

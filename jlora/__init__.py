@@ -7,6 +7,7 @@ from jlora import methods as methods
 from jlora import network as network
 from jlora import optim as optim
 from jlora import plot as plot
+from jlora import quant as quant
 from jlora import rank as rank
 from jlora import shard as shard
 from jlora import targets as targets
@@ -31,3 +32,4 @@ from jlora.io.orbax import save as save
 from jlora.lift import lift as lift
 from jlora.methods import *  # noqa: F403 (every method, and nothing else)
 from jlora.optim import masked as masked
+from jlora.quant._quantize import quantize as quantize

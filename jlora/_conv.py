@@ -38,7 +38,8 @@ def ragged(
     x: jax.Array,
     group_sizes: jax.Array,
     params: Mapping[str, Any],
-    bind: Callable[[jax.Array], jax.Array],
+    bind: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    forward_mode: bool,
     key: Any,
     note: Note,
 ) -> jax.Array:
@@ -53,7 +54,7 @@ def ragged(
     if w.gain or not w.plain:
         raise Refusal("a ragged dot under a gain")
     group = w.axes[d.rhs_group_dimensions[0]][0]
-    y = bind(w.base)
+    y = w.given(lambda _: bind, x, group_sizes, forward_mode=forward_mode)
     flops = 0.0
     for t in w.terms:
         values, names = w.operands(t)
@@ -100,7 +101,7 @@ def conv(
     w: Weight,
     x: jax.Array,
     params: Mapping[str, Any],
-    bind: Callable[[jax.Array], jax.Array],
+    bind: Callable[[jax.Array, jax.Array], jax.Array],
     forward_mode: bool,
     key: Any,
     note: Note,
@@ -115,7 +116,7 @@ def conv(
     if any(len(w.axes[n]) > 1 for n in window_axes):
         raise Refusal("a convolution over joined window axes")
     window = [w.axes[n][0] if w.axes[n] else None for n in window_axes]
-    y = bind(w.base) if w.plain else None
+    y = w.given(lambda _: bind, x, forward_mode=forward_mode) if w.plain else None
     flops = 0.0
     for t in w.terms:
         if any(k is not None and not t.simple(k) for k in window):
@@ -123,12 +124,14 @@ def conv(
         runs_in, runs_out = t.through([w.axes[in_axis]]), t.through([w.axes[out_axis]])
         if runs_in is None or runs_out is None:
             raise Refusal("a convolution across a flattened side")
-        values, names = w.operands(t)
-        values = [v.astype(x.dtype) for v in values]
+        like = jax.ShapeDtypeStruct(w.shape, w.dtype)
+        held, names = w.operands(t, like)
+        values: list[Any] = [v if isinstance(v, jax.ShapeDtypeStruct) else v.astype(x.dtype) for v in held]
         if any(o.is_base for o in t.operands):
             rest = [n for n, o in enumerate(t.operands) if not o.is_base]
             vectors, labels = [values[n] for n in rest], [names[n] for n in rest]
-            dy = _rescaled(bind(w.base), vectors, labels, runs_out[0][1], numbers, forward_mode)
+            dy = w.given(lambda _: bind, x, forward_mode=forward_mode)
+            dy = _rescaled(dy, vectors, labels, runs_out[0][1], numbers, forward_mode)
             y = dy if y is None else y + dy
             continue
         xt = dropped(x, t.dropout, key) if t.dropout and key is not None else x
@@ -148,7 +151,7 @@ def conv(
         y = dy if y is None else y + dy.reshape(y.shape).astype(y.dtype)
         flops += cost
     assert y is not None
-    dense = 2.0 * math.prod(y.shape) * math.prod(w.base.shape) / w.base.shape[out_axis]
+    dense = 2.0 * math.prod(y.shape) * math.prod(w.shape) / w.shape[out_axis]
     note(Use("factored convolution", flops, dense))
     return y
 

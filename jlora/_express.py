@@ -9,7 +9,9 @@ from jax import lax
 
 from jlora import _network
 from jlora._axes import Leaf
+from jlora._lazy import Fed, Lazy
 from jlora._network import Array, Base, Delta, Labels, Recipe
+from jlora._packed import Packed
 from jlora._term import Operand, Term
 from jlora._weight import Weight
 
@@ -17,15 +19,21 @@ from jlora._weight import Weight
 def express(
     leaf: Leaf,
     recipe: Recipe,
-    base: jax.Array,
+    base: Any,
     lookup: Callable[[str, str], Any],
     *,
     key: Any = None,
     path: str | None = None,
 ) -> Weight:
-    """The expression of one adapted leaf; `lookup(group, name)` gives its arrays."""
+    """The expression of one leaf, an array or `Packed`; `lookup(group, name)` gives the arrays of its recipe."""
     names = _network.atoms(leaf)
     stack = tuple(names[n] for n in leaf.axes("s"))
+    order = [*leaf.axes("s"), *(n for n in range(len(names)) if leaf.roles[n] != "s")]
+    w0: Any = base
+    if isinstance(base, Packed):
+        parts, make = base.parts()
+        labels = tuple(names[n] for n in order)
+        w0 = Lazy(Operand(parts, make, (stack,) * len(parts), labels), (), labels, (base.dtype,))
 
     def get(array: Array) -> tuple[Any, Labels]:
         return lookup(array.group or leaf.path, array.name), stack if array.stacked else ()
@@ -36,13 +44,16 @@ def express(
         if isinstance(w, Array):
             value, front = get(w)
             return Operand((value,), None, (), front + labels)
-        got = [get(a) for a in w.arrays]
-        if w.base:
-            order = [*leaf.axes("s"), *(n for n in range(len(names)) if leaf.roles[n] != "s")]
-            got.append((lax.transpose(base, order), stack))
+        got, fn = [get(a) for a in w.arrays], w.fn
+        if w.base and isinstance(w0, Lazy):
+            assert w0.source.fn is not None
+            fn = Fed(fn, len(got), w0.source.fn)
+            got += [(a, stack) for a in w0.source.arrays]
+        elif w.base:
+            got.append((lax.transpose(w0, order), stack))
         stacks = tuple(front for _, front in got)
         front = stack if any(stacks) else ()
-        return Operand(tuple(a for a, _ in got), w.fn, stacks, front + labels)
+        return Operand(tuple(a for a, _ in got), fn, stacks, front + labels)
 
     def term(delta: Delta, flat: str, rename: str = "") -> Term:
         parsed = _network.parse(delta, leaf, flat)
@@ -55,7 +66,7 @@ def express(
         return dataclasses.replace(made, operands=(*made.operands, word(_network.scale_of(delta), ())))
 
     made = Weight(
-        base=base,
+        base=w0,
         terms=tuple(map(added, recipe.deltas)),
         key=None,
         axes=tuple((a,) for a in names),

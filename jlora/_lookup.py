@@ -12,6 +12,27 @@ from jlora._ops import Note, Refusal, Use, product
 from jlora._weight import Weight
 
 
+def _made_of_rows(w: Weight, axis: int, indices: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+    """The rows of a W0 yet to be computed, computed from those of its arrays."""
+    d = params["dimension_numbers"]
+    (atom,) = w.axes[axis]
+    flat = indices.reshape(-1, 1)
+
+    def rows(a: jax.Array, n: int) -> jax.Array:
+        others = tuple(m for m in range(a.ndim) if m != n)
+        numbers = lax.GatherDimensionNumbers(others, (n,), (n,))
+        sizes = tuple(1 if m == n else s for m, s in enumerate(a.shape))
+        fill = jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else 0
+        return lax.gather(a, flat, numbers, sizes, mode=params["mode"], fill_value=fill)
+
+    alone = w.replace(terms=(), gain=())
+    made = alone.along(atom, None, rows, drop=False).resized(atom, flat.shape[0]).w0()
+    made = jnp.moveaxis(made, axis, 0).reshape(*indices.shape[:-1], *(s for n, s in enumerate(w.shape) if n != axis))
+    place = [n for n in range(made.ndim) if n not in d.offset_dims]
+    order = [*place, *d.offset_dims]
+    return lax.transpose(made, [order.index(n) for n in range(made.ndim)])
+
+
 def lookup(
     w: Weight,
     indices: jax.Array,
@@ -26,7 +47,7 @@ def lookup(
         raise Refusal("a gather of more than rows")
     w = w.multiplied()
     (axis,) = d.start_index_map
-    shape = w.base.shape
+    shape = w.shape
     if tuple(params["slice_sizes"]) != tuple(1 if n == axis else s for n, s in enumerate(shape)):
         raise Refusal("a gather of parts of rows")
     if len(w.axes[axis]) != 1:
@@ -42,7 +63,13 @@ def lookup(
         # a row that is not there is filled in W0 alone; its delta is zero, and so is its gradient
         return lax.gather(a, indices, numbers, sizes, fill_value=0, **keep)
 
-    base = bind(w.base)
+    if w.lazy is not None and not w.lazy.can(atom, drop=count == 0):
+        w = w.solid()
+    base: Any = None
+    if w.lazy is None:
+        base = bind(w.w0())
+    elif count:
+        base = _made_of_rows(w, axis, indices, params)
     if count == 0:
         return w.along(atom, base, rows, drop=True).replace(axes=tuple(g for n, g in enumerate(w.axes) if n != axis))
     if not all(t.simple(atom) for t in w.terms):

@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _table
+from jlora import _packed, _plan, _table, _tree
+from jlora._axes import Leaf
 from jlora._express import express
+from jlora._network import Recipe
+from jlora._packed import is_packed
+from jlora._plan import Site
 from jlora._weight import Weight
-from jlora.adapted import Adapted
+from jlora.adapted import Adapted, Frozen
+from jlora.methods.base import Method
 
 
 def lookup(adapted: Adapted) -> Any:
@@ -25,24 +30,51 @@ def lookup(adapted: Adapted) -> Any:
     return get
 
 
+def held(leaf: Any) -> Any:
+    """A leaf as an expression takes it: an array, or `Packed` as it is, if its arrays are what they should be."""
+    if not is_packed(leaf):
+        return jnp.asarray(leaf)
+    leaf.parts()
+    return leaf
+
+
+def completed(found: Any, name: str = "") -> Adapted:
+    """An `Adapted`, or one `Packed` leaf, with every `Packed` leaf a site: what no method took has an empty recipe."""
+    if is_packed(found):
+        found = Adapted({}, Frozen(found, {}, None, _plan.intern((), (), ())))
+    tree = _tree.flatten(found.frozen.base)
+    taken = {s.index for s in found.frozen.plan.sites}
+    more = []
+    for n, (path, leaf) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
+        if is_packed(leaf) and n not in taken:
+            where = Leaf(path or name, leaf.shape, jnp.dtype(leaf.dtype), leaf.roles)
+            more.append(Site(where, n, Method(), Recipe()))
+    if not more:
+        return found
+    old = found.frozen.plan
+    plan = _plan.intern((*old.sites, *more), old.methods, old.notes)
+    return Adapted(found.trainable, dataclasses.replace(found.frozen, plan=plan))
+
+
 def weights(adapted: Adapted, leaves: list[Any]) -> list[Weight]:
     """The expression of every adapted weight over the base's leaves."""
     get = lookup(adapted)
-    return [express(s.leaf, s.recipe, jnp.asarray(leaves[s.index]), get) for s in adapted.frozen.plan.sites]
+    return [express(s.leaf, s.recipe, held(leaves[s.index]), get) for s in adapted.frozen.plan.sites]
 
 
 def replaced(adapted: Adapted, values: list[Any]) -> Any:
     """The base tree with one value for each site."""
-    leaves, treedef = jax.tree.flatten(adapted.frozen.base)
+    leaves = _tree.leaves(adapted.frozen.base)
     for site, value in zip(adapted.frozen.plan.sites, values, strict=True):
         leaves[site.index] = value
-    return jax.tree.unflatten(treedef, leaves)
+    return _tree.rebuilt(adapted.frozen.base, leaves)
 
 
 def merge(adapted: Adapted) -> Any:
     """Plain parameters again: the same structure, shapes and dtypes as the base.
 
-    Deltas are added in float32, then cast. Pure and jittable; looks at no value.
+    Deltas are added in float32, then cast. Pure and jittable; looks at no value. A quantised weight becomes the array
+    that it stands for, adapted or not: deltas were trained beside that, not beside what was quantised.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -51,8 +83,9 @@ def merge(adapted: Adapted) -> Any:
       >>> bool((merged["query"]["kernel"] == params["query"]["kernel"]).all())
       True
     """
-    leaves = jax.tree.leaves(adapted.frozen.base)
-    return replaced(adapted, [w.dense() for w in weights(adapted, leaves)])
+    leaves = _tree.leaves(adapted.frozen.base)
+    merged = replaced(adapted, [w.dense() for w in weights(adapted, leaves)])
+    return jax.tree.map(_packed.dense, merged, is_leaf=is_packed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +123,7 @@ def _survival(w: Weight) -> tuple[jax.Array, jax.Array]:
     delta = w.delta()
     # a barrier, or XLA drops the cast and its inverse together and finds that nothing is lost
     merged = lax.optimization_barrier(w.dense())
-    kept = merged.astype(delta.dtype) - w.base.astype(delta.dtype)
+    kept = merged.astype(delta.dtype) - w.w0().astype(delta.dtype)
     square = jnp.sum(delta * delta)
     empty = square == 0
     square = jnp.where(empty, 1.0, square)
@@ -113,7 +146,7 @@ def merge_report(adapted: Adapted) -> MergeReport:
     rows = []
     for site, w in zip(
         adapted.frozen.plan.sites,
-        weights(adapted, jax.tree.leaves(adapted.frozen.base)),
+        weights(adapted, _tree.leaves(adapted.frozen.base)),
         strict=True,
     ):
         share, error = _survival(w)
@@ -151,17 +184,17 @@ def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
     if bad:
         raise ValueError(f"the update of {bad[:5]} depends on W0 itself and cannot be subtracted; keep the base")
     leaves, treedef = jax.tree.flatten(merged)
-    if treedef != jax.tree.structure(adapted.frozen.base):
+    if treedef != _tree.flatten(adapted.frozen.base).treedef:
         raise ValueError("merged is not a tree like the adapter's base: its structure differs")
     held = Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, base=merged))
     drift = {}
     for site, w in zip(held.frozen.plan.sites, weights(held, leaves), strict=True):
-        if w.base.shape != site.leaf.shape:
-            raise ValueError(f"{site.leaf.path!r} has shape {w.base.shape}, the adapter's is {site.leaf.shape}")
-        delta = w.delta()
-        base = (w.base.astype(delta.dtype) - delta).astype(w.base.dtype)
+        if w.shape != site.leaf.shape or w.w0().shape != site.leaf.shape:
+            raise ValueError(f"{site.leaf.path!r} has shape {w.w0().shape}, the adapter's is {site.leaf.shape}")
+        delta, w0 = w.delta(), w.w0()
+        base = (w0.astype(delta.dtype) - delta).astype(w0.dtype)
         again = w.replace(base=base).dense().astype(delta.dtype)
-        target = w.base.astype(delta.dtype)
+        target = w0.astype(delta.dtype)
         drift[site.leaf.path] = float(jnp.linalg.norm(again - target) / jnp.maximum(jnp.linalg.norm(target), 1e-30))
         leaves[site.index] = base
     return Unmerged(jax.tree.unflatten(treedef, leaves), drift)

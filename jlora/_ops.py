@@ -47,6 +47,7 @@ def is_dense_delta(w: Weight) -> bool:
     """Whether every product is already a matrix in the weight's own axes: adding it to W0 is all there is to do."""
     return (
         w.plain
+        and bool(w.terms)
         and not w.gain
         and all(sum(bool(o.labels) for o in t.operands) == 1 and all(t.simple(a) for a in w.atoms) for t in w.terms)
     )
@@ -135,7 +136,7 @@ def _product(
         out_shape=y_shape,
         operands=tuple(names),
         dense=tuple(m for _, made in blocks for m in made),
-        dense_shape=(first, tuple(order.index(a) for a in w.atoms), tuple(w.base.shape)),
+        dense_shape=(first, tuple(order.index(a) for a in w.atoms), w.shape),
         branch=branch,
         base=base,
         view=w.view(term.operands[base]) if base >= 0 else None,
@@ -177,14 +178,8 @@ def _combined(
     return dataclasses.replace(product, operands=names), made
 
 
-def _through(
-    p: Product, x: jax.Array, base: jax.Array, values: Sequence[jax.Array], forward_mode: bool, **how: Any
-) -> jax.Array | None:
-    """A product that contains W0 with the rest on either side of it, as three in turn: `x L`, then W0, then `R`.
-
-    So W0 meets the activation once forward and once backward: the factors' gradients share what comes back through it.
-    None where a factor joins both sides, as HiRA's do.
-    """
+def _sides(p: Product) -> tuple[list[int], list[int], list[str]] | None:
+    """The operands before W0 and behind it, and its labels that face the former; None where one joins both (HiRA)."""
     inputs, outputs = set(p.x), set(p.out)
     names = dict(enumerate(p.operands))
     own = names.pop(p.base)
@@ -193,7 +188,20 @@ def _through(
     letters = lambda which: {label for n in which for label in names[n]}
     if letters(after) & (inputs - outputs) or letters(before) & letters(after) - (inputs & outputs):
         return None
-    facing = [label for label in own if label not in outputs | letters(after)]
+    return before, after, [label for label in own if label not in outputs | letters(after)]
+
+
+def _through(
+    p: Product, base: jax.Array, x: jax.Array, values: Sequence[jax.Array], *, forward_mode: bool, **how: Any
+) -> jax.Array:
+    """A product that contains W0 with the rest on either side of it, as three in turn: `x L`, then W0, then `R`.
+
+    So W0 meets the activation once forward and once backward: the factors' gradients share what comes back through it.
+    """
+    outputs, names = set(p.out), dict(enumerate(p.operands))
+    own = names.pop(p.base)
+    before, after, facing = _sides(p) or ([], [], [])
+    values = [*values[: p.base], base, *values[p.base :]]
     met = (*(label for label in p.x if label in outputs), *facing)
     left = [label for label in own if label not in (*met, *facing)]
     made = (*(label for label in met if label in outputs), *left)
@@ -263,7 +271,7 @@ def dot(
     w_part, x_part = [f"w{n}" for n in w_free], [x_labels[n] for n in x_free]
     y_labels = (*(f"w{n}" for n in wb), *(w_part + x_part if left else x_part + w_part))
     group = {f"w{n}": g for n, g in enumerate(w.axes)}
-    size = dict(zip(x_labels, x.shape, strict=True)) | dict(zip(w_labels, w.base.shape, strict=True))
+    size = dict(zip(x_labels, x.shape, strict=True)) | dict(zip(w_labels, w.shape, strict=True))
     y_shape = tuple(size[n] for n in y_labels)
     if any(len(w.axes[n]) > 1 for n in wb):
         raise Refusal("a batch axis joins several axes of the weight")
@@ -276,19 +284,16 @@ def dot(
     x = _gained(w, [o for o in w.gain if on(o, x_groups)], x_groups, x)
     dense_flops = 2.0 * math.prod(y_shape) * math.prod(size[f"w{n}"] for n in wc)
     if w.plain and not w.terms:  # a gain alone
-        note(Use("rescaled activations", 0.0, dense_flops))
-        one, other = _same_varying((w.base, x) if left else (x, w.base))
-        y = lax.dot_general(
-            one,
-            other,
-            dimension_numbers,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
-        )
+        note(Use("rescaled activations" if w.gain else "W0 made anew", 0.0, dense_flops))
+
+        how = {"precision": precision, "preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
+        plain = lambda w0, x: lax.dot_general(*((w0, x) if left else (x, w0)), dimension_numbers, **how)
+        *held, x = _same_varying([*w.held, x])
+        y = w.given(lambda _: plain, x, held=held, forward_mode=forward_mode)
         return _gained(w, after, y_groups, y)
 
-    compute = jnp.promote_types(x.dtype, w.base.dtype)
+    compute = jnp.promote_types(x.dtype, w.dtype)
+    like = jax.ShapeDtypeStruct(w.shape, w.dtype)  # W0 in the planning: only its shape matters
     xs, products, operands, passed = [x], [], [], []
     for term in w.terms:
         branch = 0
@@ -304,22 +309,23 @@ def dot(
             x_shape=x.shape,
             branch=branch,
         )
-        values, names = w.operands(term)
+        values, names = w.operands(term, like)
         product = met(term, values, names)
         if product is None:  # the dot cuts through a flattened side
             term = w.flattened(term)
-            values, names = w.operands(term)
+            values, names = w.operands(term, like)
             product = met(term, values, names)
         assert product is not None
         if product.base < 0:
             product, values = _combined(product, values, _sizes(w, values, names))
-        elif not w.plain and explicit_mesh([x, w.base, *values]) is None:
-            x_term, base, *rest = _same_varying([xs[branch].astype(compute), w.base, *values])
+        elif not w.plain and _sides(product) is not None and explicit_mesh([x, *w.held, *_arrays(values)]) is None:
+            count = len(w.held)
+            x_term, *arrays = _same_varying([xs[branch].astype(compute), *w.held, *_arrays(values)])
             how = {"precision": precision, "preferred_element_type": preferred_element_type}
-            part = _through(product, x_term, base, rest, forward_mode, **how)
-            if part is not None:
-                passed.append(part)
-                continue
+            through = lambda mode, p=product, how=how: functools.partial(_through, p, forward_mode=mode, **how)
+            held, rest = arrays[:count], tuple(arrays[count:])
+            passed.append(w.given(through, x_term, rest, held=held, forward_mode=forward_mode))
+            continue
         products.append(product)
         operands += [v for n, v in enumerate(values) if n != product.base]
     if not products:
@@ -339,23 +345,32 @@ def dot(
         out_sharding=out_sharding,
         merged=False,
     )
-    factored, dense = cost(made, xs, w.base, operands)
-    full32 = x.dtype == w.base.dtype == jnp.float32 and preferred_element_type in (
-        None,
-        jnp.float32,
-    )
+    factored, dense = cost(made, xs, like, operands)
+    full32 = x.dtype == w.dtype == jnp.float32 and preferred_element_type in (None, jnp.float32)
     # on a mesh W0 may be cut; so is the sum then, and what is made anew in the backward pass is gathered anew
-    alone = explicit_mesh([x, w.base, *operands]) is None and not spread([x, w.base, *operands])
-    can_merge = w.plain and full32 and len(xs) == 1 and alone
+    arrays = [x, *w.held, *operands]
+    alone = explicit_mesh(arrays) is None and not spread(arrays)
+    can_merge = w.plain and w.lazy is None and full32 and len(xs) == 1 and alone
     made = dataclasses.replace(made, merged=bool(can_merge and dense < factored))
     words = "merged" if made.merged else "factored"
     note(Use(words, dense if made.merged else factored, dense_flops))
     reads_base = w.plain or any(p.base >= 0 for p in products)
-    arrays = _same_varying([*xs, w.base, *operands])
-    xs, base, operands = arrays[: len(xs)], arrays[len(xs)], arrays[len(xs) + 1 :]
-    y = rule(made, forward_mode)(tuple(xs), base if reads_base else None, tuple(operands))
+    held = w.held if reads_base else ()
+    arrays = _same_varying([*held, *xs, *operands])
+    held, arrays = arrays[: len(held)], arrays[len(held) :]
+    xs, operands = tuple(arrays[: len(xs)]), tuple(arrays[len(xs) :])
+    if reads_base:
+        by = lambda mode: lambda w0, xs, operands: rule(made, mode)(xs, w0, operands)
+        y = w.given(by, xs, operands, held=held, forward_mode=forward_mode)
+    else:
+        y = rule(made, forward_mode)(xs, None, operands)
     y = functools.reduce(lambda y, part: y + part.astype(y.dtype), passed, y)
     return _gained(w, after, y_groups, y)
+
+
+def _arrays(values: Sequence[Any]) -> list[jax.Array]:
+    """Without what only stands for W0."""
+    return [v for v in values if not isinstance(v, jax.ShapeDtypeStruct)]
 
 
 def product(

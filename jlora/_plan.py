@@ -13,6 +13,7 @@ import numpy as np
 from jlora import _axes, _tree
 from jlora._axes import Leaf
 from jlora._network import Recipe
+from jlora._packed import Packed, is_packed
 from jlora.methods.base import Method
 
 
@@ -120,6 +121,14 @@ def resolve(
             bad.append(f"{path!r} of dtype {dtype}: only real floating point leaves can be adapted; exclude it")
             continue
         leaf = Leaf(path, shape, np.dtype(dtype), _axes.roles(path, shape, axes))
+        if is_packed(array) and array.roles != leaf.roles:
+            if any(_tree.search(pattern, path) for pattern in axes or {}):
+                bad.append(
+                    f"{path!r} of shape {shape} was quantised with the axes {array.roles!r}, not {leaf.roles!r}; "
+                    "give the same axes= to quantize"
+                )
+                continue
+            leaf = dataclasses.replace(leaf, roles=array.roles)
         try:
             if 0 in shape:
                 raise ValueError("a weight without elements cannot be adapted; exclude it")
@@ -160,7 +169,7 @@ def _ties(tree: _tree.Named, sites: Sequence[Site], allow_untied: bool) -> list[
     """One array (or NNX variable) under two paths: adapted at one end only, the two would part."""
     ends: dict[int, list[int]] = {}
     for index, (owner, leaf) in enumerate(zip(tree.owners, tree.leaves, strict=True)):
-        if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim:
+        if isinstance(leaf, (jax.Array, np.ndarray, Packed)) and leaf.ndim:
             ends.setdefault(owner, []).append(index)
     adapted = {s.index for s in sites}
     bad = []

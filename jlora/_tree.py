@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
+from jlora._packed import is_packed
+
 Target: TypeAlias = "str | Sequence[str] | Callable[[str, Any], bool]"
 
 
@@ -49,6 +51,8 @@ class Named:
 def flatten(tree: Any) -> Named:
     """Flattens in JAX's own order, naming each leaf by the user's names alone.
 
+    A `Packed` weight is one leaf.
+
     Raises:
       TypeError: keys that JAX cannot sort (an int beside a str).
       ValueError: two leaves with one path (the keys `0` and `"0"`).
@@ -58,7 +62,8 @@ def flatten(tree: Any) -> Named:
     def walk(node: Any, prefix: tuple[str, ...], inside: bool) -> None:
         below = lambda x: is_box(x) and x is not node
         try:
-            children = jax.tree_util.tree_flatten_with_path(node, is_leaf=below)[0]
+            one = lambda x: below(x) or is_packed(x)
+            children = jax.tree_util.tree_flatten_with_path(node, is_leaf=one)[0]
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"the tree at {'/'.join(prefix) or 'its root'!r} cannot be flattened ({error}); "
@@ -74,11 +79,21 @@ def flatten(tree: Any) -> Named:
                 owners.append(id(node) if inside else id(child))
 
     walk(tree, (), is_box(tree))
-    treedef = jax.tree.structure(tree)
+    treedef = jax.tree.structure(tree, is_leaf=is_packed)
     if len(set(paths)) < len(paths):
         twice = sorted({p for p in paths if paths.count(p) > 1})
         raise ValueError(f"two leaves share the path {twice}: keys that print alike (0 and '0') cannot be told apart")
     return Named(tuple(paths), tuple(leaves), tuple(owners), treedef)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves in JAX's own order; a `Packed` weight is one."""
+    return jax.tree.leaves(tree, is_leaf=is_packed)
+
+
+def rebuilt(tree: Any, leaves: Sequence[Any]) -> Any:
+    """The same tree with other leaves."""
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_packed), leaves)
 
 
 def search(pattern: str, path: str) -> bool:

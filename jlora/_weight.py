@@ -10,6 +10,7 @@ expression, into a dense one.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._contract import View, contract
+from jlora._lazy import Lazy, again
 from jlora._network import Labels
 from jlora._term import Operand, Sides, Term
 
@@ -30,7 +32,7 @@ class Weight:
     """`base` as the model's operations have moved it so far, and its networks.
 
     Attributes:
-      base: the array, exactly what the unlifted model would hold here.
+      base: the array, exactly what the unlifted model would hold here; or W0 yet to be computed.
       terms: the products beside it.
       key: a dropout key (its leading axes are `key_labels`), or None.
       axes: for each axis of `base`, the atoms it is made of; `()` for an axis of size one.
@@ -40,7 +42,7 @@ class Weight:
       gain: what multiplies all of it, element by element, labelled with atoms.
     """
 
-    base: jax.Array
+    base: "jax.Array | Lazy"
     terms: tuple[Term, ...]
     key: Any
     axes: tuple[Labels, ...] = _static()
@@ -58,6 +60,46 @@ class Weight:
     def atoms(self) -> Labels:
         return tuple(a for group in self.axes for a in group)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.size[a] for a in group) for group in self.axes)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    # --- W0 ---------------------------------------------------------------------------------------------------
+
+    @property
+    def lazy(self) -> Lazy | None:
+        """W0 where it is yet to be computed."""
+        return self.base if isinstance(self.base, Lazy) else None
+
+    @property
+    def held(self) -> tuple[jax.Array, ...]:
+        """The arrays that W0 is, or is computed from."""
+        return (self.base,) if not isinstance(self.base, Lazy) else self.base.arrays
+
+    def w0(self) -> jax.Array:
+        """W0 as an array."""
+        if not isinstance(self.base, Lazy):
+            return self.base
+        return self.base.recipe(self.axes, self.size)(self.base.arrays)
+
+    def solid(self) -> "Weight":
+        """The same weight with W0 an array."""
+        return self.replace(base=self.w0())
+
+    def given(self, f: Callable[[bool], Any], *args: Any, forward_mode: bool = False, held: Any = None) -> Any:
+        """`f(forward_mode)(W0, *args)`; a W0 yet to be computed is no residual: the backward pass computes it again.
+
+        `held` stands for the arrays of `self.held`.
+        """
+        held = self.held if held is None else held
+        if not isinstance(self.base, Lazy):
+            return f(forward_mode)(held[0], *args)
+        return again(f, self.base.recipe(self.axes, self.size), forward_mode)(tuple(held), *args)
+
     # --- values -----------------------------------------------------------------------------------------------
 
     def view(self, o: Operand) -> View:
@@ -73,12 +115,17 @@ class Weight:
         split = tuple(self.size[a] for a in self.atoms)
         return View(tuple(labels), split, tuple(self.atoms.index(a) for a in order), tuple(shape))
 
-    def operands(self, term: Term) -> tuple[list[jax.Array], list[Labels]]:
-        """Values and labels; W0, where a product contains it, in its `view`."""
+    def operands(self, term: Term, w0: Any = None) -> tuple[list[Any], list[Labels]]:
+        """Values and labels; W0, where a product contains it, in its `view`, or what is given to stand for it."""
         values, labels = [], []
         for o in term.operands:
             view = self.view(o) if o.is_base else None
-            values.append(o.value() if view is None else view.of(self.base))
+            if view is None:
+                values.append(o.value())
+            elif isinstance(w0, jax.ShapeDtypeStruct):
+                values.append(jax.ShapeDtypeStruct(view.shape, w0.dtype))
+            else:
+                values.append(view.of(self.w0() if w0 is None else w0))
             labels.append(o.labels if view is None else view.labels)
         return values, labels
 
@@ -96,24 +143,24 @@ class Weight:
         """What is added to W0, dense and in at least float32, in the shape of `base`."""
         if self.gain:
             return self.multiplied().delta()
-        dtype = wide(self.base.dtype)
-        total = jnp.zeros(self.base.shape, dtype)
+        dtype = wide(self.dtype)
+        total = jnp.zeros(self.shape, dtype)
         for term in self.terms:
-            total = total + self.matrix(term, dtype).reshape(self.base.shape)
-        return total if self.plain else total - self.base.astype(dtype)
+            total = total + self.matrix(term, dtype).reshape(self.shape)
+        return total if self.plain else total - self.w0().astype(dtype)
 
     def dense(self) -> jax.Array:
         """The weight as an array: summed in at least float32, then cast to the dtype of `base`."""
         if self.gain:
             return self.multiplied().dense()
-        dtype = wide(self.base.dtype)
-        total = self.base.astype(dtype) if self.plain else None
+        dtype = wide(self.dtype)
+        total = self.w0().astype(dtype) if self.plain else None
         with jax.named_scope("delta"):
             for term in self.terms:
-                part = self.matrix(term, dtype).reshape(self.base.shape)
+                part = self.matrix(term, dtype).reshape(self.shape)
                 total = part if total is None else total + part
         assert total is not None
-        return total.astype(self.base.dtype)
+        return total.astype(self.dtype)
 
     # --- moves ------------------------------------------------------------------------------------------------
 
@@ -122,7 +169,7 @@ class Weight:
 
     def flattened(self, term: Term) -> Term:
         """A product as one dense array whose axes are the atoms: what is left when labels no longer suffice."""
-        value = self.matrix(term, wide(self.base.dtype))
+        value = self.matrix(term, wide(self.dtype))
         blocks = tuple(((a,), (a,)) for a in self.atoms)
         return Term((Operand((value,), None, (), self.atoms),), blocks, 0.0)
 
@@ -138,14 +185,19 @@ class Weight:
         return self.replace(terms=tuple(terms), gain=gain)
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Weight":
-        """`f` on every array, labels untouched (stop_gradient, pvary)."""
+        """`f` on every array, labels untouched (stop_gradient)."""
         on = lambda operands: tuple(dataclasses.replace(o, arrays=tuple(map(f, o.arrays))) for o in operands)
         terms = tuple(dataclasses.replace(t, operands=on(t.operands)) for t in self.terms)
-        return self.replace(base=f(self.base), terms=terms, gain=on(self.gain))
+        return self.replace(base=jax.tree.map(f, self.base), terms=terms, gain=on(self.gain))
 
-    def along(self, atom: str, base: jax.Array, f: Callable[[jax.Array, int], jax.Array], drop: bool) -> "Weight":
-        """`f(array, axis)` on every array that carries `atom`, which is gone afterwards where `drop`."""
+    def along(self, atom: str, base: Any, f: Callable[[jax.Array, int], jax.Array], drop: bool) -> "Weight":
+        """`f(array, axis)` on every array that carries `atom`, which is gone afterwards where `drop`.
+
+        `base` is W0 after it; one yet to be computed is cut here.
+        """
         me = self.simplified(atom)
+        if me.lazy is not None:
+            base = me.lazy.along(atom, f, drop)
 
         def word(o: Operand) -> Operand:
             arrays = tuple(a if n is None else f(a, n) for a, n in zip(o.arrays, o.axes(atom), strict=True))
@@ -166,10 +218,10 @@ class Weight:
     def resized(self, atom: str, size: int) -> "Weight":
         return self.replace(sizes=tuple((a, size if a == atom else n) for a, n in self.sizes))
 
-    def transposed(self, base: jax.Array, order: Sequence[int]) -> "Weight":
+    def transposed(self, base: Any, order: Sequence[int]) -> "Weight":
         return self.replace(base=base, axes=tuple(self.axes[n] for n in order))
 
-    def scaled(self, base: jax.Array, c: jax.Array) -> "Weight":
+    def scaled(self, base: Any, c: jax.Array) -> "Weight":
         """Times a scalar. W0 takes it as the model does; so do products that contain W0."""
         scalar = Operand((jnp.asarray(c),), None, (), ())
         terms = tuple(
@@ -186,14 +238,14 @@ class Weight:
                 me = me.along(atom, me.base, lambda a, n: lax.index_in_dim(a, 0, n, keepdims=False), True)
         return me
 
-    def reshaped(self, base: jax.Array) -> "Weight | None":
+    def reshaped(self, base: Any, shape: tuple[int, ...]) -> "Weight | None":
         """After a reshape that splits or joins axes; None where labels cannot say it."""
-        if 0 in base.shape:
+        if 0 in shape:
             return None
         me = self.without_units()
         todo = [(a, me.size[a]) for a in me.atoms]
         axes: list[Labels] = []
-        for n in base.shape:
+        for n in shape:
             group: Labels = ()
             while n > 1:
                 if not todo:
@@ -212,7 +264,7 @@ class Weight:
             if not axes:
                 return None
             axes[-1] += tuple(a for a, _ in todo)
-        return me.replace(base=base, axes=tuple(axes))
+        return me.replace(base=me.base if me.lazy is not None else base, axes=tuple(axes))
 
     def _split(self, atom: str, outer: int) -> "Weight":
         """`atom` becomes `(atom, atom')` with `atom` of size `outer`."""
@@ -243,7 +295,8 @@ class Weight:
             terms.append(dataclasses.replace(t, operands=operands, blocks=tuple(blocks)))
         sizes = tuple((a, outer if a == atom else n) for a, n in self.sizes) + ((inner, size),)
         axes = tuple(tuple(x for a in g for x in ((a, inner) if a == atom else (a,))) for g in self.axes)
-        return self.replace(terms=tuple(terms), sizes=sizes, axes=axes, gain=tuple(map(word, self.gain)))
+        base = self.base if self.lazy is None else self.lazy.split(atom, inner)
+        return self.replace(base=base, terms=tuple(terms), sizes=sizes, axes=axes, gain=tuple(map(word, self.gain)))
 
     # --- products -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _plan, _table, _tree
+from jlora import _packed, _plan, _table, _tree
 from jlora._plan import Plan, Site
 from jlora.methods.base import Method
 
@@ -167,7 +167,9 @@ def adapt(
     named = lambda group, name: jax.random.fold_in(jax.random.fold_in(key, stable_hash(group)), stable_hash(name))
     for site, (method, recipe) in zip(plan.sites, given, strict=True):
         arrays = recipe.arrays(site.leaf)
-        for (group, name), value in method.initial(site.leaf, recipe, named, tree.leaves[site.index]).items():
+        for (group, name), value in method.initial(
+            site.leaf, recipe, named, _packed.dense(tree.leaves[site.index])
+        ).items():
             side = trainable if arrays[group, name][0].trained else factors
             side.setdefault(group, {}).setdefault(name, value)
     return Adapted(trainable, Frozen(params, factors, None, plan))
@@ -268,7 +270,7 @@ def trainable_size(plan: Plan) -> int:
 
 def base_size(frozen: Frozen) -> int:
     """The number of parameters of the base."""
-    return sum(math.prod(_tree.shape_dtype(leaf)[0]) for leaf in jax.tree.leaves(frozen.base))
+    return sum(math.prod(_tree.shape_dtype(leaf)[0]) for leaf in _tree.leaves(frozen.base))
 
 
 def count(adapted: Adapted) -> tuple[int, int]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from jlora import _axes, _interpret, _network, _table, _tree
+from jlora import _axes, _interpret, _merge, _network, _table, _tree
 from jlora._interpret import Row
 from jlora._plan import Site, intern
-from jlora.adapted import Adapted, Frozen, is_adapted
-from jlora.lift import find
+from jlora.adapted import Adapted, Frozen
+from jlora.lift import find, is_ours
 from jlora.methods import Full
 
 
@@ -71,6 +71,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     found, _ = find(args, kwargs)
     if not found:
         raise ValueError("explain is called like the lifted function, with an Adapted among its arguments")
+    found = _completed(found)
     me = _interpret.Interpreter(rows=[])
     _abstractly(fn, args, kwargs, me)
     assert me.rows is not None
@@ -119,8 +120,12 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     return letters
 
 
+def _completed(found: list[Any]) -> list[Adapted]:
+    return [_merge.completed(a, f"quantised weight {n}") for n, a in enumerate(found)]
+
+
 def _is_abstract(x: Any) -> bool:
-    return is_adapted(x) or isinstance(x, jax.ShapeDtypeStruct)
+    return is_ours(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _abstractly(fn: Callable[..., Any], args: Any, kwargs: Any, me: _interpret.Interpreter) -> None:
@@ -129,7 +134,7 @@ def _abstractly(fn: Callable[..., Any], args: Any, kwargs: Any, me: _interpret.I
 
     def arrays(inputs: list[Any]) -> list[Any]:
         found, refill = find(*fill(inputs))
-        out = _interpret.call(fn, found, refill, me=me)
+        out = _interpret.call(fn, _completed(found), refill, me=me)
         return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
 
     jax.eval_shape(arrays, inputs)

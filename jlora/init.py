@@ -96,7 +96,7 @@ def gradients(
 
     @jax.jit
     def one(bare: Adapted, batch: Any) -> dict[str, Any]:
-        leaves = jax.tree.leaves(bare.frozen.base)
+        leaves = _tree.leaves(bare.frozen.base)
         at = lambda values: loss(_merge.replaced(bare, values), batch)
         found = jax.grad(at)([jnp.asarray(leaves[s.index]) for s in sites])
         return {
@@ -293,7 +293,7 @@ def plain(adapted: Adapted) -> Adapted:
     References:
       Meng et al, `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, appendix on converting it to LoRA.
     """
-    base = jax.tree.leaves(adapted.frozen.base)
+    base = _tree.leaves(adapted.frozen.base)
     get = _merge.lookup(adapted)
     trainable, factors = dict(adapted.trainable), dict(adapted.frozen.factors)
     sites = []
@@ -302,7 +302,7 @@ def plain(adapted: Adapted) -> Adapted:
         if not (isinstance(method, LoRA) and method.paired):
             sites.append(site)
             continue
-        (term,) = _express.express(site.leaf, site.recipe, jnp.asarray(base[site.index]), get).terms
+        (term,) = _express.express(site.leaf, site.recipe, _merge.held(base[site.index]), get).terms
         made = {"a": term.operands[0].value(), "b": term.operands[1].value()}
         rank = dict(site.recipe.deltas[0].sizes)["r"]
         method = dataclasses.replace(method, rank=rank, init="kaiming")

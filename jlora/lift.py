@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _merge
+from jlora._packed import is_packed
 from jlora.adapted import Adapted, is_adapted
+
+
+def is_ours(x: Any) -> bool:
+    """Whether a leaf of a call's arguments stands for weights that are no arrays: an `Adapted`, or a quantised one."""
+    return is_adapted(x) or is_packed(x)
 
 
 def _holds(x: Any, wanted: Callable[[Any], bool]) -> bool:
@@ -31,7 +37,7 @@ def _stopped(adapted: Adapted) -> Adapted:
 
 
 def find(
-    args: Any, kwargs: Any, wanted: Callable[[Any], bool] = is_adapted
+    args: Any, kwargs: Any, wanted: Callable[[Any], bool] = is_ours
 ) -> tuple[list[Any], Callable[[list[Any]], tuple[Any, Any]]]:
     """The wanted leaves in a call's arguments, and a function that puts others in their places.
 
@@ -57,12 +63,13 @@ def find(
 
 
 def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = False) -> Callable[..., Any]:
-    """The same function, for adapted parameters: wherever a parameter tree stood, an `Adapted` may stand.
+    """The same function, for adapted parameters: wherever a parameter tree stood, an `Adapted` may stand, or a
+    quantised tree.
 
     `fn` is any JAX function: Linen's `model.apply`, an NNX module called, a plain one. It is traced as a function of
     the adapted leaves alone, and each use of an adapted weight is computed from its factors; every other argument
-    is closed over as it stands, so static and keyword arguments behave as ever. A call without any `Adapted` is a
-    call of `fn`. Meant to be called under `jit`; an eager call works and traces again.
+    is closed over as it stands, so static and keyword arguments behave as ever. A call without either is a call
+    of `fn`. Meant to be called under `jit`; an eager call works and traces again.
 
     Gradients stop at the frozen subtree. Inside `fn`, an NNX model that updates state of its own is put together with
     `nnx.merge(graphdef, params, rest, copy=True)`: Flax lets a trace change only what it made.
@@ -89,7 +96,7 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
         found, fill = find(args, kwargs)
         if not found:
             return fn(*args, **kwargs)
-        found = [_stopped(a) for a in found]
+        found = [_stopped(_merge.completed(a, f"quantised weight {n}")) for n, a in enumerate(found)]
         if dense:
             args, kwargs = fill([_merge.merge(a) for a in found])
             return fn(*args, **kwargs)

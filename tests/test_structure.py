@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "jlora"
 
 # From the ground up: a room imports from those before it. A package counts as one room.
 ROOMS = (
-    "_inverse", "_tree", "_axes", "_network", "_contract", "_rule", "_term", "_weight", "_express",  # the algebra
+    "_inverse", "_packed", "_tree", "_axes", "_network", "_contract", "_rule", "_term", "_lazy", "_weight", "_express",
     "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_merge",  # methods know no jaxpr
     "_ops", "_lookup", "_conv", "_interpret", "lift", "explain", "init", "optim",  # one room knows jaxprs
     "rank", "quant", "shard", "serve", "combine", "prompt", "bottleneck",

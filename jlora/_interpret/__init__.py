@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
-from jlora import _merge, _ops
+from jlora import _merge, _ops, _tree
 from jlora._express import express
 from jlora._interpret import contractions, control, moves
 from jlora._interpret.jaxpr import bind_params, live, source
 from jlora._interpret.moments import moment
 from jlora._ops import Refusal, Use
+from jlora._packed import is_packed
 from jlora._weight import Operand, Weight, is_weight
 from jlora.adapted import Adapted, stable_hash
 
@@ -179,8 +180,8 @@ def call(
 ) -> Any:
     """`fn` on a call's arguments, with expressions where the Adapteds' weights stand."""
     me = me or Interpreter(forward_mode)
-    leaves = [jax.tree.leaves(a.frozen.base) for a in found]
-    bases = [jnp.asarray(leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites]
+    leaves = [_tree.leaves(a.frozen.base) for a in found]
+    bases = [_merge.held(leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites]
     beside: list[Any] = []
 
     def traced(*arrays: jax.Array) -> list[Any]:
@@ -192,7 +193,7 @@ def call(
         beside[:] = [treedef, inside, [None if i else o for o, i in zip(outs, inside, strict=True)]]
         return [o for o, i in zip(outs, inside, strict=True) if i]
 
-    closed = jax.make_jaxpr(traced)(*bases)
+    closed = jax.make_jaxpr(traced)(*[jax.ShapeDtypeStruct(b.shape, b.dtype) if is_packed(b) else b for b in bases])
     many = len(found) > 1
     expressions: list[Weight] = []
     for k, a in enumerate(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 from jlora import _conv, _lookup, _ops
@@ -29,7 +30,7 @@ def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
     if _ops.is_vector(w):
         return me.bind(eqn, me.arrays([lhs, rhs], eqn, "a vector"))
     if _ops.is_dense_delta(w):
-        me.record(w, eqn.primitive.name, Use("dense delta", float(w.base.size), 0.0))
+        me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
         dense = w.dense()
         return me.bind(eqn, [dense, rhs] if left else [lhs, dense])
     keep = ("precision", "preferred_element_type", "out_sharding")
@@ -70,7 +71,8 @@ def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
     me.role(w, d.dot_dimension_numbers[0][1], "i")
     me.role(w, range(len(w.axes)), "o")
     note = functools.partial(me.record, w, eqn.primitive.name)
-    return [_conv.ragged(w, x, sizes, eqn.params, lambda base: me.bind(eqn, [x, base, sizes])[0], me.mask_key(w), note)]
+    bind = lambda base, x, sizes: me.bind(eqn, [x, base, sizes])[0]
+    return [_conv.ragged(w, x, sizes, eqn.params, bind, me.forward_mode, me.mask_key(w), note)]
 
 
 def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -82,10 +84,10 @@ def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool])
     me.role(w, [in_axis], "i")
     me.role(w, window, "k")
     if w.plain and _ops.is_dense_delta(w):
-        me.record(w, eqn.primitive.name, Use("dense delta", float(w.base.size), 0.0))
+        me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
         return me.bind(eqn, [x, w.dense()])
     note = functools.partial(me.record, w, eqn.primitive.name)
-    bind = lambda base: me.bind(eqn, [x, base])[0]
+    bind = lambda base, x: me.bind(eqn, [x, base])[0]
     return [_conv.conv(w, x, eqn.params, bind, me.forward_mode, me.mask_key(w), note)]
 
 

@@ -130,13 +130,13 @@ class _Sliced:
         me.role(w, [0], "s")
         w = w.simplified(atom)
         axes: list[int | None] = []
-        here = w.along(atom, w.base, lambda a, n: _Marked(a, n), drop=False)  # type: ignore[arg-type,return-value]
+        if w.lazy is not None and not w.lazy.can(atom, drop=True):
+            w = w.solid()
+        here = w.along(atom, _Marked(w.base, 0), lambda a, n: _Marked(a, n), drop=False)  # type: ignore[arg-type,return-value]
         leaves, _ = jax.tree.flatten(here, is_leaf=lambda x: isinstance(x, _Marked))
-        base = jax.tree.leaves(w)[0]
-        assert base is w.base
         self.fixed, self.arrays = [], []
-        for n, leaf in enumerate(leaves):
-            axis = 0 if n == 0 else leaf.axis if isinstance(leaf, _Marked) else None
+        for leaf in leaves:
+            axis = leaf.axis if isinstance(leaf, _Marked) else None
             axes.append(axis)
             array = leaf.array if isinstance(leaf, _Marked) else leaf
             if axis is None:
@@ -145,7 +145,7 @@ class _Sliced:
                 self.arrays.append(jnp.moveaxis(array, axis, 0))
         self.axes = axes
         rest = lambda a, n: jax.ShapeDtypeStruct(a.shape[:n] + a.shape[n + 1 :], a.dtype)
-        inner = w.along(atom, rest(w.base, 0), rest, drop=True)  # type: ignore[arg-type]
+        inner = w.along(atom, None if w.lazy else rest(w.base, 0), rest, drop=True)  # type: ignore[arg-type]
         self.treedef = jax.tree.structure(inner.replace(axes=w.axes[1:]))
 
     def rebuilt(self, slices: Sequence[Any]) -> Weight:

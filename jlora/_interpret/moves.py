@@ -14,33 +14,47 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jlora._ops import Refusal
+from jlora._ops import Refusal, Use
 from jlora._weight import Weight, is_weight
 
 if TYPE_CHECKING:
     from jlora._interpret import Interpreter
 
 
+def _moved(me: Interpreter, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The operation on W0. One yet to be computed follows by the labels of its weight: only its dtype is its own."""
+    if not any(is_weight(v) and v.lazy is not None for v in values):
+        return me.bind(eqn, [v.base if is_weight(v) else v for v in values])
+    (w,) = (v for v in values if is_weight(v))
+    return [w.lazy.cast(out.aval.dtype) for out in eqn.outvars]
+
+
 def _cast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     (w,) = values
-    (base,) = me.bind(eqn, [w.base])
-    if not jnp.issubdtype(base.dtype, jnp.floating):
-        raise Refusal(f"a cast to {base.dtype}")
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        raise Refusal(f"a cast to {eqn.outvars[0].aval.dtype}")
+    if eqn.primitive.name == "reduce_precision":
+        w = w.solid()
+    (base,) = _moved(me, eqn, [w])
     return [w.replace(base=base)]
 
 
 def _on_base(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    outs = me.bind(eqn, [v.base if is_weight(v) else v for v in values])
-    return [v.replace(base=o) if is_weight(v) else o for v, o in zip(values, outs, strict=True)]
+    still = [is_weight(v) and v.lazy is not None for v in values]  # nothing there yet to be named, placed or held back
+    known = [v.base if is_weight(v) else v for v, s in zip(values, still, strict=True) if not s]
+    rest = iter(me.bind(eqn, known) if known else ())
+    outs = [v if s else next(rest) for v, s in zip(values, still, strict=True)]
+    here = lambda v, o: v.replace(base=o) if is_weight(v) else o
+    return [o if s else here(v, o) for v, o, s in zip(values, outs, still, strict=True)]
 
 
 def _reshard(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     (w,) = values
-    (base,) = me.bind(eqn, [w.base])
+    (base,) = _moved(me, eqn, [w])
     mesh = eqn.params["dst_sharding"].mesh
     if AxisType.Explicit not in mesh.axis_types:  # into a region of automatic axes: the factors go there too
         w = w.each(lambda a: jax.sharding.reshard(a, NamedSharding(mesh, PartitionSpec(*[None] * a.ndim))))
-    return [w.replace(base=base)]
+    return [w if w.lazy is not None else w.replace(base=base)]
 
 
 def _stop(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -49,13 +63,13 @@ def _stop(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
 
 def _vary(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     (w,) = values
-    (base,) = me.bind(eqn, [w.base])
+    (base,) = _moved(me, eqn, [w])
     return [w.replace(base=base)]  # factors are made to vary where they meet an activation
 
 
 def _transpose(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     (w,) = values
-    (base,) = me.bind(eqn, [w.base])
+    (base,) = _moved(me, eqn, [w])
     return [w.transposed(base, eqn.params["permutation"])]
 
 
@@ -63,10 +77,10 @@ def _reshape(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> 
     w, *sizes = values
     if sizes:
         raise Refusal("a reshape with dynamic sizes")
-    (base,) = me.bind(eqn, [w.base])
+    (base,) = _moved(me, eqn, [w])
     if eqn.primitive.name == "reshape" and (order := eqn.params["dimensions"]) is not None:
-        w = w.transposed(lax.transpose(w.base, order), order)  # vmap of a convolution transposes so
-    moved = w.reshaped(base)
+        w = w.transposed(w.base, order)  # vmap of a convolution transposes so
+    moved = w.reshaped(base, eqn.outvars[0].aval.shape)
     if moved is None:
         raise Refusal("a reshape across axes that labels cannot follow")
     return [moved]
@@ -75,11 +89,12 @@ def _reshape(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> 
 def _broadcast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     w = values[0]
     dims = eqn.params["broadcast_dimensions"]
-    (base,) = me.bind(eqn, [w.base, *values[1:]])
-    grown = any(base.shape[d] != s for d, s in zip(dims, w.base.shape, strict=True))
-    if grown or any(s != 1 for n, s in enumerate(base.shape) if n not in dims):
+    shape = eqn.outvars[0].aval.shape
+    grown = any(shape[d] != s for d, s in zip(dims, w.shape, strict=True))
+    if grown or any(s != 1 for n, s in enumerate(shape) if n not in dims):
         raise Refusal("a broadcast")
-    axes: list[Any] = [()] * base.ndim
+    (base,) = _moved(me, eqn, values)
+    axes: list[Any] = [()] * len(shape)
     for n, d in enumerate(dims):
         axes[d] = w.axes[n]
     return [w.replace(base=base, axes=tuple(axes))]
@@ -88,20 +103,33 @@ def _broadcast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -
 def _scalar(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     left = is_weight(values[0])
     w, c = values if left else values[::-1]
-    if is_weight(c) and c.base.ndim == 0:
+    if is_weight(c) and not c.shape:
         c = me.dense(c, eqn, "a scalar")
     if is_weight(c) or jnp.ndim(c) or (eqn.primitive.name == "div" and not left):
         raise Refusal("a product with an array")
-    (base,) = me.bind(eqn, [w.base, c] if left else [c, w.base])
-    return [w.scaled(base, 1 / c if eqn.primitive.name == "div" else c)]
+    by = 1 / c if eqn.primitive.name == "div" else jnp.asarray(c)
+    (base,) = (w.lazy.scaled(by),) if w.lazy is not None else me.bind(eqn, [w.base, c] if left else [c, w.base])
+    return [w.scaled(base, by)]
 
 
 def _neg(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     (w,) = values
-    return [w.scaled(me.bind(eqn, [w.base])[0], jnp.asarray(-1, w.base.dtype))]
+    c = jnp.asarray(-1, w.dtype)
+    (base,) = (w.lazy.scaled(c),) if w.lazy is not None else me.bind(eqn, [w.base])
+    return [w.scaled(base, c)]
 
 
-def _cut(w: Weight, base: jax.Array, cuts: Sequence[Callable[[jax.Array, int], jax.Array] | None]) -> list[Any]:
+def _cuttable(me: Interpreter, eqn: Any, w: Weight, axes: Sequence[int], drop: bool = False) -> Weight:
+    """The same weight, its W0 computed if it cannot be cut along these axes before."""
+    if w.lazy is None or all(w.lazy.can(a, drop) for n in axes for a in w.axes[n] if w.size[a] > 1 or not drop):
+        return w
+    me.record(w, eqn.primitive.name, Use("W0 made before the cut", 0.0, 0.0))
+    return w.solid()
+
+
+def _cut(
+    w: Weight, base: Any, shape: Sequence[int], cuts: Sequence[Callable[[jax.Array, int], jax.Array] | None]
+) -> list[Any]:
     """A slice of single-label axes."""
     for axis, cut in enumerate(cuts):
         if cut is None:
@@ -111,28 +139,29 @@ def _cut(w: Weight, base: jax.Array, cuts: Sequence[Callable[[jax.Array, int], j
         if len(w.axes[axis]) != 1:
             raise Refusal("a slice of joined axes")
         (atom,) = w.axes[axis]
-        w = w.along(atom, w.base, cut, drop=False).resized(atom, base.shape[axis])
-    return [w.replace(base=base)]
+        w = w.along(atom, w.base, cut, drop=False).resized(atom, shape[axis])
+    return [w if w.lazy is not None else w.replace(base=base)]
 
 
 def _reverse(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
-    (base,) = me.bind(eqn, [w.base])
+    w = _cuttable(me, eqn, values[0], eqn.params["dimensions"])
+    (base,) = _moved(me, eqn, [w])
     flip = lambda a, m: lax.rev(a, (m,))
-    return _cut(w, base, [flip if n in eqn.params["dimensions"] else None for n in range(base.ndim)])
+    return _cut(w, base, w.shape, [flip if n in eqn.params["dimensions"] else None for n in range(len(w.shape))])
 
 
 def _slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     (w,) = values
-    (base,) = me.bind(eqn, [w.base])
+    before, after = w.shape, eqn.outvars[0].aval.shape
     start, stop = eqn.params["start_indices"], eqn.params["limit_indices"]
-    steps = eqn.params["strides"] or (1,) * base.ndim
-    me.role(w, [n for n, size in enumerate(base.shape) if size == 1 != w.base.shape[n]], "s")
+    steps = eqn.params["strides"] or (1,) * len(after)
+    me.role(w, [n for n, size in enumerate(after) if size == 1 != before[n]], "s")
     cuts: list[Any] = [
-        None if base.shape[n] == w.base.shape[n] else functools.partial(_static_cut, a=a, b=b, step=s)
+        None if after[n] == before[n] else functools.partial(_static_cut, a=a, b=b, step=s)
         for n, (a, b, s) in enumerate(zip(start, stop, steps, strict=True))
     ]
-    return _cut(w, base, cuts)
+    w = _cuttable(me, eqn, w, [n for n, cut in enumerate(cuts) if cut])
+    return _cut(w, _moved(me, eqn, [w])[0], after, cuts)
 
 
 def _dynamic_cut(array: jax.Array, n: int, *, start: jax.Array, size: int) -> jax.Array:
@@ -149,10 +178,11 @@ def _static_cut(array: jax.Array, n: int, *, a: int, b: int, step: int) -> jax.A
 def _split(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     (w,) = values
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    w = _cuttable(me, eqn, w, [axis])
     outs, start = [], 0
-    for base, size in zip(me.bind(eqn, [w.base]), sizes, strict=True):
+    for base, out, size in zip(_moved(me, eqn, [w]), eqn.outvars, sizes, strict=True):
         cut = functools.partial(_static_cut, a=start, b=start + size, step=1)
-        outs += _cut(w, base, [cut if n == axis else None for n in range(base.ndim)])
+        outs += _cut(w, base, out.aval.shape, [cut if n == axis else None for n in range(len(w.shape))])
         start += size
     return outs
 
@@ -164,10 +194,11 @@ def _unstack(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> 
         raise Refusal("unstacking joined axes")
     (atom,) = w.axes[axis]
     me.role(w, [axis], "s")
+    w = _cuttable(me, eqn, w, [axis], drop=True)
     axes = tuple(g for n, g in enumerate(w.axes) if n != axis)
     return [
         w.along(atom, base, functools.partial(_pick, k=k), drop=True).replace(axes=axes)
-        for k, base in enumerate(me.bind(eqn, [w.base]))
+        for k, base in enumerate(_moved(me, eqn, [w]))
     ]
 
 
@@ -177,18 +208,16 @@ def _pick(array: jax.Array, n: int, *, k: int) -> jax.Array:
 
 def _dynamic_slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     w, *starts = values
-    if not is_weight(w) or any(map(is_weight, starts)) or len(starts) != w.base.ndim:
+    if not is_weight(w) or any(map(is_weight, starts)) or len(starts) != len(w.shape):
         raise Refusal("a dynamic slice in another form")
-    (base,) = me.bind(eqn, [w.base, *starts])
     sizes = eqn.params["slice_sizes"]
     cuts: list[Any] = [
-        None if size == w.base.shape[n] else functools.partial(_dynamic_cut, start=i, size=size)
+        None if size == w.shape[n] else functools.partial(_dynamic_cut, start=i, size=size)
         for n, (i, size) in enumerate(zip(starts, sizes, strict=True))
     ]
-    for n, size in enumerate(sizes):
-        if size == 1 != w.base.shape[n]:
-            me.role(w, [n], "s")
-    return _cut(w, base, cuts)
+    me.role(w, [n for n, size in enumerate(sizes) if size == 1 != w.shape[n]], "s")
+    w = _cuttable(me, eqn, w, [n for n, cut in enumerate(cuts) if cut])
+    return _cut(w, _moved(me, eqn, [w, *starts])[0], sizes, cuts)
 
 
 RULES = {

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _merge
+from jlora import _merge, _tree
 from jlora._contract import contract
 from jlora._network import Labels
 from jlora._plan import Site
@@ -39,7 +39,7 @@ def weights(adapted: Adapted) -> dict[str, jax.Array]:
       >>> jlora.analysis.weights(adapted)["query/kernel"].shape
       (8, 4)
     """
-    leaves = jax.tree.leaves(_checked(adapted).frozen.base)
+    leaves = _tree.leaves(_checked(adapted).frozen.base)
     return {s.leaf.path: sides(leaves[s.index], s.leaf) for s in adapted.frozen.plan.sites if _is_matrix(s)}
 
 
@@ -92,7 +92,7 @@ def _is_matrix(site: Site) -> bool:
 
 
 def _matrices(adapted: Adapted) -> Iterator[tuple[Site, Weight]]:
-    every = _merge.weights(_checked(adapted), jax.tree.leaves(adapted.frozen.base))
+    every = _merge.weights(_checked(adapted), _tree.leaves(adapted.frozen.base))
     return ((s, w) for s, w in zip(adapted.frozen.plan.sites, every, strict=True) if _is_matrix(s))
 
 
@@ -133,7 +133,7 @@ def _pair(site: Site, weight: Weight, term: Term) -> Factors | None:
     rank = math.prod(sizes[x] for x in inner)
 
     def flat(places: list[int], side: Labels) -> jax.Array:
-        dtype = wide(weight.base.dtype)
+        dtype = wide(weight.dtype)
         mine = held(places)
         kept = tuple(x for x in (*stack, *inner, *side) if x in mine)
         parts = [values[n].astype(dtype) for n in places]

@@ -188,7 +188,7 @@ def _dot_flops(path: str, shape: tuple[int, ...]) -> float:
 
 def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[tuple[float, float]]:
     """For each weight, what its update adds to the forward and to the backward pass of one token."""
-    leaves = jax.tree.leaves(params)
+    leaves = _tree.leaves(params)
     structs = {s.index: jax.ShapeDtypeStruct(s.leaf.shape, s.leaf.dtype) for s in plan.sites}
     base = [structs.get(n) for n in range(len(leaves))]
     made: dict[tuple[str, str], Any] = {}
@@ -223,7 +223,7 @@ def _weight_flops(site: Site, weight: Weight, tokens: int) -> tuple[float, float
         run = lambda parts, out, sizes=sizes: _contract.plan(
             tuple(map(tuple, parts)), tuple(tuple(sizes[x] for x in ls) for ls in parts), out
         )[1]
-        dense += run(labels, (*stack, *ins, *outs)) + weight.base.size
+        dense += run(labels, (*stack, *ins, *outs)) + math.prod(weight.shape)
         if site.leaf.name == "embedding":  # the rows of what carries the input side are looked up first
             read = lambda ls, ins=ins: tuple(x for x in ls if x not in ins)
             met = [("token", *read(ls)) if set(ls) & set(ins) else tuple(ls) for ls in labels]
@@ -237,4 +237,4 @@ def _weight_flops(site: Site, weight: Weight, tokens: int) -> tuple[float, float
         return dense, dot
     if not weight.plain:  # W0 stands inside a product: its own dot is not the update's
         factored = max(factored - dot, 0.0)
-    return min(factored, dense) if weight.base.dtype == jnp.float32 else factored, 2 * factored
+    return min(factored, dense) if weight.dtype == jnp.float32 else factored, 2 * factored

@@ -1,0 +1,159 @@
+"""W0 before it is an array: arrays that carry its stack labels, and how they make it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import lax
+
+from jlora._network import Labels
+from jlora._term import Operand
+
+_static = lambda: dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a tuple of arrays becomes W0, as the model has moved it so far. Hashable: it names the program."""
+
+    fn: Callable[..., Any]
+    stacks: tuple[Labels, ...]
+    labels: Labels
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtypes: tuple[Any, ...]
+
+    def __call__(self, arrays: tuple[Any, ...]) -> jax.Array:
+        own, scalars = arrays[: len(self.stacks)], arrays[len(self.stacks) :]
+        with jax.named_scope("dequantize"):
+            w = Operand(tuple(own), self.fn, self.stacks, self.labels).value()
+            for dtype in self.dtypes:
+                w = w.astype(dtype)
+            w = lax.transpose(w.reshape(self.split), self.order).reshape(self.shape)
+            for c in scalars:
+                w = w * c.astype(w.dtype)
+        return w
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """W0 yet to be computed. What the model does to its axes is in the labels of the `Weight`, so nothing moves.
+
+    Attributes:
+      source: the arrays, and the function that makes one layer of them.
+      scalars: what the model multiplied it by.
+      labels: the atoms of its axes, in the order in which `source` makes them.
+      dtypes: those the model cast it to, in turn, after its own.
+    """
+
+    source: Operand
+    scalars: tuple[jax.Array, ...]
+    labels: Labels = _static()
+    dtypes: tuple[Any, ...] = _static()
+
+    @property
+    def dtype(self) -> Any:
+        return self.dtypes[-1]
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        return (*self.source.arrays, *self.scalars)
+
+    def recipe(self, axes: tuple[Labels, ...], size: Mapping[str, int]) -> Recipe:
+        """How `arrays` make it, where its axes are the given atoms."""
+        assert self.source.fn is not None
+        return Recipe(
+            self.source.fn,
+            self.source.stacks,
+            self.source.labels,
+            tuple(size[a] for a in self.labels),
+            tuple(self.labels.index(a) for g in axes for a in g),
+            tuple(math.prod(size[a] for a in g) for g in axes),
+            self.dtypes,
+        )
+
+    def cast(self, dtype: Any) -> "Lazy":
+        return self if dtype == self.dtype else dataclasses.replace(self, dtypes=(*self.dtypes, dtype))
+
+    def scaled(self, c: jax.Array) -> "Lazy":
+        return dataclasses.replace(self, scalars=(*self.scalars, c))
+
+    def split(self, atom: str, inner: str) -> "Lazy":
+        """After `atom` became `(atom, inner)`."""
+        labels = tuple(x for a in self.labels for x in ((a, inner) if a == atom else (a,)))
+        return dataclasses.replace(self, labels=labels)
+
+    def can(self, atom: str, drop: bool = False) -> bool:
+        """Whether an axis can be cut (indexed away where `drop`) before anything is computed."""
+        return self._stacked(atom) or not drop and self._own(atom) is not None
+
+    def _stacked(self, atom: str) -> bool:
+        return any(atom in s for s in self.source.stacks)
+
+    def _own(self, atom: str) -> "tuple[int, Callable[..., Any]] | None":
+        """The number of an axis that the function makes, and how the function cuts there; None where it cannot."""
+        if atom not in self.source.labels or any(a not in self.labels for a in self.source.labels):
+            return None
+        n = self.source.labels.index(atom) - len(self.source.stacks[0])
+        cuts = getattr(self.source.fn, "along", None)
+        if cuts is None or self.labels != self.source.labels or not self.source.fn.free(n):  # type: ignore[union-attr]
+            return None
+        return n, cuts
+
+    def along(self, atom: str, f: Callable[[Any, int], Any], drop: bool) -> "Lazy":
+        """`f(array, axis)` on every array that carries `atom`; gone afterwards where `drop`."""
+        source = self.source
+        if self._stacked(atom):
+            arrays = tuple(a if n is None else f(a, n) for a, n in zip(source.arrays, source.axes(atom), strict=True))
+            source = source.dropped(atom, arrays) if drop else dataclasses.replace(source, arrays=arrays)
+        elif not drop:
+            found = self._own(atom)
+            assert found is not None, atom
+            n, cuts = found
+            arrays, fn = cuts(source.arrays, n, len(source.stacks[0]), f)
+            source = dataclasses.replace(source, arrays=arrays, fn=fn, stacks=(source.stacks[0],) * len(arrays))
+        labels = tuple(a for a in self.labels if not (drop and a == atom))
+        return dataclasses.replace(self, source=source, labels=labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """A function of arrays and W0, as one of arrays and the arrays that W0 is made of."""
+
+    fn: Callable[..., Any]
+    count: int
+    make: Callable[..., Any]
+
+    def __call__(self, *arrays: Any) -> Any:
+        return self.fn(*arrays[: self.count], self.make(*arrays[self.count :]))
+
+
+def again(f: Callable[..., Any], recipe: Recipe, forward_mode: bool) -> Callable[..., Any]:
+    """`g(arrays, *args) = f(forward_mode)(W0, *args)`, where the backward pass makes W0 anew from its arrays.
+
+    So the residuals are the arrays and the arguments; a dense W0 is never among them, whatever a policy of
+    `jax.checkpoint` may save. The barrier ties the second making to the cotangent: without it the compiler finds that
+    it has made that array before, and keeps it. `f(True)` has no custom rule of its own, so that `jvp` of a gradient
+    passes through the forward pass; `f(False)` gives the gradient.
+    """
+
+    def g(arrays: Any, *args: Any) -> Any:
+        return f(True)(recipe(arrays), *args)
+
+    if forward_mode:
+        return g
+    custom = jax.custom_vjp(g)
+
+    def backward(residuals: Any, dy: Any) -> Any:
+        arrays, args = residuals
+        dy, arrays = lax.optimization_barrier((dy, arrays))
+        _, pull = jax.vjp(functools.partial(f(False), recipe(arrays)), *args)
+        return None, *pull(dy)
+
+    custom.defvjp(lambda arrays, *args: (g(arrays, *args), (arrays, args)), backward)
+    return custom

@@ -1,0 +1,84 @@
+"""A leaf that is several arrays: what the library asks of it, whatever is in them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Packed:
+    """A weight that is held as other arrays and computed from them, such as a quantised one.
+
+    It is one leaf: it has a shape, a dtype and one letter an axis, and its arrays are no part of a path. A subclass
+    registers itself as a pytree of its arrays and says the following.
+
+    Attributes:
+      shape: of the weight.
+      dtype: of the weight.
+      roles: one letter an axis, as in `_axes`.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def roles(self) -> str:
+        raise NotImplementedError
+
+    def parts(self) -> tuple[tuple[Any, ...], Callable[..., jax.Array]]:
+        """The arrays, each with the weight's stack axes in front, and how they make the weight of one layer.
+
+        The function is hashable, so that equal layers are one program. It takes the arrays of one layer and gives the
+        weight's other axes, in the weight's order.
+
+        Raises:
+          TypeError: arrays of another dtype than they were made with.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What it is, in a word."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        total = 1
+        for n in self.shape:
+            total *= n
+        return total
+
+    def dequantize(self) -> jax.Array:
+        """The weight as an array."""
+        arrays, fn = self.parts()
+        stacks = [n for n, role in enumerate(self.roles) if role == "s"]
+        for _ in stacks:
+            fn = jax.vmap(fn)
+        order = [*stacks, *(n for n, role in enumerate(self.roles) if role != "s")]
+        return jnp.transpose(fn(*arrays), [order.index(n) for n in range(len(order))])
+
+    def __jax_array__(self) -> jax.Array:
+        return self.dequantize()
+
+
+def is_packed(x: Any) -> bool:
+    """Whether a leaf is several arrays."""
+    return isinstance(x, Packed)
+
+
+def dense(leaf: Any) -> Any:
+    """A leaf as one array; a leaf without values, or one that is an array, as it is."""
+    if not is_packed(leaf):
+        return leaf
+    if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(leaf)):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return leaf.dequantize()

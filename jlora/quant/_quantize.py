@@ -1,0 +1,181 @@
+"""`quantize`: a tree whose weights are held as codes."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jlora import _axes, _tree, targets
+from jlora._packed import is_packed
+from jlora._tree import Target
+from jlora.adapted import Adapted, is_adapted
+from jlora.quant._layout import layout
+from jlora.quant._leaf import Codec, Quantized
+from jlora.quant._schemes import Scheme, resolve
+
+
+def codec(scheme: Scheme, path: str, shape: tuple[int, ...], dtype: Any, roles: str, torch: bool) -> Codec:
+    """How one weight is quantised, whatever its values."""
+    own = [n for n, role in enumerate(roles) if role != "s"]
+    letters = "".join(roles[n] for n in own)
+    if path.rsplit("/", 1)[-1] == "embedding":  # its rows are looked up, and are the outputs where it is attended to
+        letters = letters.translate(str.maketrans("io", "oi"))
+    ins = tuple(n for n, letter in enumerate(letters) if letter in "ik") or tuple(range(len(own)))
+    return Codec(scheme, layout(scheme, tuple(shape[n] for n in own), ins, torch), jnp.dtype(dtype).name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _encoded(w: jax.Array, codec: Codec, roles: str) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    stacks = [n for n, role in enumerate(roles) if role == "s"]
+    own = [n for n, role in enumerate(roles) if role != "s"]
+    encode = codec.encode
+    for _ in stacks:
+        encode = jax.vmap(encode)
+    return encode(jnp.transpose(w, (*stacks, *own))), jnp.all(jnp.isfinite(w))
+
+
+def quantize(
+    params: Any,
+    scheme: "Scheme | str" = "nf4",
+    *,
+    target: Target = targets.linear,
+    exclude: Target = (),
+    axes: dict[str, str] | None = None,
+    parity: str | None = None,
+    donate: bool = False,
+) -> Any:
+    """The same tree with the weights that `target` takes held as codes of a few bits and scales.
+
+    A quantised leaf keeps its shape and dtype, and is one leaf to `adapt` and the rest of the library. `lift` computes
+    with it, adapted or not: each use makes the weight from its codes, in the activation's dtype, and the backward
+    pass makes it again, so no dense copy is kept.
+
+    Weights are quantised one after another; with `donate` each is freed before the next, so that the peak is the tree
+    and one leaf. Under `jit` shapes alone are looked at.
+
+    Args:
+      params: any pytree of arrays, or an `Adapted`, whose base is quantised and whose adapter stays.
+      scheme: `"nf4"`, `"nf4+double"` (QLoRA's), `"nf2"`, `"nf3"`, `"nf8"`, `"int8"`, `"int4"`, or a value such as
+        `jlora.quant.NF(4, block=128)`.
+      target: which weights: a pattern, a list, a callable `(path, leaf) -> bool`; all linear layers by default, which
+        leaves embeddings, norms, biases and the output head alone.
+      exclude: which of those not.
+      axes: as for `adapt`, where the Flax conventions guess wrong. Blocks run along the input axes; along its rows in
+        an `embedding`.
+      parity: `"torch"` lays every weight out as bitsandbytes does: one run, outputs first, whose blocks, codes and
+        scales are its own bit for bit. Such a weight cannot be sharded along its own axes. By default that is done
+        where the block does not divide the input side; elsewhere the blocks are the same, but keep the weight's axes.
+      donate: frees each plain weight as soon as it is quantised; `params` is then no longer usable.
+
+    Returns:
+      The tree, or the `Adapted`. Leaves that are quantised already, without elements or without axes stay as they are;
+      a tree that is tied (one array under two paths) stays tied.
+
+    Raises:
+      ValueError: an unknown scheme; a pattern that matches nothing; weights with NaN or infinities, or that are no real
+        floating point numbers; all at once.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (128, 64))}}
+      >>> small = jlora.quantize(params, "nf4+double")
+      >>> apply = jlora.lift(lambda params, x: x @ params["query"]["kernel"])
+      >>> adapted = jlora.adapt(small, jlora.LoRA(rank=2))
+      >>> apply(adapted, jnp.ones((3, 128))).shape, apply(small, jnp.ones((3, 128))).shape
+      ((3, 64), (3, 64))
+      >>> round(8 * small["query"]["kernel"].nbytes / (128 * 64), 3)
+      4.16
+
+    References:
+      Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023.
+    """
+    scheme = resolve(scheme)
+    if parity not in (None, "torch"):
+        raise ValueError(f"quantize(parity={parity!r}): 'torch', or None")
+    if is_adapted(params):
+        base = quantize(
+            params.frozen.base, scheme, target=target, exclude=exclude, axes=_letters(params, axes), parity=parity,
+            donate=donate,
+        )  # fmt: skip
+        return Adapted(params.trainable, dataclasses.replace(params.frozen, base=base))
+    tree = _tree.flatten(params)
+    taken = [
+        n
+        for n, (path, leaf) in enumerate(zip(tree.paths, tree.leaves, strict=True))
+        if _tree.matches(target, path, leaf) and not (exclude and _tree.matches(exclude, path, leaf))
+    ]
+    if not taken:
+        near = ", ".join(_tree.nearest(target, tree.paths)) or "none: the tree has no leaves"
+        shown = getattr(target, "__name__", None) or repr(target)
+        raise ValueError(f"quantize(target={shown}) matches no leaf; the nearest paths are {near}")
+    leaves = list(tree.leaves)
+    todo: dict[int, Codec] = {}
+    letters: dict[int, str] = {}
+    bad = []
+    for n in taken:
+        shape, dtype = _tree.shape_dtype(leaves[n])
+        if is_packed(leaves[n]) or not shape or 0 in shape:
+            continue
+        if not _axes.is_trainable_dtype(dtype):
+            bad.append(f"{tree.paths[n]!r} of shape {shape} and dtype {dtype}: only real floating point weights")
+            continue
+        letters[n] = _axes.roles(tree.paths[n], shape, axes)
+        if set(letters[n]) == {"s"}:
+            bad.append(f"{tree.paths[n]!r} of shape {shape} has stack axes alone; write its letters in axes=")
+            continue
+        todo[n] = codec(scheme, tree.paths[n], shape, dtype, letters[n], parity == "torch")
+    if not bad:
+        bad = _replace(leaves, tree, todo, letters, donate)
+    if bad:
+        raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(bad))
+    return jax.tree.unflatten(tree.treedef, leaves)
+
+
+def _replace(
+    leaves: list[Any], tree: _tree.Named, todo: dict[int, Codec], letters: dict[int, str], donate: bool
+) -> list[str]:
+    """Puts quantised leaves into the list; says which cannot be."""
+    bad, made = [], {}
+    for n, how in todo.items():
+        leaf = leaves[n]
+        known = (id(leaf), how, letters[n])
+        if known in made:  # tied
+            leaves[n] = made[known]
+            continue
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            arrays, finite = jax.eval_shape(functools.partial(_encoded, codec=how, roles=letters[n]), leaf)
+        else:
+            arrays, finite = _encoded(jnp.asarray(leaf), how, letters[n])
+        if isinstance(finite, jax.Array) and not isinstance(finite, Tracer) and not bool(finite):
+            values = np.asarray(jnp.asarray(leaf), np.float32)
+            what = f"{int(np.isnan(values).sum())} NaN and {int(np.isinf(values).sum())} infinite values"
+            bad.append(f"{tree.paths[n]!r} of shape {values.shape} has {what}; exclude it, or mend it first")
+            continue
+        leaves[n] = made[known] = Quantized(tuple(arrays), how, letters[n])
+        if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+            jax.block_until_ready(arrays)
+            leaf.delete()
+    return bad
+
+
+def _letters(adapted: Adapted, axes: dict[str, str] | None) -> dict[str, str]:
+    """The letters that the adapter knows its weights by, behind those that are given."""
+    known = {f"^{re.escape(s.leaf.path)}$": s.leaf.roles for s in adapted.frozen.plan.sites}
+    return {**(axes or {}), **known}
+
+
+def dequantize(params: Any) -> Any:
+    """A tree with every quantised weight as the array that it stands for.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.ones((128, 4))}}
+      >>> bool((jlora.quant.dequantize(jlora.quantize(params))["query"]["kernel"] == 1).all())
+      True
+    """
+    return jax.tree.map(lambda x: x.dequantize() if is_packed(x) else x, params, is_leaf=is_packed)

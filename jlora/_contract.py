@@ -127,11 +127,12 @@ def contract(
         final = step == len(path) - 1
         chosen = [live.pop(n) for n in sorted(pair, reverse=True)]
         keep = set(out).union(*(ls for _, ls in live))
-        element = preferred_element_type if final else None
+        # from the last sum on, also where a scale comes after it: devices then add what is not rounded yet
+        element = preferred_element_type if keep == set(out) else None
         if len(chosen) == 1:
             ((a, la),) = chosen
             gone = tuple(n for n, x in enumerate(la) if x not in keep)
-            live.append((jnp.sum(a, gone) if gone else a, tuple(x for x in la if x in keep)))
+            live.append((jnp.sum(a, gone, dtype=element) if gone else a, tuple(x for x in la if x in keep)))
             continue
         (a, la), (b, lb) = chosen
         if a.size < b.size or (a.size == b.size and len(la) < len(lb)):  # activations first

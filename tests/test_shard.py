@@ -376,6 +376,27 @@ def test_donated_buffers_are_freed_and_nothing_moves():
         assert a.sharding.is_equivalent_to(place, a.ndim)
 
 
+def equations(jaxpr):
+    """All of a jaxpr, those inside others too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("rows", [11, 1021])  # where s multiplies what is narrow, and where it comes last
+def test_devices_add_gradients_in_float32(rows):
+    """What a device sums over its rows is not rounded to bfloat16 before it is summed over devices."""
+    adapted = jlora.adapt({"query": {"kernel": jnp.ones((WIDE, INNER), jnp.bfloat16)}}, jlora.LoRA(rank=2))
+    f = jlora.lift(lambda p, x: x @ p["query"]["kernel"])
+    loss = lambda t, frozen, x: jnp.sum(f(jlora.join(t, frozen), x))
+    made = jax.make_jaxpr(jax.grad(loss))(*jlora.split(adapted), jnp.ones((rows, WIDE), jnp.bfloat16))
+    dots = [e.outvars[0].aval for e in equations(made.jaxpr) if e.primitive.name == "dot_general"]
+    dtypes = {a.dtype for a in dots if a.shape in ((2, WIDE), (2, INNER))}
+    assert dtypes == {jnp.dtype(jnp.float32)}
+
+
 # Bytes a device -----------------------------------------------------------------------------------
 
 

@@ -83,10 +83,15 @@ class Lazy:
     def scaled(self, c: jax.Array) -> "Lazy":
         return dataclasses.replace(self, scalars=(*self.scalars, c))
 
-    def split(self, atom: str, inner: str) -> "Lazy":
-        """After `atom` became `(atom, inner)`."""
-        labels = tuple(x for a in self.labels for x in ((a, inner) if a == atom else (a,)))
-        return dataclasses.replace(self, labels=labels)
+    def split(self, atom: str, outer: int, inner: str) -> "Lazy":
+        """After `atom` became `(atom, inner)`, `atom` of size `outer`."""
+        after = lambda labels: tuple(x for a in labels for x in ((a, inner) if a == atom else (a,)))
+        source = self.source
+        if self._stacked(atom):
+            cut = lambda a, n: a if n is None else a.reshape(*a.shape[:n], outer, -1, *a.shape[n + 1 :])
+            arrays = tuple(map(cut, source.arrays, source.axes(atom)))
+            source = Operand(arrays, source.fn, tuple(map(after, source.stacks)), after(source.labels))
+        return dataclasses.replace(self, source=source, labels=after(self.labels))
 
     def can(self, atom: str, drop: bool = False) -> bool:
         """Whether an axis can be cut (indexed away where `drop`) before anything is computed."""

@@ -295,7 +295,7 @@ class Weight:
             terms.append(dataclasses.replace(t, operands=operands, blocks=tuple(blocks)))
         sizes = tuple((a, outer if a == atom else n) for a, n in self.sizes) + ((inner, size),)
         axes = tuple(tuple(x for a in g for x in ((a, inner) if a == atom else (a,))) for g in self.axes)
-        base = self.base if self.lazy is None else self.lazy.split(atom, inner)
+        base = self.base if self.lazy is None else self.lazy.split(atom, outer, inner)
         return self.replace(base=base, terms=tuple(terms), sizes=sizes, axes=axes, gain=tuple(map(word, self.gain)))
 
     # --- products -----------------------------------------------------------------------------------------------

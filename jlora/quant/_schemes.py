@@ -82,19 +82,30 @@ def nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:
 
 
 def chosen(q: jax.Array, levels: np.ndarray) -> jax.Array:
-    """`levels[q]`. Up to 16 levels are chosen by selects, one a bit, which vectorise where a gather of single elements
-    does not; the 256 of a byte are gathered."""
-    if len(levels) > 16:
+    """`levels[q]`.
+
+    A gather from a table in cache is the fastest way on a CPU, where the compiler would hold every select of a tree as
+    an array of its own; selects, one a bit, are elsewhere, where a gather of single elements is slow. The 256 levels of
+    a byte are always gathered.
+    """
+
+    def gathered(q: jax.Array) -> jax.Array:
         return jnp.asarray(levels).at[q.astype(jnp.int32)].get(mode="promise_in_bounds")
-    q = q.astype(jnp.int32)
 
-    def below(levels: np.ndarray) -> jax.Array:
-        if len(levels) == 1:
-            return jnp.asarray(levels[0])
-        half = len(levels) // 2
-        return jnp.where(q & half != 0, below(levels[half:]), below(levels[:half]))
+    def selected(q: jax.Array) -> jax.Array:
+        q = q.astype(jnp.int32)
 
-    return below(levels)
+        def below(levels: np.ndarray) -> jax.Array:
+            if len(levels) == 1:
+                return jnp.asarray(levels[0])
+            half = len(levels) // 2
+            return jnp.where(q & half != 0, below(levels[half:]), below(levels[:half]))
+
+        return below(levels)
+
+    if len(levels) > 16:
+        return gathered(q)
+    return jax.lax.platform_dependent(q, cpu=gathered, default=selected)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Row:
       in_parts: a factor may see a part of the weight alone, such as columns that the model never uses.
       dense_on: models on which its formula has no cheap contraction, by the design.
       everywhere: whether it goes over the whole zoo; one that differs from another in numbers alone need not.
+      models: what it goes over where not everywhere; FEW by default.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row:
     in_parts: bool = False
     dense_on: tuple[str, ...] = ()
     everywhere: bool = True
+    models: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Row({self.name})"
@@ -142,15 +144,22 @@ METHODS = (
         "loha",
         lambda target: jlora.LoHa(rank=2, alpha=3, target=target),
         lambda leaf: 2 * low_rank(leaf),
-        dense_on=("linen/conv_2d", "linen/ragged_experts"),
+        dense_on=("linen/convolutions", "linen/ragged_experts"),
         everywhere=False,
     ),
     Row(
         "krona",
         lambda target: jlora.KronA(scale=0.5, target=target),
         kronecker,
-        dense_on=("linen/conv_2d", "linen/ragged_experts", "linen/tied_attend"),
+        dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
         everywhere=False,
+    ),
+    Row(
+        "krona_residual",
+        lambda target: jlora.KronA(scale=0.5, residual=True, target=target),
+        lambda leaf: kronecker(leaf) + math.prod(leaf.stack),
+        everywhere=False,
+        models=("plain/square",),  # s_res I is for square weights
     ),
     Row(
         "vera",
@@ -163,7 +172,7 @@ METHODS = (
         "hira",
         lambda target: jlora.HiRA(rank=2, alpha=3, target=target),
         low_rank,
-        dense_on=("linen/conv_2d", "linen/ragged_experts"),
+        dense_on=("linen/convolutions", "linen/ragged_experts"),
         everywhere=False,
     ),
     Row(
@@ -171,7 +180,7 @@ METHODS = (
         lambda target: jlora.OFT(block=24, target=target),
         rotated,
         starts_at_base=False,  # the identity as a matrix: a product with it may round
-        dense_on=("linen/conv_2d", "linen/ragged_experts", "linen/tied_attend"),
+        dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
         everywhere=False,
     ),
     Row(
@@ -184,21 +193,21 @@ METHODS = (
         "lokr_tucker",
         lambda target: jlora.LoKr(rank=2, alpha=3, tucker=True, target=target),
         lokr,
-        dense_on=("linen/conv_2d", "linen/ragged_experts", "linen/tied_attend"),
+        dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
         everywhere=False,
     ),
     Row(
         "loha_tucker",
         lambda target: jlora.LoHa(rank=2, alpha=3, tucker=True, target=target),
         lambda leaf: 2 * math.prod(leaf.stack) * (tucker(leaf) + 2 * (leaf.size("i") + leaf.size("o"))),
-        dense_on=("linen/conv_2d", "linen/ragged_experts"),
+        dense_on=("linen/convolutions", "linen/ragged_experts"),
         everywhere=False,
     ),
     Row(
         "randlora",
         lambda target: jlora.RandLoRA(rank=2, alpha=3, target=target),
         lambda leaf: math.prod(leaf.stack) * -(-narrow(leaf) // 2) * (2 + narrow(leaf)),
-        dense_on=("linen/ragged_experts", "linen/conv_2d"),
+        dense_on=("linen/ragged_experts", "linen/convolutions"),
         everywhere=False,
     ),
     Row(
@@ -255,7 +264,7 @@ SMALL = (
     "linen/conv_grouped", "linen/scan_axis_1_remat", "linen/vmap_experts", "linen/ragged_experts", "linen/jit_blocks",
     "nnx/scan", "plain/cond_of_weights", "plain/biases", "plain/scanned_vectors",
 )  # fmt: skip
-FEW = ("linen/mlp", "linen/tied_attend", "linen/conv_2d", "linen/scan_axis_1_remat", "linen/vmap_experts",
+FEW = ("linen/mlp", "linen/tied_attend", "linen/convolutions", "linen/scan_axis_1_remat", "linen/vmap_experts",
        "linen/ragged_experts", "plain/biases", "plain/scanned_vectors")  # fmt: skip
 FAST = ("linen/mlp", "plain/biases")
 CASES = {case.name: case for case in zoo.CASES}
@@ -281,7 +290,7 @@ def pairs(rows: Any = METHODS, names: Any = None, fast: Any = None, newest: Any 
     made = []
     for row in rows:
         for case in zoo.CASES if names is None else map(CASES.__getitem__, names):
-            if row.takes(case) and (row.everywhere or case.name in FEW):
+            if row.takes(case) and (row.everywhere or case.name in (row.models or FEW)):
                 others = (FAST if row.name in CHOSEN else ()) if fast is None else fast
                 kept = case.name in (SMALL if row is LORA else others)
                 marked = marks(case, kept, row is newest)

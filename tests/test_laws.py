@@ -216,7 +216,7 @@ def test_twenty_steps_move_what_is_trained_alone(row, case):
 
 # Composition ------------------------------------------------------------------------------
 
-COMPOSED = ("linen/mlp", "linen/tied_attend", "linen/conv_2d", "linen/scan_axis_1_remat", "linen/vmap_experts",
+COMPOSED = ("linen/mlp", "linen/tied_attend", "linen/convolutions", "linen/scan_axis_1_remat", "linen/vmap_experts",
             "linen/ragged_experts", "nnx/scan", "plain/scanned_vectors")  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_vmap_over_adapters(row, case):
         assert_close(jax.tree.map(lambda a, n=n: a[n], together), run(single, frozen))
 
 
-@pytest.mark.parametrize("row,case", pairs(names=("linen/mlp", "linen/tied_attend", "linen/conv_2d", "plain/biases")))
+@pytest.mark.parametrize("row,case", pairs(names=("linen/mlp", "linen/tied_attend", "linen/convolutions", "plain/biases")))
 def test_vmap_over_examples(row, case):
     call, arrays, frozen, trainable = setting(row, case)
     lifted, ad = jlora.lift(call), jlora.join(trainable, frozen)

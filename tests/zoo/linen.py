@@ -220,6 +220,21 @@ def conv_3d():
     return conv(normal(1, 1, 5, 4, 6, 4), 7, (2, 3, 2), strides=(1, 2, 1))
 
 
+class Convolutions(nn.Module):
+    """One to three dimensions in one model: what each kernel makes is the input of the next."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.gelu(nn.Conv(6, (3,), name="one")(x))
+        x = nn.gelu(nn.Conv(7, (3, 2), name="two")(x.reshape(2, 4, 3, 6)))
+        return nn.Conv(5, (2, 3, 2), name="three")(x.reshape(2, 2, 2, 3, 7))
+
+
+@case(r"kernel$", axes={r"one/kernel$": "kio", r"three/kernel$": "kkkio"})
+def convolutions():
+    return linen(Convolutions(), normal(1, 2, 12, 5))
+
+
 @case(r"kernel$")
 def conv_circular():
     return conv(normal(1, 2, 5, 4, 5), 7, (3, 2), padding="CIRCULAR")

@@ -336,6 +336,17 @@ def scan():
     return fn, {"w": weight(1, 3, 11, 11), "b": weight(2, 3, 11)}, (x(),)
 
 
+@case(r"w$", axes={r"layers/w$": "sio"})
+def square():
+    """As many outputs as inputs, in a stack and alone, both sides a product of two numbers."""
+
+    def fn(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x[:, :6], params["layers"]["w"])
+        return jnp.einsum("ni,oi->no", x, params["last"]["w"].T)
+
+    return fn, {"layers": {"w": weight(1, 3, 6, 6)}, "last": {"w": weight(2, 6, 6)}}, (x(),)
+
+
 @case(r"w$", axes={r"w$": "sio"})
 def scan_reversed():
     def fn(params, x):

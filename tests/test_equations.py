@@ -1,6 +1,7 @@
 """Every method's equation against numbers from outside: files that peft wrote, and closed forms in float64 NumPy."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -443,6 +444,57 @@ def test_random_matrices_are_drawn_again_not_saved(tmp_path):
     np.testing.assert_array_equal(wide, adapted.frozen.factors["vera/0/5/out 8"]["B"])
 
 
+# Golden file -> (method, LyCORIS's names of our factors). There a weight is (out, in, window); `.T` turns a factor.
+LYCORIS = {
+    "loha_linear": (jlora.LoHa(rank=3, alpha=3), "a1=hada_w1_b b1=hada_w1_a.T a2=hada_w2_b b2=hada_w2_a.T"),
+    "loha_conv": (jlora.LoHa(rank=2, alpha=3), "a1=hada_w1_b b1=hada_w1_a.T a2=hada_w2_b b2=hada_w2_a.T"),
+    "loha_tucker": (
+        jlora.LoHa(rank=2, alpha=3, tucker=True),
+        "t1=hada_t1 a1=hada_w1_b b1=hada_w1_a t2=hada_t2 a2=hada_w2_b b2=hada_w2_a",
+    ),
+    "lokr_linear": (jlora.LoKr(rank=1, alpha=2), "c=lokr_w1.T a=lokr_w2_b b=lokr_w2_a.T"),
+    "lokr_both": (
+        jlora.LoKr(rank=1, alpha=2, decompose_both=True),
+        "c1=lokr_w1_b c2=lokr_w1_a.T a=lokr_w2_b b=lokr_w2_a.T",
+    ),
+    "lokr_factor": (jlora.LoKr(rank=1, alpha=2, factor=2), "c=lokr_w1.T a=lokr_w2_b b=lokr_w2_a.T"),
+    "lokr_full": (jlora.LoKr(rank=100, alpha=2), "c=lokr_w1.T b=lokr_w2.T"),
+    "lokr_conv": (jlora.LoKr(rank=1, alpha=2), "c=lokr_w1.T a=lokr_w2_b b=lokr_w2_a.T"),
+    "lokr_tucker": (jlora.LoKr(rank=1, alpha=2, tucker=True), "t=lokr_t2 c=lokr_w1.T a=lokr_w2_b b=lokr_w2_a"),
+}
+
+
+@pytest.mark.parametrize("name", LYCORIS)
+def test_against_layers_of_lycoris(name):
+    """The forward pass of LyCORIS's own layers (`fixtures/lycoris/write.py`), linear and convolutions."""
+    method, names = LYCORIS[name]
+    tensors = load_file(FILES.parent / "lycoris" / f"{name}.safetensors")
+    kernel, x, y = (
+        np.moveaxis(tensors[k], (0, 1), (-1, -2)) if k == "weight" else tensors[k] for k in ("weight", "x", "y")
+    )
+    last = lambda a: np.moveaxis(a, 1, -1)  # torch has channels second
+    adapted = jlora.adapt({"kernel": jnp.asarray(kernel)}, dataclasses.replace(method, target="kernel"))
+    mine = adapted.trainable["kernel"]
+    given = dict(pair.split("=") for pair in names.split())
+    assert set(given) == set(mine)
+    for factor, theirs in given.items():
+        a = tensors["factor." + theirs.removesuffix(".T")]
+        a = a.T if theirs.endswith(".T") else a
+        if name == "loha_conv" and factor in ("a1", "a2"):  # (r, in window) -> (r, window, in)
+            a = np.moveaxis(a.reshape(2, 6, 3, 2), 1, -1)
+        mine[factor] = jnp.asarray(a.reshape(mine[factor].shape))
+
+    def model(params, x):
+        if x.ndim == 2:
+            return x @ params["kernel"]
+        return jax.lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    got = jlora.lift(model)(adapted, jnp.asarray(last(x)))
+    np.testing.assert_allclose(got, last(y), rtol=1e-5, atol=1e-5 * np.abs(y).max())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Everything(jlora.methods.Method):
     """L (gain * (W0 + dW)) R, with a rectangular number of blocks on either side."""
@@ -497,3 +549,33 @@ def test_every_word_at_once():
             at = lambda h, k=k, d=d, x=x, c=c, want=want: np.sum(c * want(x, weight(**(f | {k: f[k] + h * d}))))
             slope = (at(1e-5) - at(-1e-5)) / 2e-5
             assert abs(slope - np.sum(grad * d)) < 1e-4 * np.linalg.norm(grad) * np.linalg.norm(d), (name, k)
+
+
+@pytest.mark.parametrize("shape", [(8, 160), (7, 200), (1280,)], ids=str)
+@pytest.mark.parametrize("method", [jlora.KronA(target="w"), jlora.LoKr(rank=1, target="w")], ids=["krona", "lokr"])
+def test_kronecker_gradients_of_long_activations(method, shape):
+    """Sums over more than a thousand rows, which run row by row and in parts: in float64 NumPy, and in bfloat16."""
+    rng = np.random.default_rng(7)
+    W0, x, c = (rng.standard_normal(s) for s in ((12, 20), (*shape, 12), (*shape, 20)))
+    adapted = jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, method)
+    f = {k: rng.standard_normal(a.shape) for k, a in adapted.trainable["w"].items()}
+    second = lambda f: f["a"].T @ f["b"] if "c" in f else f["b"]  # LoKr's c x (a b), KronA's a x b
+    first = "c" if "c" in f else "a"
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def grads(f, dtype):
+        run = lambda f: jlora.lift(lambda p, x: x @ p["w"].astype(dtype))(
+            jlora.join({"w": f}, adapted.frozen), jnp.asarray(x, dtype)
+        )
+        return jax.vjp(run, f)[1](jnp.asarray(c, dtype))[0]
+
+    G = np.einsum("ni,no->io", x.reshape(-1, 12), c.reshape(-1, 20))  # of W
+    G = np.einsum("ijop->iojp", G.reshape(*((n := f[first].shape)[0], 12 // n[0]), n[1], 20 // n[1]))
+    want = {first: np.einsum("iojp,jp->io", G, second(f))}
+    outer = np.einsum("iojp,io->jp", G, f[first])
+    want |= {"a": f["b"] @ outer.T, "b": f["a"] @ outer} if first == "c" else {"b": outer}
+    single = {k: jnp.asarray(a, jnp.float32) for k, a in f.items()}
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+        for k, grad in grads(single, dtype).items():
+            error = np.linalg.norm(np.float64(grad) - want[k]) / np.linalg.norm(want[k])
+            assert error < tolerance, (k, dtype, error)

@@ -242,7 +242,10 @@ def test_vmap_over_adapters(row, case):
         assert_close(jax.tree.map(lambda a, n=n: a[n], together), run(single, frozen))
 
 
-@pytest.mark.parametrize("row,case", pairs(names=("linen/mlp", "linen/tied_attend", "linen/convolutions", "plain/biases")))
+EXAMPLES = ("linen/mlp", "linen/tied_attend", "linen/convolutions", "plain/biases")
+
+
+@pytest.mark.parametrize("row,case", pairs(names=EXAMPLES))
 def test_vmap_over_examples(row, case):
     call, arrays, frozen, trainable = setting(row, case)
     lifted, ad = jlora.lift(call), jlora.join(trainable, frozen)

@@ -51,6 +51,11 @@ class Row:
     def __repr__(self) -> str:
         return f"Row({self.name})"
 
+    @property
+    def home(self) -> zoo.Case:
+        """One small model that it is for."""
+        return next(case for case in map(CASES.__getitem__, self.models or FAST) if self.takes(case))
+
     def takes(self, case: zoo.Case) -> bool:
         return self.on == "all" or case.vectors == (self.on == "vectors")
 

@@ -293,7 +293,7 @@ def test_forward_mode(row, case):
 
 @pytest.mark.parametrize("row", alone([row for row in METHODS if row.on != "vectors"]))
 def test_jacobian_in_forward_mode(row):
-    call, arrays, frozen, trainable = setting(row, CASES["linen/mlp"])
+    call, arrays, frozen, trainable = setting(row, row.home)
     f = lambda t, **how: jlora.lift(call, **how)(jlora.join(t, frozen), arrays)
     forward = jax.jit(jax.jacfwd(lambda t: f(t, forward_mode=True)))(trainable)
     assert_close(forward, jax.jit(jax.jacrev(f))(trainable))
@@ -326,8 +326,7 @@ def test_inside_other_transforms(row, case):
 
 @pytest.mark.parametrize("row", alone())
 def test_dense_is_merge_then_call(row):
-    case = next(case for case in map(CASES.__getitem__, ("linen/mlp", "plain/biases")) if row.takes(case))
-    call, arrays, frozen, trainable = setting(row, case)
+    call, arrays, frozen, trainable = setting(row, row.home)
     ad = jlora.join(trainable, frozen)
     merged = jlora.merge(ad)
     assert jax.tree.structure(merged) == jax.tree.structure(frozen.base)

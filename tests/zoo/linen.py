@@ -226,8 +226,8 @@ class Convolutions(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.gelu(nn.Conv(6, (3,), name="one")(x))
-        x = nn.gelu(nn.Conv(7, (3, 2), name="two")(x.reshape(2, 4, 3, 6)))
-        return nn.Conv(5, (2, 3, 2), name="three")(x.reshape(2, 2, 2, 3, 7))
+        x = nn.gelu(nn.Conv(7, (3, 2), name="two")(x.reshape(len(x), 4, 3, 6)))
+        return nn.Conv(5, (2, 3, 2), name="three")(x.reshape(len(x), 2, 2, 3, 7))
 
 
 @case(r"kernel$", axes={r"one/kernel$": "kio", r"three/kernel$": "kkkio"})

@@ -152,16 +152,22 @@ def empty_cache(config: Config, batch: int, room: int, dtype=jnp.float32):
     return jnp.int32(0), (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def generate(apply, config: Config, params, ids, length: int):
-    """Continues ids (batch, n) greedily by `length` tokens, (batch, length). Pure: jit it, lift `apply`."""
-    logits, cache = apply(params, ids, empty_cache(config, len(ids), ids.shape[1] + length))
+def generate(apply, config: Config, params, ids, length: int, key=None, temperature=0.7):
+    """Continues ids (batch, n) by `length` tokens, (batch, length): greedily, or drawn with a key. Pure: jit it."""
+    keys = None if key is None else jax.random.split(key, length + 1)
 
-    def one(carry, _):
+    def choose(logits, key):
+        last = logits[:, -1].astype(jnp.float32)
+        return last.argmax(-1) if key is None else jax.random.categorical(key, last / temperature)
+
+    def one(carry, key):
         cache, token = carry
         logits, cache = apply(params, token[:, None], cache)
-        return (cache, logits[:, -1].argmax(-1)), token
+        return (cache, choose(logits, key)), token
 
-    _, tokens = jax.lax.scan(one, (cache, logits[:, -1].argmax(-1)), length=length)
+    logits, cache = apply(params, ids, empty_cache(config, len(ids), ids.shape[1] + length))
+    first = choose(logits, None if keys is None else keys[-1])
+    _, tokens = jax.lax.scan(one, (cache, first), None if keys is None else keys[:-1], length=length)
     return tokens.T
 
 

@@ -230,6 +230,33 @@ def test_a_file_that_does_not_fit_is_refused_whole(llama, tmp_path):
         llama.read(tmp_path / "none.gguf")
 
 
+# --- training on it ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_program_on_a_small_model(examples, file, tmp_path, capsys):
+    """Every scheme is measured, the loss falls on held-out questions, and what was saved is what was trained."""
+    decoder = examples("qlora_decoder")
+    lines = [f"Say number {n % 10}\tthe other {n % 10}" for n in range(60)]
+    data = tmp_path / "data.tsv"
+    data.write_text("\n".join(lines))
+    options = ["--model", file, "--data", data, "--out", tmp_path, "--steps", 30, "--rank", 4, "--length", 96]
+    results = decoder.main([str(x) for x in [*options, "--lr", 0.02, "--write", 8]])
+    assert results["after"] < results["before"] - 1
+    assert set(results["perplexity"]) == {"float32", "bfloat16", "int8", "nf4", "nf4+double"}
+    assert results["linear"] < 0.15 * 4 * sum(x.size for x in decoder.linear(examples("llama").read(file)[1]))
+    shown = capsys.readouterr().out
+    assert "before" in shown and "Say number" in shown
+    config, params, _ = examples("llama").read(file)
+    adapted = jlora.load(tmp_path / "adapter", decoder.hold(params, "nf4+double"))
+    assert (
+        jlora.count(adapted)[0] == jlora.count(jlora.adapt(params, jlora.LoRA(rank=4, target=jlora.targets.linear)))[0]
+    )
+    data.write_text("no tab")
+    with pytest.raises(SystemExit, match="not a question, one tab and an answer"):
+        decoder.main(["--model", str(file), "--data", str(data)])
+
+
 # --- SmolLM2 ------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,67 @@ def test_stacks_refuse_on_request():
         compact(pruned("adalora"), stacks="refuse")
 
 
+def unrolled():
+    """The same parameters for a model with its layers apart."""
+    flat = params()
+    stacked = flat.pop("layers")["kernel"]
+    return flat | {f"layer_{n}": {"kernel": stacked[n]} for n in range(3)}
+
+
+def apart(p, x):
+    for n in range(3):
+        x = jnp.tanh(x @ p[f"layer_{n}"]["kernel"])
+    return model(p | {"layers": {"kernel": jnp.zeros((0, 8, 8))}}, x)
+
+
+def names(path, index):
+    return path.replace("layers", f"layer_{index[0]}") if index else path
+
+
+@pytest.mark.parametrize("name", few("adalora", of=METHODS))
+def test_layers_unstacked_have_ranks_of_their_own(name):
+    """One function; each layer is as small as it became, and one without ranks leaves the plan."""
+    adapted = pruned(name)
+    alone = jlora.rank.unstack(adapted, unrolled(), names)
+    want = jlora.lift(model)(adapted, X)
+    assert_close(jlora.lift(apart)(alone, X), want, 1e-6)
+    assert_close(jlora.lift(apart, dense=True)(alone, X), want, 1e-5)
+    assert len({id(x) for x in jax.tree.leaves(alone)}) == len(jax.tree.leaves(alone))
+    assert jlora.count(alone)[0] == jlora.count(adapted)[0]
+    small = compact(alone)
+    assert_close(jlora.lift(apart)(small, X), want, 1e-6)
+    if name == "adalora":
+        assert ranks(small) == {"dense/kernel": {2}, "layer_0/kernel": {1}, "layer_1/kernel": {3}}
+
+
+def test_an_unstacked_adapter_is_written_with_a_rank_a_module(tmp_path):
+    pytest.importorskip("safetensors", reason="peft's files are an extra")
+    base = {"layers": {"kernel": draw(3, 3, 8, 8)}}
+    adapted = jlora.adapt(base, jlora.LoRA(rank=4, alpha=3, target="kernel"))
+    trainable = moved(adapted.trainable)
+    b = np.array(trainable["layers/kernel"]["b"])
+    b[0, 1:], b[1, 2:] = 0, 0
+    trainable["layers/kernel"]["b"] = jnp.asarray(b)
+    separate = {f"layer_{n}": {"kernel": base["layers"]["kernel"][n]} for n in range(3)}
+    small = compact(jlora.rank.unstack(jlora.join(trainable, adapted.frozen), separate, names))
+    jlora.io.peft.save(tmp_path / "adapter", small)
+    back = jlora.io.peft.load(tmp_path / "adapter", separate)
+    assert jlora.rank.ranks(back) == {"layer_0/kernel": 1, "layer_1/kernel": 2, "layer_2/kernel": 4}
+    assert_close(jlora.merge(back), jlora.merge(small), 1e-6)
+
+
+def test_unstack_refuses_in_words():
+    adapted = pruned("lora")
+    with pytest.raises(ValueError) as error:
+        jlora.rank.unstack(adapted, unrolled(), lambda path, index: "layer_0/kernel" if index else f"{path}s")
+    for words in ("'dense/kernels', which is not there", "'query/kernels'", "where another layer is already"):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match=r"of shape \(8, 8\) goes to 'dense/kernel', of shape \(8, 5\)"):
+        jlora.rank.unstack(adapted, unrolled(), lambda path, index: "dense/kernel" if index else path)
+    with pytest.raises(TypeError, match="unstack takes an Adapted"):
+        jlora.rank.unstack(params(), unrolled(), names)
+
+
 @pytest.mark.parametrize("form", few("whole", of=("split", "whole", "multi", "chain")))
 @pytest.mark.slow
 def test_the_state_of_adalora_goes_along(form):

@@ -25,3 +25,4 @@ from jlora.rank.sora import soft_threshold as soft_threshold
 from jlora.rank.sora import sora as sora
 from jlora.rank.table import rank_table as rank_table
 from jlora.rank.table import ranks as ranks
+from jlora.rank.unstack import unstack as unstack

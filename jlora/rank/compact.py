@@ -44,9 +44,12 @@ def compact(
     """A smaller adapter with the same outputs: ranks that add nothing, those with a zero in some factor, are dropped.
 
     For use outside of `jit`, since shapes follow from values: after AdaLoRA or SoRA, after `prune` or
-    `at_rank`. s stays what it was, so alpha is still over the rank that the adapter began with. A weight without
+    `at_rank`, and before `save`: a schedule that never ran is told here, by its state or by ranks of which none is
+    dead. `save` cannot tell it, as an adapter has no optimizer, and what was compacted has no dead rank either.
+    s stays what it was, so alpha is still over the rank that the adapter began with. A weight without
     ranks leaves the plan. Layers of a stack share their shapes: they keep as many ranks as the largest needs, each
-    its own in front and zeros behind, which training leaves at zero and `orthogonality` does not count.
+    its own in front and zeros behind, which training leaves at zero and `orthogonality` does not count. For a model
+    that does not scan, `compact(unstack(adapted, params, names))` gives every layer a rank of its own.
 
     Weights whose factors are shared with others (VeRA, tied ones) and sums of two methods stay as they are.
 
@@ -89,11 +92,9 @@ def compact(
     kept: dict[Place, Kept] = {}
     folded: dict[Place, jax.Array] = {}
     notes: list[str] = []
-    dead = False
     for site in plan.sites:
         ours = by_path.get(site.leaf.path, [])
         new, own = _smaller(site, ours, get, stacks)
-        dead |= not all(alive(pair, get).all() for pair in ours)
         if new is None:
             notes.append(f"{site.leaf.path}: no rank left, it is as it was")
             continue
@@ -105,7 +106,8 @@ def compact(
         raise ValueError(
             "compact: every rank of every weight adds nothing, so no adapter would be left; has it been trained?"
         )
-    if not dead and any(pair.diagonal for ours in by_path.values() for pair in ours):
+    gated = [pair for ours in by_path.values() for pair in ours if pair.diagonal]
+    if gated and all(alive(pair, get).all() for pair in gated):
         warnings.warn(
             "compact found no dead rank: has the schedule (jlora.rank.adalora, sora) or jlora.rank.prune run?",
             stacklevel=2,
@@ -165,7 +167,10 @@ def _with_rank(method: Method, k: int) -> Method | None:
 
 def _check(adapted: Adapted, opt_state: Any, plain: bool, stacks: str) -> None:
     if stacks not in ("pad", "refuse"):
-        raise ValueError(f"compact(stacks={stacks!r}): write 'pad' or 'refuse'")
+        raise ValueError(
+            f"compact(stacks={stacks!r}): write 'pad' or 'refuse'; jlora.rank.unstack comes before it, for a model "
+            "that does not scan"
+        )
     if plain and opt_state is not None:
         raise ValueError("compact: the moments of p, lam and q are none of a plain LoRA's; compact one or the other")
     concrete("compact", adapted)
@@ -215,7 +220,7 @@ def _smaller(site: Site, ours: list[Pair], get: Any, stacks: str) -> tuple[Site 
         uneven = sorted({int(x) for n in counts for x in n.ravel()})
         raise ValueError(
             f"compact: the layers of {site.leaf.path!r} of shape {site.leaf.shape} end with unlike ranks, {uneven}; "
-            "stacks='pad' fills them up with zeros"
+            "stacks='pad' fills them up with zeros, jlora.rank.unstack gives each a weight of its own"
         )
     trained = {place for place, (array, _) in site.recipe.arrays(site.leaf).items() if array.trained}
     if k == 0 and site.recipe.additive and trained <= {m.place for p in ours for m in (*p.members, *p.gates)}:

@@ -19,7 +19,9 @@ def orthogonality(adapted: Any, form: Literal["paper", "reference"] = "paper") -
 
     With p (stack..., r, in...) and q (stack..., r, out...), stored rank first, so that p p^T is (r, r). Each layer of
     a stack counts as a weight of its own; a factor that weights share counts once. It is added to the loss, times
-    gamma: 0.1 in most of the paper's runs.
+    gamma: 0.1 in most of the paper's runs. A triplet that is pruned by lam_i = 0 counts, as in the authors' code, and
+    its p_i and q_i stay orthogonal to the others: it can come back. Rows of zeros, with which `compact` pads a stack,
+    do not: the identity has a zero there.
 
     Args:
       adapted: an `Adapted` with weights whose update is p diag(lam) q, all trained (AdaLoRA, SoRA); other weights

@@ -82,7 +82,8 @@ def sora(
       inner: the optimizer of all but the gates.
       adapted: the `Adapted` that is trained; read for its static plan alone.
       learning_rate: eta of the gates, a number or a schedule of the updates made.
-      sparsity: lambda, a number or a schedule such as `geometric`; a traced scalar, so nothing recompiles.
+      sparsity: lambda, a number or a schedule such as `geometric`; a traced scalar (also that of
+        `optax.inject_hyperparams`), so nothing recompiles.
       gates: the optimizer of the gates; AdamW with eps 1e-6 and without decay by default, as the authors have it.
         Its rate is its own: eta then stands in the threshold alone.
       scale_by_lr: False for xi = lambda_t, as in the authors' code.
@@ -113,7 +114,7 @@ def sora(
     gated = [pair for pair in pairs(plan) if pair.diagonal]
     places = frozenset(pair.gates[0].place for pair in gated)
     size = sum(pair.rank * pair.layers for pair in gated)
-    if not callable(sparsity) and not sparsity >= 0:
+    if isinstance(sparsity, (int, float)) and not sparsity >= 0:
         raise ValueError(f"sora(sparsity={sparsity}): lambda is at least 0, or a schedule")
     if prox not in ("exact", "reference"):
         raise ValueError(f"sora(prox={prox!r}): write 'exact' or 'reference'")

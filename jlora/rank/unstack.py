@@ -1,0 +1,93 @@
+"""A stacked adapter on the parameters of an unrolled model: a rank of its own for every layer, in memory too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import _merge, _plan, _tree
+from jlora._axes import Leaf
+from jlora._plan import Site
+from jlora.adapted import Adapted, Frozen, check_trainable
+from jlora.rank.prune import plan_of
+
+
+def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]], str]) -> Adapted:
+    """The same adapter on a model whose layers are separate: each layer of a stack becomes a weight of its own.
+
+    A scan needs arrays of one shape, so layers that end with unlike ranks are padded to the largest as long as they
+    are stacked. A model that does not scan has no such need: `compact(unstack(adapted, params, names))` drops the
+    dead ranks of each layer, for serving, for files of peft (`io.peft.save` writes a rank for each module), or for
+    training on without a scan. A weight's own factor that has no stack axis becomes each layer's own; what weights
+    share they still share.
+
+    Args:
+      adapted: an adapter of a model with stacked layers.
+      params: the parameters of the unrolled model, the base of the new adapter; shapes are checked, values are not.
+      names: the path in `params` of layer `index` of the weight at `path`. A weight that is not stacked has the index
+        `()`.
+
+    Returns:
+      An adapter with `params` as its base; factors are slices.
+
+    Raises:
+      TypeError: `adapted` is no `Adapted`.
+      ValueError: paths that `params` does not have or that two layers share, shapes that do not fit, factors that
+        stacked weights share layer by layer; all at once.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"layers": {"kernel": jnp.ones((2, 6, 4))}}, jlora.LoRA(rank=3, target="kernel"))
+      >>> adapted.trainable["layers/kernel"]["b"] = jnp.ones((2, 3, 4)).at[0, 1:].set(0)
+      >>> params = {"layer_0": {"kernel": jnp.ones((6, 4))}, "layer_1": {"kernel": jnp.ones((6, 4))}}
+      >>> names = lambda path, index: path.replace("layers", f"layer_{index[0]}")
+      >>> jlora.rank.ranks(jlora.rank.compact(jlora.rank.unstack(adapted, params, names)))
+      {'layer_0/kernel': array(1), 'layer_1/kernel': array(3)}
+    """
+    plan = plan_of("unstack", adapted)
+    get = _merge.lookup(adapted)
+    tree = _tree.flatten(params)
+    places = {path: n for n, path in enumerate(tree.paths)}
+    sites: dict[int, Site] = {}
+    halves: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
+    bad: list[str] = []
+    for site in plan.sites:
+        old = site.leaf
+        axes = [n for n, role in enumerate(old.roles) if role == "s"]
+        rest = [n for n, role in enumerate(old.roles) if role != "s"]
+        shape, roles = tuple(old.shape[n] for n in rest), "".join(old.roles[n] for n in rest)
+        for index in np.ndindex(*(old.shape[n] for n in axes)):
+            path = names(old.path, index)
+            if path not in places:
+                near = ", ".join(_tree.nearest(path, tree.paths))
+                bad.append(f"{old.path!r}{list(index)} goes to {path!r}, which is not there; the nearest are {near}")
+                continue
+            n = places[path]
+            found, dtype = _tree.shape_dtype(tree.leaves[n])
+            if found != shape or n in sites:
+                why = f"of shape {found}" if found != shape else "where another layer is already"
+                bad.append(f"{old.path!r}{list(index)} of shape {shape} goes to {path!r}, {why}")
+                continue
+            leaf = Leaf(path, shape, np.dtype(dtype), roles)
+            recipe = site.method.recipe(leaf)
+            assert recipe is not None, path
+            sites[n] = Site(leaf, n, site.method, recipe)
+            for (group, name), (array, _) in site.recipe.arrays(old).items():
+                value = get(group, name)
+                if group != old.path:
+                    if array.stacked and index:
+                        bad.append(
+                            f"{old.path!r}{list(index)} shares its layer of {group!r}: {name!r} with other weights"
+                        )
+                    halves[array.trained].setdefault(group, {})[name] = value
+                    continue
+                # a copy, as no two leaves of an adapter are one buffer
+                part = value[index] if array.stacked and index else jnp.copy(value)
+                halves[array.trained].setdefault(path, {})[name] = part
+    if bad:
+        raise ValueError("cannot unstack onto these parameters:\n  " + "\n  ".join(bad[:8]))
+    methods = tuple(dict.fromkeys(site.method for site in sites.values()))
+    new = _plan.intern(tuple(sites[n] for n in sorted(sites)), methods, plan.notes)
+    check_trainable(halves[True], new)
+    return Adapted(halves[True], Frozen(params, halves[False], adapted.frozen.key, new))

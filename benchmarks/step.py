@@ -19,7 +19,9 @@ the forward pass, and the backward pass for activations.
   full, lifted   the same through `jlora.lift`, every leaf a `jlora.Full` delta
 
 With `--methods`: a row a method, r = 8 (VeRA 256), and one for the same under `lift(fn, dense=True)`, merge then call.
-With `--ranks`: LoRA, AdaLoRA and SoRA under adamw; `adalora` with a mask every third step, `sora`, `selora`.
+With `--ranks`: LoRA, AdaLoRA and SoRA under adamw; `adalora` with a new mask at every step, `sora`, `selora` with a
+probe at every step; and what `compact` leaves of an AdaLoRA of which half of the ranks were pruned, unlike ones in
+each weight, beside a LoRA of the same total. The last column is then the ratio to LoRA, or to that LoRA of rank r / 2.
 """
 
 import argparse
@@ -63,12 +65,14 @@ METHODS = {
     "OFT": lambda target: jlora.OFT(block=32, target=target),
 }
 # Masks, thresholds and probes fall into the timed rounds.
-SCHEDULE = {"target_rank": 5, "total_steps": 10**4, "interval": 3}
+SCHEDULE = {"target_rank": 5, "total_steps": 10**4, "interval": 1}
 RANKS = {
     "adalora": ("AdaLoRA", lambda tx, adapted: jlora.rank.adalora(tx, adapted, **SCHEDULE)),
     "sora": ("SoRA", lambda tx, adapted: jlora.rank.sora(tx, adapted, learning_rate=1e-4, sparsity=1e-2)),
-    "selora": ("LoRA", lambda tx, adapted: jlora.rank.selora(tx, adapted, interval=3)),
+    "selora": ("LoRA", lambda tx, adapted: jlora.rank.selora(tx, adapted, interval=1)),
 }
+HALF = "LoRA, r / 2"
+PEER = {HALF: HALF, "compact": HALF}
 KERNELS = r"encoder/layer_\d+/.*(query|key|value|output|intermediate)/kernel$"
 FLOOR = r"layer_0/attention/query/bias$"
 
@@ -106,7 +110,9 @@ def variants(config):
         return make(lambda t, f: put(f, name, t), params, get(params, name), model.apply)
 
     def adapted(spec, wrap=None, **how):
-        whole = jlora.adapt(params, spec)
+        return begun(jlora.adapt(params, spec), wrap, **how)
+
+    def begun(whole, wrap=None, **how):
         tx = wrap(adamw, whole) if wrap else adamw
         return make(jlora.join, whole.frozen, whole.trainable, jlora.lift(model.apply, **how), tx)
 
@@ -124,9 +130,22 @@ def variants(config):
     for name, method in METHODS.items():
         made[name] = lambda method=method: adapted(method(KERNELS))
         made[f"{name}, dense"] = lambda method=method: adapted(method(KERNELS), dense=True)
+    made[HALF] = lambda: adapted(jlora.LoRA(rank=RANK // 2, alpha=16, target=KERNELS))
+    made["compact"] = lambda: begun(compacted(params))
     for name, (method, wrap) in RANKS.items():
         made[name] = lambda method=method, wrap=wrap: adapted(METHODS[method](KERNELS), wrap)
     return made
+
+
+def compacted(params):
+    """What is left of an AdaLoRA, as a plain LoRA, when half of its ranks are gone at random."""
+    whole = jlora.adapt(params, METHODS["AdaLoRA"](KERNELS))
+    rng = np.random.default_rng(2)
+    noise = lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype)
+    trained = jlora.join(jax.tree.map(lambda x: x + 0.02 * noise(x), whole.trainable), whole.frozen)
+    scores = jax.tree.map(noise, jlora.rank.magnitude(trained))
+    half = jlora.rank.prune(trained, scores, sum(x.size for x in jax.tree.leaves(scores)) // 2)
+    return jlora.rank.compact(half, plain=True)
 
 
 def get(tree, path):
@@ -183,20 +202,23 @@ def main():
         print(json.dumps(measure(options.rounds, options.only)))
         return
     rows = ["full", *(f"{name}{how}" for name in METHODS for how in ("", ", dense"))]
-    ranked = [*dict.fromkeys(method for method, _ in RANKS.values()), *RANKS]
+    ranked = [*dict.fromkeys(method for method, _ in RANKS.values()), *RANKS, HALF, "compact"]
     only = options.only or (rows if options.methods else ranked if options.ranks else FOUNDATION)
+    peer = {name: PEER.get(name, "LoRA") for name in ranked} if options.ranks else {}
     command = [sys.executable, __file__, "--worker", "--rounds", str(options.rounds), "--only", *only]
     runs = []
     for n in range(options.processes):
         print(f"process {n + 1} of {options.processes} ...", file=sys.stderr, flush=True)
         runs.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, {options.rounds} rounds, {options.processes} processes\n")
-    header = f"{'':15s}  {'x floor':>8s}  {'processes':>19s}  {'90 % of rounds':>14s}  {'x full':>6s}"
+    last = "x LoRA" if options.ranks else "x full"
+    header = f"{'':15s}  {'x floor':>8s}  {'processes':>19s}  {'90 % of rounds':>14s}  {last:>6s}"
     print(f"{header}  {'temp MB':>8s}  {'trainable':>10s}  {'state':>10s}")
     for name in runs[0][0]:
         each = [interval([a / b for a, b in zip(s[name], s["floor"], strict=True)]) for s, _ in runs]
+        other = peer.get(name, "full")
         full = [
-            statistics.median([a / b for a, b in zip(s[name], s["full"], strict=True)]) if "full" in s else 0
+            statistics.median([a / b for a, b in zip(s[name], s[other], strict=True)]) if other in s else 0
             for s, _ in runs
         ]
         spread = " ".join(f"{m:.3f}" for m, _, _ in each)

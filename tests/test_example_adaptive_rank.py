@@ -71,7 +71,8 @@ def test_a_run_ends_with_table_claims_and_plots_and_goes_on_where_it_was(folder,
     want = results["SeLoRA"].pop("1")
     (out / "results.json").write_text(json.dumps({"settings": settings, "runs": results}))
     adaptive_rank.main([*args, "--seeds", "0", "1"])
-    assert json.loads((out / "results.json").read_text())["runs"]["SeLoRA"]["1"] == want
+    again = json.loads((out / "results.json").read_text())["runs"]["SeLoRA"]["1"]
+    assert again | {"bytes": 0} == want | {"bytes": 0}  # a file's own data, dates among it, is not always as long
     monkeypatch.setattr(adaptive_rank, "once", None)
     adaptive_rank.main([*args, "--seeds", "0", "1"])
     with pytest.raises(SystemExit, match="other settings"):

@@ -16,7 +16,7 @@ What ends above the budget is pruned to it by magnitude, without more training. 
 accuracies (mean and standard deviation over seeds), ranks and file sizes, says which claims of the
 papers held, and saves both and the plots in --out. The claims stand in CLAIMS, below, and were fixed
 before the recorded run. One that was stopped goes on after the last method and seed that were done.
-docs/adaptive_rank.md has the numbers to expect.
+docs/adaptive_rank.md has the numbers to expect, and what they mean.
 """
 
 import dataclasses

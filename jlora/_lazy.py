@@ -143,11 +143,13 @@ def again(f: Callable[..., Any], recipe: Recipe, forward_mode: bool) -> Callable
 
     So the residuals are the arrays and the arguments; a dense W0 is never among them, whatever a policy of
     `jax.checkpoint` may save. The barrier ties the second making to the cotangent: without it the compiler finds that
-    it has made that array before, and keeps it. `f(True)` has no custom rule of its own, so that `jvp` of a gradient
-    passes through the forward pass; `f(False)` gives the gradient.
+    it has made that array before, and keeps it. Another ties the first one to the arguments: without it a compiler may
+    make the weights of all layers before it needs them. `f(True)` has no custom rule of its own, so that `jvp` of a
+    gradient passes through the forward pass; `f(False)` gives the gradient.
     """
 
     def g(arrays: Any, *args: Any) -> Any:
+        arrays, args = lax.optimization_barrier((arrays, args))
         return f(True)(recipe(arrays), *args)
 
     if forward_mode:

@@ -42,6 +42,10 @@ class Packed:
         """
         raise NotImplementedError
 
+    def axes(self) -> tuple[tuple[int | None, ...], ...]:
+        """For each array, the axis of the weight that each of its axes stands for, None for one of its own."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         """What it is, in a word."""
         raise NotImplementedError

@@ -9,8 +9,8 @@
 | `EVA` | singular vectors of the inputs; b = 0 | `activations(fn, ...)` | no |
 | `Given` | as given | | no |
 
-A pair keeps a0 and b0 and subtracts their product, so that no start changes the base or the first output. `loftq` goes
-the other way: it makes a quantised base and the LoRA that mends it.
+A pair keeps a0 and b0 and subtracts their product, so that no start changes the base or the first output. `loftq` and
+`qpissa` go the other way: they make a quantised base and the LoRA that mends it.
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ from jlora.methods.starts import OLoRA as OLoRA
 from jlora.methods.starts import Orthogonal as Orthogonal
 from jlora.methods.starts import PiSSA as PiSSA
 from jlora.methods.starts import Start as Start
-from jlora.methods.starts import best, sides, unsided
+from jlora.quant._mended import loftq as loftq
+from jlora.quant._mended import qpissa as qpissa
 
 Axes = dict[str, str] | None
 
@@ -216,66 +217,6 @@ def redistributed(method: LoRA, moments: Mapping[str, Any], *, rho: float = 2.0)
         alpha = method.scale * (rank if method.scaling == "rank" else math.sqrt(rank))
         rules.append(dataclasses.replace(method, rank=rank, alpha=alpha, init=start, target=paths, exclude=()))
     return tuple(rules)
-
-
-def loftq(
-    params: Any,
-    method: LoRA,
-    quantise: Callable[[jax.Array], jax.Array],
-    *,
-    steps: int = 5,
-    axes: Axes = None,
-) -> tuple[Any, LoRA]:
-    """LoftQ: a quantised base Q and the a, b that mend it, W0 = Q + s a b as nearly as rank r can.
-
-    Beginning with a b = 0, `steps` times: Q = quantise(W0 - s a b), then s a b = the best approximation of W0 - Q of
-    rank r. No step makes it worse where `quantise` gives the nearest of fixed levels. This is the one start that
-    changes the base, as quantising it does anyway: `adapt` takes the new one.
-
-    Args:
-      params: the plain parameters.
-      method: a LoRA; its target says which weights.
-      quantise: a weight in its own axes and at least float32 to what its quantised form stands for, dequantised, in
-        the same shape.
-      steps: 1 to 5 in the paper.
-      axes: as for `adapt`.
-
-    Returns:
-      `(params, method)`: the parameters with Q (in their own dtype) in the weights' places, and the method with
-      `Given` as its start.
-
-    Raises:
-      ValueError: fewer steps than 1; a `quantise` that changes shapes; weights without values; whatever `adapt`
-        refuses.
-
-    Example:
-      >>> import jax.numpy as jnp, jlora
-      >>> params = {"query": {"kernel": jnp.linspace(0.0, 1.0, 16).reshape(4, 4)}}
-      >>> base, method = jlora.init.loftq(params, jlora.LoRA(rank=1), lambda w: jnp.round(4 * w) / 4)
-      >>> error = lambda tree: float(jnp.linalg.norm(tree["query"]["kernel"] - params["query"]["kernel"]))
-      >>> error(jlora.merge(jlora.adapt(base, method))) < error(base)
-      True
-
-    References:
-      Li et al, `LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models
-      <https://arxiv.org/abs/2310.08659>`_, 2023.
-    """
-    if steps < 1:
-        raise ValueError(f"loftq(steps={steps}): at least one step")
-    leaves, treedef = jax.tree.flatten(params)
-    pairs = {}
-    for site in _sites(params, method, axes):
-        leaf = site.leaf
-        if isinstance(leaves[site.index], jax.ShapeDtypeStruct):
-            raise ValueError(f"loftq quantises the values of {leaf.path!r} of shape {leaf.shape}, and it has none")
-        w = sides(leaves[site.index], leaf)
-        mended = w
-        for _ in range(steps):
-            q = quantise(unsided(mended, leaf)).astype(leaf.dtype)  # as stored, so that a b mends that cast, too
-            a, b = best(w - sides(q, leaf), method.rank, method.scale)
-            mended = w - method.scale * jnp.swapaxes(a, -1, -2) @ b
-        leaves[site.index], pairs[leaf.path] = q, (a, b)
-    return jax.tree.unflatten(treedef, leaves), dataclasses.replace(method, init=Given(pairs))
 
 
 def plain(adapted: Adapted) -> Adapted:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.quant._schemes import dynamic_levels, normal_levels
+from jlora.quant._schemes import dynamic_levels, normal_levels, thresholds
 
 GOLDEN = Path(__file__).parent / "fixtures" / "nf4.npz"
 
@@ -104,3 +104,218 @@ def test_tables_of_levels_stay_inside_a_scan():
 
     one = 256 * 256 * 4
     assert temporary("nf4") < temporary("int8") + 2 * one
+
+
+# --- what is quantised, and what is refused ---------------------------------------------------------------------------
+
+
+def by_hand(w, block=64, levels=None):
+    """NF4 of a (in, out) weight in float64 NumPy: torch's run of outputs, then inputs, in blocks."""
+    levels = np.float64(jlora.quant.NF(4).levels) if levels is None else levels
+    run = np.float64(w).T.reshape(-1)
+    made = np.empty_like(run)
+    for start in range(0, run.size, block):
+        part = run[start : start + block]
+        top = np.abs(part).max()
+        distance = np.abs((part / top if top else part)[:, None] - levels)
+        made[start : start + block] = levels[distance.argmin(1)] * top
+    return made.reshape(w.T.shape).T
+
+
+@pytest.mark.parametrize("shape", [(128, 3), (64, 1), (100, 7), (63, 1), (1, 130), (5, 13)])
+@pytest.mark.parametrize("parity", [None, "torch"])
+def test_blocks_and_a_partial_one(shape, parity):
+    w = normal(3, *shape)
+    leaf = jlora.quantize({"w": w}, target="w", axes={"w": "io"}, parity=parity)["w"]
+    np.testing.assert_allclose(leaf.dequantize(), by_hand(w), rtol=1e-6, atol=1e-7)
+    assert leaf.nbytes <= -(-w.size // 2) + 4 * -(-w.size // 64)  # at most one partial block
+    assert leaf.shape == w.shape and leaf.dtype == w.dtype and leaf.size == w.size
+
+
+def test_bits_a_parameter():
+    leaf = jlora.quantize({"w": normal(0, 1536, 576)}, "nf4+double", target="w")["w"]
+    assert 8 * leaf.nbytes / leaf.size < 4.127 + 8 * 8 / leaf.size
+    held = sum(a.nbytes for a in jax.tree.leaves(leaf))
+    assert held == leaf.nbytes
+
+
+def test_zeros_and_midpoints():
+    """A block of zeros stays zeros; a value at a midpoint goes to the lower level, as in bitsandbytes."""
+    levels = jlora.quant.NF(4).levels
+    middle = thresholds(levels)
+    block = np.zeros((64, 2), np.float32)
+    block[0, 0], block[1 : 1 + len(middle), 0] = 1, middle
+    leaf = jlora.quantize({"w": jnp.asarray(block)}, target="w")["w"]
+    got = np.asarray(leaf.dequantize())
+    np.testing.assert_array_equal(got[1 : 1 + len(middle), 0], levels[:-1])
+    assert not got[:, 1].any() and not got[1 + len(middle) :, 0].any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_half_precision(dtype, scheme):
+    w = normal(4, 64, 8, dtype=dtype)
+    leaf = jlora.quantize({"w": w}, scheme, target="w")["w"]
+    wide = jlora.quantize({"w": w.astype(jnp.float32)}, scheme, target="w")["w"]
+    assert leaf.dtype == dtype and leaf.dequantize().dtype == dtype
+    np.testing.assert_array_equal(leaf.dequantize(), wide.dequantize().astype(dtype))
+    y = jlora.lift(lambda p, x: x @ p["w"])({"w": leaf}, jnp.ones((2, 64), dtype))
+    assert y.dtype == dtype
+
+
+def test_refused_in_words():
+    good, bad = normal(0, 64, 2), normal(0, 64, 2).at[3, 1].set(jnp.nan).at[0, 0].set(jnp.inf)
+    with pytest.raises(ValueError, match=r"'a' of shape \(64, 2\) has 1 NaN and 1 infinite(.|\n)*'c'"):
+        jlora.quantize({"a": bad, "b": good, "c": bad}, target=".")
+    with pytest.raises(ValueError, match="only real floating point"):
+        jlora.quantize({"a": jnp.ones((4, 4), int)}, target="a")
+    with pytest.raises(ValueError, match="matches no leaf; the nearest paths are query"):
+        jlora.quantize({"query": good}, target="kernel")
+    with pytest.raises(ValueError, match="no scheme is called 'nf5'; there are nf2"):
+        jlora.quantize({"a": good}, "nf5", target="a")
+    with pytest.raises(ValueError, match=r"NF\(bits=5\)"):
+        jlora.quant.NF(5)
+    leaf = jlora.quantize({"a": good}, target="a")
+    cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), leaf)
+    for read in (lambda: cast["a"].dequantize(), lambda: jlora.lift(lambda p: p["a"].sum())(cast)):
+        with pytest.raises(TypeError, match="was cast: codes is bfloat16, not uint8"):
+            read()
+
+
+def test_left_as_they_are():
+    tree = {"empty": jnp.ones((0, 3)), "scalar": jnp.ones(()), "w": normal(0, 64, 2)}
+    small = jlora.quantize(tree, target=".")
+    assert small["empty"] is tree["empty"] and small["scalar"] is tree["scalar"]
+    assert jlora.quantize(small, target=".")["w"] is small["w"]  # quantised already
+    tied = jlora.quantize({"a": tree["w"], "b": tree["w"]}, target=".")
+    assert tied["a"] is tied["b"]
+
+
+def test_donation_frees_each_weight():
+    w = normal(0, 64, 2)
+    leaf = jlora.quantize({"w": w}, target="w", donate=True)["w"]
+    assert w.is_deleted() and leaf.shape == (64, 2)
+
+
+def test_normal_weights_are_nearer_to_normal_floats():
+    w = normal(5, 4096, 64)
+    error = lambda scheme: float(jnp.mean((jlora.quantize({"w": w}, scheme, target="w")["w"].dequantize() - w) ** 2))
+    assert max(error("nf8"), error("int8")) < error("nf4") < error("int4") < error("nf3") < error("nf2")
+
+
+def test_shapes_alone():
+    made = jax.eval_shape(lambda: jlora.quantize({"w": jnp.ones((128, 4))}, "nf4+double", target="w"))
+    assert made["w"].shape == (128, 4)
+    again = jlora.quantize({"w": jax.ShapeDtypeStruct((128, 4), jnp.float32)}, "nf4+double", target="w")
+    assert jax.tree.leaves(again) == jax.tree.leaves(made)
+
+
+def test_stacks_are_quantised_apart():
+    """Stack axes are those of the arrays: `vmap`, slices and `jnp.stack` of the leaf are those of the weight."""
+    w = normal(6, 3, 128, 4)
+    whole = jlora.quantize({"layers": {"kernel": w}}, "nf4+double")["layers"]["kernel"]
+    apart = [jlora.quantize({"kernel": one}, "nf4+double", target="kernel")["kernel"] for one in w]
+    assert whole.roles == "sio" and apart[0].roles == "io"
+    np.testing.assert_array_equal(whole.dequantize(), jnp.stack([one.dequantize() for one in apart]))
+    one = jax.tree.map(lambda a: a[1], whole)
+    assert one.shape == (128, 4)
+    np.testing.assert_array_equal(one.dequantize(), apart[1].dequantize())
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *apart)
+    assert stacked.shape == (3, 128, 4)
+
+
+def test_rows_of_an_embedding_alone():
+    """A lookup makes the rows it looks up, and nothing of the size of the table; a row that is not there is NaN."""
+    table, ids = normal(7, 1000, 64), jnp.array([[3, 999], [0, 1000]])
+    for scheme in ("int8", "nf4+double"):
+        leaf = jlora.quantize({"embedding": table}, scheme, target="embedding")["embedding"]
+        look = jlora.lift(lambda p, ids: jnp.take(p, ids, axis=0, fill_value=jnp.nan))
+        want = jnp.take(leaf.dequantize(), ids, axis=0, fill_value=jnp.nan)
+        np.testing.assert_allclose(look(leaf, ids), want, rtol=3e-7)
+        traced = str(jax.make_jaxpr(look)(leaf, ids))
+        assert "f32[1000,64]" not in traced
+
+
+# --- merging, files, starts -------------------------------------------------------------------------------------------
+
+
+def drawn(adapted, scale):
+    draw = lambda n, a: scale * normal(n, *a.shape)
+    leaves, treedef = jax.tree.flatten(adapted.trainable)
+    return jlora.join(treedef.unflatten([draw(n, a) for n, a in enumerate(leaves)]), adapted.frozen)
+
+
+def small_model():
+    return {"query": {"kernel": normal(8, 64, 16)}, "norm": {"scale": jnp.ones(16)}}
+
+
+def test_merging_and_quantising_again():
+    base = jlora.quantize(small_model())
+    adapted = drawn(jlora.adapt(base, jlora.LoRA(rank=2)), 0.05)
+    merged = jlora.merge(adapted)
+    assert isinstance(merged["query"]["kernel"], jax.Array) and jlora.merge_report(adapted).worst > 0.999
+    a, b = (np.float64(adapted.trainable["query/kernel"][n]) for n in "ab")
+    want = np.float64(base["query"]["kernel"].dequantize()) + a.T @ b
+    np.testing.assert_allclose(merged["query"]["kernel"], want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="would lose most of the update(.|\n)*query/kernel"):
+        jlora.quant.requantize(adapted)
+    again, report = jlora.quant.requantize(adapted, allow_loss=True)
+    kept = np.float64(again["query"]["kernel"].dequantize()) - np.float64(base["query"]["kernel"].dequantize())
+    delta = a.T @ b
+    np.testing.assert_allclose(report.worst, (kept * delta).sum() / (delta * delta).sum(), atol=1e-3)
+    params, report = jlora.quant.requantize(drawn(adapted, 1.0))
+    assert report.worst > 0.9 and isinstance(params["query"]["kernel"], jlora.quant.Quantized)
+
+
+def test_an_adapted_is_quantised_under_its_adapter():
+    adapted = drawn(jlora.adapt(small_model(), jlora.LoRA(rank=2)), 0.1)
+    small = jlora.quantize(adapted, "int8")
+    assert small.trainable is adapted.trainable and small.frozen.plan is adapted.frozen.plan
+    assert isinstance(small.frozen.base["query"]["kernel"], jlora.quant.Quantized)
+
+
+@pytest.mark.parametrize("scheme", ["nf4+double", "nf3", "int8"])
+def test_a_base_is_saved_once(tmp_path, scheme):
+    base = jlora.quantize(small_model(), scheme)
+    jlora.io.quantised.save(tmp_path / "base", base)
+    for like in (None, small_model()):
+        found = jlora.io.quantised.load(tmp_path / "base", like)
+        assert jax.tree.structure(found) == jax.tree.structure(base)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(base), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"'query/kernel' has shape \(64, 16\) in the file"):
+        jlora.io.quantised.load(tmp_path / "base", small_model() | {"query": {"kernel": jnp.ones((2, 2))}})
+    with pytest.raises(TypeError, match="jlora.save"):
+        jlora.io.quantised.save(tmp_path / "other", jlora.adapt(base, jlora.LoRA(rank=2)))
+
+
+def test_an_adapter_moves_to_the_plain_base(tmp_path):
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small_model())
+    adapted = drawn(jlora.adapt(jlora.quantize(params), jlora.LoRA(rank=2)), 0.1)
+    jlora.save(tmp_path / "adapter", adapted)
+    assert jlora.load(tmp_path / "adapter", jlora.quantize(params)).frozen.plan is adapted.frozen.plan
+    with pytest.raises(ValueError, match="check='shapes'(.|\n)*has dtype bfloat16, was nf4 of bfloat16"):
+        jlora.load(tmp_path / "adapter", params)
+    with pytest.raises(ValueError, match=r"was nf4 of bfloat16"):
+        jlora.load(tmp_path / "adapter", jlora.quantize(params, "int8"))
+    moved = jlora.load(tmp_path / "adapter", params, check="shapes")
+    for a, b in zip(jax.tree.leaves(moved.trainable), jax.tree.leaves(adapted.trainable), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("start", [jlora.init.loftq, jlora.init.qpissa])
+@pytest.mark.parametrize("scheme", ["nf4", "nf2"])
+def test_starts_that_mend_what_quantising_lost(start, scheme):
+    w = normal(9, 128, 64) * jnp.exp(normal(10, 64)) + normal(11, 128, 4) @ normal(12, 4, 64)
+    params = {"query": {"kernel": w}, "norm": {"scale": jnp.ones(16)}}
+    error = lambda made: float(jnp.linalg.norm(made - w))
+    plain = error(jlora.quantize(params, scheme)["query"]["kernel"].dequantize())
+    errors = []
+    for steps in (1, 5):
+        base, method = start(params, jlora.LoRA(rank=8, alpha=4), scheme, steps=steps)
+        assert isinstance(base["query"]["kernel"], jlora.quant.Quantized)
+        adapted = jlora.adapt(base, method)
+        assert adapted.frozen.base is base
+        errors.append(error(jlora.merge(adapted)["query"]["kernel"]))
+    assert errors[1] < errors[0] < 0.9 * plain

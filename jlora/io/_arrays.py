@@ -106,12 +106,18 @@ def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str,
     for (group, factor), (leaf, side) in leaves.items():
         if (group, factor) in made_again:
             continue
-        array, key = _host(leaf, f"{side} factor {group!r}: {factor!r}")
         name = stored_name(side, group, factor)
-        factors[name] = {"shape": list(array.shape), "dtype": array.dtype.name, "key": key, "sha256": _digest(array)}
+        array, factors[name] = record(leaf, f"{side} factor {group!r}: {factor!r}")
         if array.size:  # Orbax refuses the others; the manifest says all there is of them
-            arrays[name] = np.ascontiguousarray(array).view(_stored(array.dtype)).reshape(array.shape)
+            arrays[name] = array
     return arrays, factors
+
+
+def record(leaf: Any, where: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """An array as Orbax stores it, and what a manifest says of it."""
+    array, key = _host(leaf, where)
+    said = {"shape": list(array.shape), "dtype": array.dtype.name, "key": key, "sha256": _digest(array)}
+    return np.ascontiguousarray(array).view(_stored(array.dtype)).reshape(array.shape), said
 
 
 def rebuild(array: np.ndarray | None, record: Mapping[str, Any], where: str) -> jax.Array:

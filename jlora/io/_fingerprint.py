@@ -12,6 +12,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jlora import _tree
+from jlora._packed import is_packed
 from jlora.io._manifest import several
 
 SAMPLES = 1024
@@ -90,10 +91,13 @@ def fingerprint(params: Any, tree: _tree.Named) -> list[list[Any]]:
     is_stream = lambda x: isinstance(x, nnx.RngState)  # noqa: E731
     boxes = [x for x in jax.tree.leaves(params, is_leaf=is_stream) if is_stream(x)]
     streams = {id(x) for box in boxes for x in jax.tree.leaves(box)}
-    values = samples([None if id(x) in streams else x for x in tree.leaves])
+    # a quantised leaf is known by its codes
+    known = [jax.tree.leaves(x)[0] if is_packed(x) else x for x in tree.leaves]
+    values = samples([None if id(x) in streams else x for x in known])
     rows = []
     for path, leaf, value in zip(tree.paths, tree.leaves, values, strict=True):
         shape, dtype = _tree.shape_dtype(leaf)
+        dtype = f"{leaf.describe()} of {dtype}" if is_packed(leaf) else dtype
         digest = None if value is None else hashlib.sha256(value.tobytes()).hexdigest()[:32]
         rows.append([path, list(shape), str(dtype), digest])
     return rows

@@ -174,7 +174,7 @@ class Quantized(Packed):
     def __init__(self, arrays: tuple[Any, ...], codec: Codec, kernel: str):
         self._arrays = arrays
         self.codec = codec
-        self._kernel = kernel
+        self.kernel = kernel
 
     def tree_flatten_with_keys(self) -> Any:
         names = self.codec.arrays
@@ -185,7 +185,7 @@ class Quantized(Packed):
 
     @property
     def _static(self) -> Any:
-        return self.codec, self._kernel
+        return self.codec, self.kernel
 
     @classmethod
     def tree_unflatten(cls, static: Any, arrays: Any) -> "Quantized":
@@ -211,8 +211,8 @@ class Quantized(Packed):
 
     @property
     def roles(self) -> str:
-        more = len(self._stack) - self._kernel.count("s")
-        return "s" * more + self._kernel if more > 0 else self._kernel.replace("s", "", -more)
+        more = len(self._stack) - self.kernel.count("s")
+        return "s" * more + self.kernel if more > 0 else self.kernel.replace("s", "", -more)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -237,6 +237,15 @@ class Quantized(Packed):
                 "is_leaf=lambda x: isinstance(x, jlora.quant.Quantized)"
             )
         return self._arrays, self.codec
+
+    def axes(self) -> tuple[tuple[int | None, ...], ...]:
+        stack = [n for n, role in enumerate(self.roles) if role == "s"]
+        own: list[int | None] = [n for n, role in enumerate(self.roles) if role != "s"]
+        found = []
+        for name, (shape, _) in self.codec.arrays.items():
+            follows = not self.codec.layout.flat and name not in ("scales2", "offset")
+            found.append((*stack, *(own if follows else [None] * len(shape))))
+        return tuple(found)
 
     def describe(self) -> str:
         return str(self.scheme)

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _axes, _network, _plan, _tree
 from jlora._network import Function, Parsed
+from jlora._packed import is_packed
 from jlora._plan import Plan, Site
 from jlora.adapted import Adapted, Frozen, is_adapted
 from jlora.shard import _rules
@@ -61,16 +62,28 @@ def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
     entries = _rules.resolve(tree, roles_of(tree, frozen.plan), base_specs, sizes)
     of_factors = {place: _rules.to_spec(own) for place, own in _factors(frozen.plan, entries, sizes).items()}
     at = lambda path, _: of_factors[path[-2].key, path[-1].key]
-    base = jax.tree.unflatten(tree.treedef, [_rules.to_spec(own) for own in entries])
+    held = [_of_leaf(leaf, own, sizes) for leaf, own in zip(tree.leaves, entries, strict=True)]
+    base = jax.tree.unflatten(tree.treedef, held)
     factors = jax.tree_util.tree_map_with_path(at, frozen.factors)
     key = None if frozen.key is None else PartitionSpec()
     trainable = jax.tree_util.tree_map_with_path(at, adapted.trainable)
     return Adapted(trainable, Frozen(base, factors, key, frozen.plan))
 
 
+def _of_leaf(leaf: Any, kernel: Entries, sizes: Sizes) -> Any:
+    """The spec of a leaf; of a weight held as other arrays a spec for each, by the axes that theirs stand for."""
+    if not is_packed(leaf):
+        return _rules.to_spec(kernel)
+    arrays, treedef = jax.tree.flatten(leaf)
+    own = [tuple(None if n is None else kernel[n] for n in axes) for axes in leaf.axes()]
+    fit = [_rules.fitted(entries, tuple(a.shape), sizes) for entries, a in zip(own, arrays, strict=True)]
+    return treedef.unflatten([_rules.to_spec(entries) for entries in fit])
+
+
 def roles_of(tree: _tree.Named, plan: Plan) -> list[str]:
     """The letters of every leaf: the plan's where it is adapted, else the conventions'."""
-    known = {site.index: site.leaf.roles for site in plan.sites}
+    known = {n: leaf.roles for n, leaf in enumerate(tree.leaves) if is_packed(leaf)}
+    known |= {site.index: site.leaf.roles for site in plan.sites}
     shapes = [_tree.shape_dtype(leaf)[0] for leaf in tree.leaves]
     both = zip(tree.paths, shapes, strict=True)
     return [known.get(n) or _axes.conventions(path, shape) for n, (path, shape) in enumerate(both)]

@@ -1,0 +1,155 @@
+"""LoftQ and QPiSSA: a quantised base, and the LoRA that mends what quantising lost."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _packed, _plan, _tree
+from jlora._packed import is_packed
+from jlora.methods.lora import LoRA
+from jlora.methods.starts import Given, best, sides, unsided
+from jlora.quant._quantize import codec, quantized
+from jlora.quant._schemes import Scheme, resolve
+
+Axes = dict[str, str] | None
+
+
+def loftq(
+    params: Any,
+    method: LoRA,
+    quantise: "Scheme | str | Callable[[jax.Array], jax.Array]",
+    *,
+    steps: int = 5,
+    axes: Axes = None,
+) -> tuple[Any, LoRA]:
+    """LoftQ: a quantised base Q and the a, b that mend it, W0 = Q + s a b as nearly as rank r can.
+
+    Beginning with a b = 0, `steps` times: Q = quantise(W0 - s a b), then s a b = the best approximation of W0 - Q of
+    rank r. No step makes it worse where `quantise` gives the nearest of fixed levels. This and `qpissa` are the starts
+    that change the base, as quantising it does anyway: `adapt` takes the new one.
+
+    Args:
+      params: the plain parameters.
+      method: a LoRA; its target says which weights.
+      quantise: a scheme or its name, as `jlora.quantize` takes it: the base then holds codes. Or a function of a weight
+        in its own axes and at least float32 to what its quantised form stands for, dequantised, in the same shape.
+      steps: 1 to 5 in the paper.
+      axes: as for `adapt`.
+
+    Returns:
+      `(params, method)`: the parameters with Q (in their own dtype) in the weights' places, and the method with
+      `Given` as its start.
+
+    Raises:
+      ValueError: fewer steps than 1; a `quantise` that changes shapes; weights without values; whatever `adapt`
+        refuses.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.linspace(0.0, 1.0, 4096).reshape(64, 64) ** 2}}
+      >>> base, method = jlora.init.loftq(params, jlora.LoRA(rank=4), "nf4")
+      >>> base["query"]["kernel"]
+      Quantized((64, 64), float32, nf4)
+      >>> error = lambda w: float(jnp.linalg.norm(w - params["query"]["kernel"]))
+      >>> mended = jlora.merge(jlora.adapt(base, method))["query"]["kernel"]
+      >>> error(mended) < error(jlora.quantize(params)["query"]["kernel"].dequantize())
+      True
+
+    References:
+      Li et al, `LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models
+      <https://arxiv.org/abs/2310.08659>`_, 2023.
+    """
+
+    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Callable[[jax.Array], Any], s: float) -> Any:
+        mended = w
+        for _ in range(steps):
+            a, b = best(w - again(mended))
+            mended = w - s * jnp.swapaxes(a, -1, -2) @ b
+        return a, b
+
+    return _quantised("loftq", params, method, quantise, steps, axes, pair)
+
+
+def qpissa(
+    params: Any,
+    method: LoRA,
+    quantise: "Scheme | str | Callable[[jax.Array], jax.Array]",
+    *,
+    steps: int = 5,
+    axes: Axes = None,
+) -> tuple[Any, LoRA]:
+    """QPiSSA: the principal part of W0 in a, b, and the rest of it quantised: W0 = Q + s a b.
+
+    s a b = the best approximation of W0 of rank r, then `steps` times Q = quantise(W0 - s a b), with s a b the best
+    approximation of W0 - Q in between. (`LoRA(init="pissa")` on a quantised base starts from what the codes stand for,
+    and changes no base: the large singular values stay among what was quantised.)
+
+    Args:
+      params: the plain parameters.
+      method: a LoRA; its target says which weights.
+      quantise: as for `loftq`.
+      steps: 1 is the paper's plain form.
+      axes: as for `adapt`.
+
+    Returns:
+      `(params, method)`, as `loftq`.
+
+    Raises:
+      ValueError: as `loftq`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}}
+      >>> base, method = jlora.init.qpissa(params, jlora.LoRA(rank=8), "nf4")
+      >>> jlora.adapt(base, method)
+      Adapted(1 weight, 1,024 trainable)
+
+    References:
+      Meng et al, `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, section 4.
+    """
+
+    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Callable[[jax.Array], Any], s: float) -> Any:
+        a, b = best(w)
+        for step in range(steps):
+            q = again(w - s * jnp.swapaxes(a, -1, -2) @ b)
+            if step < steps - 1:
+                a, b = best(w - q)
+        return a, b
+
+    return _quantised("qpissa", params, method, quantise, steps, axes, pair)
+
+
+def _quantised(
+    name: str, params: Any, method: LoRA, quantise: Any, steps: int, axes: Axes, pair: Callable[..., Any]
+) -> tuple[Any, LoRA]:
+    """Each weight quantised less the pair that it comes with."""
+    if steps < 1:
+        raise ValueError(f"{name}(steps={steps}): at least one step")
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_packed)
+    pairs = {}
+    scheme = None if callable(quantise) else resolve(quantise)
+    for site in _plan.resolve(_tree.flatten(params), method, axes, True)[0].sites:
+        leaf = site.leaf
+        if isinstance(leaves[site.index], jax.ShapeDtypeStruct):
+            raise ValueError(f"{name} quantises the values of {leaf.path!r} of shape {leaf.shape}, and it has none")
+        if is_packed(leaves[site.index]):
+            raise ValueError(f"{name} quantises plain weights, and {leaf.path!r} of shape {leaf.shape} is quantised")
+        w = sides(leaves[site.index], leaf)
+        make = quantise
+        if scheme is not None:
+            how = codec(scheme, leaf.path, leaf.shape, leaf.dtype, leaf.roles, False)
+            make = lambda x, how=how, roles=leaf.roles: quantized(x, how, roles)
+        kept: list[Any] = []
+
+        def again(mended: jax.Array, leaf: Any = leaf, make: Any = make, kept: list[Any] = kept) -> jax.Array:
+            kept[:] = [make(unsided(mended, leaf))]
+            # as stored, so that a b mends that cast, too
+            return sides(_packed.dense(kept[0]).astype(leaf.dtype), leaf)
+
+        fit = lambda x: best(x, method.rank, method.scale)
+        pairs[leaf.path] = pair(w, again, fit, method.scale)
+        leaves[site.index] = kept[0] if is_packed(kept[0]) else kept[0].astype(leaf.dtype)
+    return jax.tree.unflatten(treedef, leaves), dataclasses.replace(method, init=Given(pairs))

@@ -186,10 +186,9 @@ def optimizer(run: Run, method: str, wrap: Callable = lambda tx: tx) -> optax.Gr
     return optax.chain(optax.clip_by_global_norm(1.0), wrap(rates))
 
 
-def train(run: Run, method: str, model, params, data: "Data", checkpoints=None) -> tuple[Any, Any]:
-    """The tuned parameters (an `Adapted`, or plain ones), and the mean seconds of a step."""
-    trainable, frozen, join = halves(run, method, params)
-    apply, tx = jlora.lift(model.apply), optimizer(run, method)
+def updater(model, join: Callable[[Any, Any], Any], tx: optax.GradientTransformation) -> Callable:
+    """A step, compiled, that runs of one shape can share: `(state, frozen, batch) -> (state, loss)`."""
+    apply = jlora.lift(model.apply)
 
     def loss(trainable, frozen, key, ids, mask, labels):
         params, rngs = {"params": join(trainable, frozen)}, {"dropout": key}
@@ -204,6 +203,15 @@ def train(run: Run, method: str, model, params, data: "Data", checkpoints=None) 
         trainable = optax.apply_updates(state["trainable"], change)
         step = state["step"] + 1
         return dict(state, trainable=trainable, opt_state=opt_state, step=step), value
+
+    return update
+
+
+def train(run: Run, method: str, model, params, data: "Data", checkpoints=None) -> tuple[Any, Any]:
+    """The tuned parameters (an `Adapted`, or plain ones), and the mean seconds of a step."""
+    trainable, frozen, join = halves(run, method, params)
+    tx = optimizer(run, method)
+    update = updater(model, join, tx)
 
     # All that changes in a run. The data needs no entry: its order follows from seed and step.
     state = {"trainable": trainable, "opt_state": tx.init(trainable)}

@@ -57,6 +57,18 @@ DRAWN = {
         {path: n % 9 for n, path in enumerate(LAYERS)}, title="budget 48", ax=ax
     ),
     "pareto": lambda ax=None: plot.pareto(POINTS, title="movie sentences", ax=ax),
+    "sweep": lambda ax=None: plot.sweep(
+        {"q and v": ([1, 2, 4, 8, 64], 0.8 + 0.01 * rng(2).standard_normal((3, 5)))},
+        levels={"everything": 0.83, "head alone": 0.77},
+        title="the rank of q and v",
+        ax=ax,
+    ),
+    "scores": lambda ax=None: plot.scores(
+        {f"place {n}, r = {n + 1}": 0.8 + 0.01 * rng(n).standard_normal(3) for n in range(6)},
+        levels={"everything": 0.83, "head alone": 0.77},
+        title="one budget",
+        ax=ax,
+    ),
     "curves": lambda ax=None: plot.curves(
         {f"r = {2**n}": (10 * np.arange(40), LOSSES[n]) for n in range(3)}, title="three seeds", ax=ax
     ),
@@ -70,12 +82,14 @@ MANY = {
     "ranks": lambda: plot.ranks(HISTORY, budget=BUDGET.at, title="budget 24"),
     "ranks without budget": lambda: plot.ranks(dict(list(HISTORY.items())[:1])),
     "one": lambda: plot.similarity(np.ones((1, 1))),
+    "sweep": lambda: plot.sweep({"a random subspace": (2 ** np.arange(0, 24, 2), np.linspace(0.5, 0.8, 12))}),
+    "scores": lambda: plot.scores({f"weight {n}": 0.5 + n / 100 for n in range(40)}, levels={"most": 0.9}),
     "panels": lambda: panels(),
 }
 
 
 def panels():
-    figure, axes = plot.panels(2, 3)
+    figure, axes = plot.panels(2, 4)
     for (name, draw), ax in zip(DRAWN.items(), axes.flat, strict=True):
         assert draw(ax) is figure, name
     return figure
@@ -105,9 +119,8 @@ def shown(text, axis):
     return low - 1e-9 * abs(low) <= place <= high + 1e-9 * abs(high)
 
 
-@pytest.mark.parametrize("draw", [*DRAWN.values(), *MANY.values()], ids=[*DRAWN, *(f"many {name}" for name in MANY)])
-def test_every_text_stands_inside_and_on_no_other(draw):
-    figure = draw()
+def check_texts(figure):
+    """Every text is inside the figure, and on no other."""
     found = boxes(figure)
     width, height = figure.bbox.size
     assert len(found) > 3
@@ -120,11 +133,16 @@ def test_every_text_stands_inside_and_on_no_other(draw):
             assert apart, f"{text!r} overlaps {other!r}"
 
 
+@pytest.mark.parametrize("draw", [*DRAWN.values(), *MANY.values()], ids=[*DRAWN, *(f"many {name}" for name in MANY)])
+def test_every_text_stands_inside_and_on_no_other(draw):
+    check_texts(draw())
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "pareto" else pytest.mark.slow) for n in DRAWN])
 def test_axes_are_labelled_and_files_are_reproducible(name, tmp_path):
     figure = DRAWN[name]()
     ax = figure.axes[0]
-    assert ax.get_xlabel() and ax.get_ylabel() and ax.get_title()
+    assert ax.get_xlabel() and (ax.get_ylabel() or name == "scores") and ax.get_title()
     first, second = (plot.save(DRAWN[name](), tmp_path / f"{name}.v{n}") for n in (1, 2))
     assert [p.name for p in first] == [f"{name}.v1.png", f"{name}.v1.svg"]
     for one, other in zip(first, second, strict=True):

@@ -24,6 +24,8 @@ from jlora.plot.layers import allocation as allocation
 from jlora.plot.layers import ranks as ranks
 from jlora.plot.runs import curves as curves
 from jlora.plot.runs import pareto as pareto
+from jlora.plot.runs import scores as scores
+from jlora.plot.runs import sweep as sweep
 from jlora.plot.subspaces import amplification as amplification
 from jlora.plot.subspaces import similarity as similarity
 from jlora.plot.subspaces import spectra as spectra

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora.plot._style import STYLE, WIDTH, axis_of, beside, figure_of, imported, legend_of, line
+from jlora.plot._style import COLOURS, HEIGHT, STYLE, WIDTH, axis_of, beside, figure_of, imported, legend_of, line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,4 +89,101 @@ def curves(
                 on.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
         on.set(title=title, xlabel="training step", ylabel=value)
         legend_of(on, len(series))
+    return figure_of(on)
+
+
+def sweep(
+    series: Mapping[str, tuple[Any, Any]],
+    *,
+    size: str = "rank r",
+    score: str = "accuracy (%)",
+    percent: bool = True,
+    levels: Mapping[str, float] | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Figure:
+    """A score at each size of something (a rank, a dimension), on a logarithmic axis that is marked at (some of) them.
+
+    Args:
+      series: `{label: (sizes (n,), scores (n,) or (seeds, n))}`; of several seeds, the mean in a band from the least to
+        the most.
+      size: what grows to the right.
+      score: what is measured, with its unit.
+      percent: whether scores are shares of one, drawn as percent.
+      levels: `{label: score}`, drawn as horizontal lines: a baseline, a threshold.
+      title: above it.
+      ax: where to draw.
+
+    Example:
+      >>> import jlora
+      >>> drawn = jlora.plot.sweep({"LoRA": ([1, 8, 64], [0.80, 0.82, 0.82])}, levels={"full": 0.83}).axes[0]
+      >>> [tick.get_text() for tick in drawn.get_xticklabels()]
+      ['1', '8', '64']
+    """
+    matplotlib = imported()
+    with matplotlib.rc_context(STYLE):
+        on: Any = axis_of(ax)
+        times = 100 if percent else 1
+        for n, (label, (sizes, values)) in enumerate(series.items()):
+            values = times * np.atleast_2d(np.asarray(values, np.float64))
+            if values.shape[1:] != np.shape(sizes):
+                raise ValueError(f"plot.sweep: {label!r} has {np.shape(sizes)} sizes and scores {values.shape}")
+            style = line(n)
+            on.plot(sizes, values.mean(0), label=label, **style)
+            if len(values) > 1:
+                on.fill_between(sizes, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
+        for n, (label, level) in enumerate((levels or {}).items(), len(series)):
+            on.axhline(
+                times * level, label=label, color=COLOURS[n % 7], linestyle=("--", ":", "-.")[n % 3], linewidth=1
+            )
+        on.set(title=title, xlabel=size, ylabel=score, xscale="log")
+        marks = sorted({float(x) for sizes, _ in series.values() for x in sizes})
+        marks = marks[:: -(-len(marks) // 6)]
+        on.set_xticks(marks, [f"{x:,.0f}" if x >= 1 else f"{x:g}" for x in marks])
+        on.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        legend_of(on, len(series) + len(levels or {}))
+    return figure_of(on)
+
+
+def scores(
+    found: Mapping[str, Any],
+    *,
+    score: str = "accuracy (%)",
+    percent: bool = True,
+    levels: Mapping[str, float] | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Figure:
+    """A row a label: every score as a dot, their mean as a bar across them.
+
+    Args:
+      found: `{label: scores}`, drawn from the top down; a number, or one a seed.
+      score: what they are, with their unit.
+      percent: whether scores are shares of one, drawn as percent.
+      levels: `{label: score}`, drawn as vertical lines: a baseline.
+      title: above it.
+      ax: where to draw; a figure of its own grows with the number of rows.
+
+    Example:
+      >>> import jlora
+      >>> drawn = jlora.plot.scores({"query": [0.80, 0.82], "value": [0.81, 0.83]}).axes[0]
+      >>> [tick.get_text() for tick in drawn.get_yticklabels()]
+      ['query', 'value']
+    """
+    matplotlib = imported()
+    with matplotlib.rc_context(STYLE):
+        on: Any = axis_of(ax, width=WIDTH + 1.0, height=max(HEIGHT / 2, 1.0 + 0.24 * len(found)))
+        times = 100 if percent else 1
+        for place, value in enumerate(found.values()):
+            each = times * np.atleast_1d(np.asarray(value, np.float64))
+            on.plot(each, [place] * len(each), color=COLOURS[0], marker="o", linestyle="none", fillstyle="none")
+            on.plot([each.mean()], [place], color=COLOURS[1], marker="|", markersize=11, markeredgewidth=2)
+        for n, (label, level) in enumerate((levels or {}).items()):
+            on.axvline(times * level, label=label, color=COLOURS[(n + 2) % 7], linestyle=("--", ":", "-.")[n % 3])
+        on.set_yticks(range(len(found)), list(found))
+        on.set_ylim(len(found) - 0.4, -0.6)
+        on.margins(x=0.08)
+        on.set(title=title, xlabel=score)
+        if levels:
+            beside(on)
     return figure_of(on)

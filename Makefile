@@ -10,13 +10,14 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo qlora multihost test fast newest lint format types bench hooks clean
+.PHONY: help demo qlora study multihost test fast newest lint format types bench hooks clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     fine-tune a small pretrained transformer, and print the comparison"
 	@echo "make qlora    fine-tune a pretrained 135M decoder held in four bits a weight"
+	@echo "make study    what low-rank updates do inside that transformer, claim by claim (half an hour)"
 	@echo "make multihost  train in two processes on this machine"
 	@echo "make test     the whole test suite       make fast   without the slow tests"
 	@echo "make newest   the fast part, and what a new JAX breaks first"
@@ -29,6 +30,9 @@ demo: $(VENV)/.examples
 
 qlora: $(VENV)/.examples
 	$(RUN) examples/qlora_decoder.py $(ARGS)
+
+study: $(VENV)/.examples
+	$(RUN) examples/study.py $(ARGS)
 
 multihost: $(VENV)/.examples
 	JAX_PLATFORMS=cpu $(RUN) examples/multihost.py --local=2 $(ARGS)

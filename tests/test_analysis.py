@@ -80,6 +80,19 @@ def test_distances_are_the_formulas():
     np.testing.assert_allclose(found.chordal, np.sqrt(8 * (1 - phi(u, v)[-1, -1])), rtol=1e-5)
 
 
+def test_similarity_of_planted_angles_is_the_mean_of_their_cosines_squared():
+    """phi(8, 8) of the whole subspaces; and of the aligned bases, before they are turned, every phi(i, j)."""
+    as_svd = lambda x: analysis.SVD(jnp.asarray(x, jnp.float32), jnp.ones(x.shape[1]), jnp.asarray(x, jnp.float32))
+    a, b = planted(ANGLES)
+    np.testing.assert_allclose(analysis.similarity(as_svd(a), as_svd(b))[-1, -1], np.mean(np.cos(ANGLES) ** 2), 1e-5)
+    q = orthonormal(0, 40, 16)
+    tilted = q[:, :8] * np.cos(ANGLES) + q[:, 8:] * np.sin(ANGLES)
+    shared = np.cumsum(np.cos(ANGLES) ** 2)
+    i, j = np.ogrid[1:9, 1:9]
+    want = shared[np.minimum(i, j) - 1] / np.minimum(i, j)
+    np.testing.assert_allclose(analysis.similarity(as_svd(q[:, :8]), as_svd(tilted)), want, rtol=1e-5)
+
+
 def test_similarity_is_the_definition_on_either_side_and_in_stacks():
     one, other = rng(1).standard_normal((3, 12, 5)), rng(2).standard_normal((3, 12, 4))
     found = jax.jit(analysis.similarity)(analysis.svd(one), analysis.svd(other))
@@ -411,6 +424,18 @@ def test_the_other_transposes_are_true_too(kind):
     theta, g = rng(1).standard_normal(30).astype("f"), rng(2).standard_normal(200).astype("f")
     transposed = jax.vjp(lambda t: PROJECTIONS[kind](t, PLACE, 200), theta)[1](g)[0]
     np.testing.assert_allclose(transposed, matrix(kind, 30, 200).T @ g, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_gradients_are_finite_differences_in_float64(kind):
+    theta, u, g = (rng(n).standard_normal(size) for n, size in ((1, 6), (2, 6), (3, 40)))
+    with jax.enable_x64(True):
+        loss = jax.jit(lambda t: jnp.sum(jnp.sin(PROJECTIONS[kind](t, PLACE, 40)) * g))
+        slope = jnp.vdot(jax.grad(loss)(jnp.asarray(theta)), u)
+        assert slope.dtype == jnp.float64
+        differences = (loss(theta + 1e-5 * u) - loss(theta - 1e-5 * u)) / 2e-5
+        np.testing.assert_allclose(differences, slope, rtol=1e-7)
 
 
 def test_the_permutation_has_no_favourites():

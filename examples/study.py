@@ -74,7 +74,7 @@ class Study:
 HEAD = jlora.Full(target=r"^classifier/")
 KINDS = {"q": "query", "k": "key", "v": "value", "o": "attention/output"}
 ATTENTION = r"attention/(query|key|value|output)/kernel$"
-RANKS, DIMENSIONS = (1, 4, 8, 64), (16, 256, 4096)
+RANKS, DIMENSIONS = (1, 4, 8, 64), (16, 256, 4096, 65536)
 ALPHA = 16  # whatever the rank, as in the paper: the scale alpha / r falls as r grows
 RATE, FULL_RATE, LAYER_RATE = 5e-3, 1e-4, 1e-3
 

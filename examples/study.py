@@ -74,9 +74,10 @@ class Study:
 HEAD = jlora.Full(target=r"^classifier/")
 KINDS = {"q": "query", "k": "key", "v": "value", "o": "attention/output"}
 ATTENTION = r"attention/(query|key|value|output)/kernel$"
-RANKS, DIMENSIONS = (1, 4, 8, 64), (16, 256, 4096, 65536)
+RANKS, DIMENSIONS = (1, 4, 8, 64), (64, 1024)
+PATIENCE = 4  # times as many steps in a random subspace, which learns slowly
 ALPHA = 16  # whatever the rank, as in the paper: the scale alpha / r falls as r grows
-RATE, FULL_RATE, LAYER_RATE = 5e-3, 1e-4, 1e-3
+RATE, FULL_RATE, LAYER_RATE, SUBSPACE_RATE = 5e-3, 1e-4, 1e-3, 0.12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,19 +174,19 @@ class Bench:
         return jax.jit(self.model.init)(jax.random.key(seed), ids, ids)["params"]
 
     @functools.cache
-    def update(self, rate: float) -> tuple[Any, Callable]:
-        """Optimizer and step of a learning rate; rows of one shape share a program."""
-        tx = finetune.optimizer(finetune.Run(steps=self.study.steps, lr=rate), "lora")
+    def update(self, rate: float, steps: int) -> tuple[Any, Callable]:
+        """Optimizer and step of a schedule; rows of one shape share a program."""
+        tx = finetune.optimizer(finetune.Run(steps=steps, lr=rate), "lora")
         return tx, finetune.updater(self.model, jlora.join, tx)
 
-    def train(self, name: str, adapted: jlora.Adapted, rate: float, seed: int) -> float:
+    def train(self, name: str, adapted: jlora.Adapted, rate: float, seed: int, patience: int = 1) -> float:
         """The held-out accuracy of a row, of which the results, and of LoRA the adapter, are kept."""
         done = self.found["runs"].setdefault(name, {})
         if str(seed) not in done:
             if time.monotonic() > self.until:
                 raise TimeoutError(f"stopped after {self.study.minutes:g} minutes; go on with --resume")
             started = time.perf_counter()
-            tuned, losses = self.steps(f"{name}, seed {seed}", adapted, rate, seed)
+            tuned, losses = self.steps(f"{name}, seed {seed}", adapted, rate, seed, patience * self.study.steps)
             data = self.split(seed)
             logits = finetune.evaluate(self.forward, jlora.merge(tuned), data)
             labels = data.labels[data.test]
@@ -203,8 +204,10 @@ class Bench:
             finetune.write(self.file, json.dumps(self.found))
         return done[str(seed)]["accuracy"]
 
-    def steps(self, title: str, adapted: jlora.Adapted, rate: float, seed: int) -> tuple[jlora.Adapted, list[float]]:
-        (tx, update), data, total = self.update(rate), self.split(seed), self.study.steps
+    def steps(
+        self, title: str, adapted: jlora.Adapted, rate: float, seed: int, total: int
+    ) -> tuple[jlora.Adapted, list[float]]:
+        (tx, update), data = self.update(rate, total), self.split(seed)
         trainable, frozen = jlora.split(adapted)
         state = {"trainable": trainable, "opt_state": tx.init(trainable)}
         state |= {"step": jnp.int32(0), "key": jax.random.key(seed)}
@@ -236,7 +239,8 @@ class Bench:
         def train(adapted: jlora.Adapted) -> float:
             d = jlora.count(adapted)[0]
             title = f"d={d}" + ("" if pretrained else ", random")
-            return gain(self.train(title, adapted, 0.5 / math.sqrt(d), seed))  # theta moves as far whatever d
+            rate = SUBSPACE_RATE / math.sqrt(d)  # theta moves as far whatever d
+            return gain(self.train(title, adapted, rate, seed, PATIENCE))
 
         return analysis.intrinsic_dimension(
             train,
@@ -648,7 +652,7 @@ def main(args: list[str] | None = None) -> None:
     study = tyro.cli(Study, args=args)
     if study.quick:
         study = dataclasses.replace(study, seeds=1, steps=min(study.steps, 12), held=min(study.held, 200))
-    dimensions = DIMENSIONS[::2] if study.quick else DIMENSIONS
+    dimensions = DIMENSIONS
     try:
         bench = Bench(study)
         layers = bench.config.num_hidden_layers

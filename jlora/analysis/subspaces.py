@@ -52,7 +52,8 @@ def similarity(one: SVD, other: SVD, side: Literal["left", "right"] = "left") ->
 
     1 where the smaller subspace lies in the larger one, 0 where they are orthogonal; `random_similarity` is what
     chance gives. The LoRA paper compares the factor a of two ranks or seeds: here `svd(factors(adapted)[path].a)` on
-    its right side (a is stored rank first), or an update's left side.
+    its right side (a is stored rank first), or an update's left side. Give the two adapters different keys: of one key,
+    the a of a smaller rank begins as the first rows of that of a larger one, and phi finds what they shared untrained.
 
     Args:
       one: of the matrix, the factor or the update: `svd`, `factored_svd`, `updates`.

@@ -141,7 +141,7 @@ def sweep(
         marks = marks[:: -(-len(marks) // 6)]
         on.set_xticks(marks, [f"{x:,.0f}" if x >= 1 else f"{x:g}" for x in marks])
         on.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        legend_of(on, len(series) + len(levels or {}))
+        beside(on) if levels else legend_of(on, len(series))  # inside, a level would run through it
     return figure_of(on)
 
 

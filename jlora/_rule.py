@@ -206,9 +206,34 @@ def _in_parts(dot: Dot, parts: int, xs: Any, base: Any, operands: Any, dy: jax.A
     return [None] * len(xs), None, total
 
 
+def _by_matrix(dot: Dot, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:
+    """`_gradients` of a merged dot by way of dW's own: one dot of activation and cotangent serves all operands."""
+    run = functools.partial(contract, precision=dot.precision)
+    assert dot.w is not None
+    g = run([xs[0], dy], [dot.x, dot.y], dot.w).astype(base.dtype)
+    reads_base = any(p.base >= 0 for p in dot.products)
+
+    def change(base: Any, operands: Any) -> jax.Array:
+        cut = zip(dot.products, _chunks(dot, operands), strict=True)
+        return sum(matrix(p, _with_base(p, base, ops), g.dtype, dot.precision) for p, ops in cut)  # type: ignore[return-value]
+
+    _, pull = jax.vjp(change, base, list(operands))
+    dbase, grads = pull(g)
+    return [None] * len(xs), dbase if reads_base else None, grads
+
+
+def _joined(dot: Dot) -> bool:
+    """Whether some operand stands on both sides of a merged dot, as W0 does in HiRA: each gradient would then begin
+    with the one large dot of activation and cotangent."""
+    meets = lambda p, ls: set(ls) & (set(p.x) - set(p.out)) and set(ls) & (set(p.out) - set(p.x))
+    return dot.merged and any(meets(p, ls) for p in dot.products for ls in p.operands)
+
+
 def _owed(dot: Dot, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:
-    """`_gradients`, in parts where that pays."""
+    """`_gradients`, by the way that is cheapest."""
     whole = functools.partial(_gradients, dot)
+    if _joined(dot):
+        return _by_matrix(dot, xs, base, operands, dy)
     if (parts := _parts(dot, xs[0])) == 1:
         return whole(xs, base, operands, dy)
     return lax.platform_dependent(xs, base, operands, dy, cpu=functools.partial(_in_parts, dot, parts), default=whole)

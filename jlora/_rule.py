@@ -223,10 +223,11 @@ def _by_matrix(dot: Dot, xs: Any, base: Any, operands: Any, dy: jax.Array) -> An
 
 
 def _joined(dot: Dot) -> bool:
-    """Whether some operand stands on both sides of a merged dot, as W0 does in HiRA: each gradient would then begin
-    with the one large dot of activation and cotangent."""
-    meets = lambda p, ls: set(ls) & (set(p.x) - set(p.out)) and set(ls) & (set(p.out) - set(p.x))
-    return dot.merged and any(meets(p, ls) for p in dot.products for ls in p.operands)
+    """Whether some operand of a merged dot has all of both sides, as W0 has in HiRA.
+
+    Each gradient would then begin with the one large dot of activation and cotangent.
+    """
+    return dot.merged and any(set(p.x) ^ set(p.out) <= set(ls) for p in dot.products for ls in p.operands)
 
 
 def _owed(dot: Dot, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:

@@ -1,0 +1,242 @@
+"""What a lifted model keeps of a quantised base: no dense copy, on one device or many; and every method's laws."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from methods import CASES, LORA, METHODS, adapted, assert_close, bits, closed, floats, moved, pulled
+
+LAYERS, WIDTH = 4, 128
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) / WIDTH**0.5
+
+
+def scanned(params, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"]["kernel"])[0]
+
+
+def remat(policy):
+    def model(params, x):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None), policy=policy)
+        return jax.lax.scan(body, x, params["stack"]["kernel"])[0]
+
+    return model
+
+
+def unrolled(params, x):
+    for layer in params["layers"]:
+        x = jnp.tanh(x @ layer["kernel"])
+    return x
+
+
+def unrolled_remat(params, x):
+    block = jax.checkpoint(lambda x, w: jnp.tanh(x @ w), policy=jax.checkpoint_policies.everything_saveable)
+    for layer in params["layers"]:
+        x = block(x, layer["kernel"])
+    return x
+
+
+MODELS = {
+    "scanned": scanned,
+    "scanned, everything saveable": remat(jax.checkpoint_policies.everything_saveable),
+    "scanned, dots saveable": remat(jax.checkpoint_policies.dots_saveable),
+    "scanned, nothing saveable": remat(None),
+    "unrolled": unrolled,
+    "unrolled, everything saveable": unrolled_remat,
+}
+
+
+def weights(name):
+    stack = normal(0, LAYERS, WIDTH, WIDTH)
+    return {"stack": {"kernel": stack}} if "scanned" in name else {"layers": [{"kernel": w} for w in stack]}
+
+
+def loss(model):
+    return lambda trainable, frozen, x: jnp.sum(jlora.lift(model)(jlora.join(trainable, frozen), x) ** 2)
+
+
+METHODS_THAT_MEET_W0 = {
+    "lora": jlora.LoRA(rank=2, target="."),
+    "dora": jlora.DoRA(jlora.LoRA(rank=2, target=".")),
+    "hira": jlora.HiRA(rank=2, target="."),
+    "oft": jlora.OFT(block=8, target="."),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize(
+    "name,method",
+    [
+        pytest.param(name, method, marks=() if method == "lora" and "everything" in name else pytest.mark.slow)
+        for name in MODELS
+        for method in METHODS_THAT_MEET_W0
+    ],
+)
+def test_no_dense_weight_is_a_residual(name, method):
+    """Under a policy that saves dots, DoRA's own a b is saved, on any base: that product is left out of the count."""
+    x, spec = normal(1, 5, WIDTH), METHODS_THAT_MEET_W0[method]
+
+    def dense_residuals(params):
+        if spec is None:
+            _, pull = jax.vjp(lambda x: jlora.lift(MODELS[name])(params, x), x)
+        else:
+            trainable, frozen = jlora.split(jlora.adapt(params, spec))
+            _, pull = jax.vjp(lambda t: loss(MODELS[name])(t, frozen, x), trainable)
+        floating = [a for a in jax.tree.leaves(pull) if jnp.issubdtype(a.dtype, jnp.floating)]
+        return [a.shape for a in floating if a.size >= WIDTH**2 and a.shape[-2:] != x.shape]
+
+    kept = dense_residuals(jlora.quantize(weights(name), "nf4+double", target="."))
+    plain = dense_residuals(weights(name))
+    products = 1 if (name, method) == ("scanned, dots saveable", "dora") else 0
+    assert len(kept) == products and len(plain) > products, (kept, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in MODELS if "scanned" in n])
+def test_a_scan_makes_one_layer_at_a_time(name):
+    """The compiled step holds the activations of the plain model and one layer's weight, not the stack of them."""
+    layer, x = 4 * WIDTH**2, normal(1, 8, WIDTH)
+
+    def temporary(params):
+        trainable, frozen = jlora.split(jlora.adapt(params, jlora.LoRA(rank=2, target=".")))
+        step = jax.jit(jax.grad(loss(MODELS[name]))).lower(trainable, frozen, x).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    plain = temporary(weights(name))
+    # without optimisation, as the tests compile, the codes of a layer are arrays of four bytes each
+    assert temporary(jlora.quantize(weights(name), "nf4+double", target=".")) < plain + 0.8 * LAYERS * layer
+
+
+def test_a_scan_meets_codes_alone():
+    small = jlora.quantize(weights("scanned"), "nf4", target=".")
+    text = str(jax.make_jaxpr(jlora.lift(scanned))(small, normal(1, 8, WIDTH)))
+    assert f"f32[{LAYERS},{WIDTH},{WIDTH}]" not in text and f"f32[{WIDTH},{WIDTH}]" in text
+
+
+# --- meshes -----------------------------------------------------------------------------------------------------------
+
+
+def perceptron(params, x):
+    for layer in params["layers"]:
+        x = x + jnp.tanh(x @ layer["up"]["kernel"]) @ layer["down"]["kernel"]
+    return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8,), (4, 2)])
+@pytest.mark.parametrize("scheme", ["nf4", "nf4+double", "int8"])
+def test_sharded_over_eight_devices(shape, scheme):
+    """Heads and widths are cut over `tensor`: the codes are too, the numbers are those of one device, and no array of
+    a weight's size crosses between devices."""
+    wide = 512
+    layers = [
+        {"up": {"kernel": normal(n, WIDTH, wide)}, "down": {"kernel": normal(9 + n, wide, WIDTH)}} for n in (0, 1)
+    ]
+    small = jlora.quantize({"layers": layers}, scheme, target=".")
+    alone = jlora.adapt(small, jlora.LoRA(rank=2, target="."))
+    alone = jlora.join(moved(alone.trainable, 0.05), alone.frozen)
+    x = normal(3, 16, WIDTH)
+    step = jax.jit(jax.value_and_grad(loss(perceptron)))
+    want = step(*jlora.split(alone), x)
+
+    names = ("data", "tensor")[-len(shape) :]
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+    rules = [("up/kernel", P(None, "tensor")), ("down/kernel", P("tensor"))]
+    placed = jax.device_put(alone, jlora.shard.shardings(mesh, alone, rules))
+    for name, spec in (("up", (None, "tensor")), ("down", ("tensor",))):
+        leaf = placed.frozen.base["layers"][0][name]["kernel"]
+        for array in ("codes",) if "double" not in scheme else ("codes", "scales"):
+            assert tuple(leaf.arrays[array].sharding.spec) == spec
+    rows = jax.device_put(x, NamedSharding(mesh, P("data" if "data" in names else None)))
+    compiled = step.lower(*jlora.split(placed), rows).compile()
+    assert_close(compiled(*jlora.split(placed), rows), want, 1e-5)
+    for line in compiled.as_text().splitlines():
+        if re.search(r"(all-gather|all-to-all|collective-permute|all-reduce)(-start)?\(", line):
+            sizes = [np.prod([int(n) for n in s.split(",") if n]) for s in re.findall(r"\w\d*\[([\d,]*)\]", line)]
+            assert max(sizes) < WIDTH * wide / 8, line
+
+
+@pytest.mark.slow
+def test_init_and_a_step_on_a_mesh():
+    import optax
+
+    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
+    make = lambda: jlora.quantize({"up": {"kernel": normal(0, WIDTH, 512)}}, target="up")
+    rules = [("up/kernel", P(None, "tensor"))]
+    ad = jlora.shard.init(make, jlora.LoRA(rank=2, target="up"), mesh, rules)
+    assert ad.frozen.base["up"]["kernel"].arrays["codes"].sharding.spec == P(None, "tensor")
+    apply = jlora.lift(lambda params, x: x @ params["up"]["kernel"])
+    tx = optax.adam(1e-2)
+    step = jlora.shard.train_step(lambda a, x: jnp.mean((apply(a, x) - 1) ** 2), tx, mesh, ad, batch=P())
+    trainable, frozen = jlora.split(ad)
+    state = jax.jit(tx.init, out_shardings=jlora.shard.state_shardings(tx, ad))(trainable)
+    losses = []
+    for _ in range(3):
+        trainable, state, metrics = step(trainable, state, frozen, normal(1, 4, WIDTH))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > losses[1] > losses[2]
+
+
+# --- the laws ---------------------------------------------------------------------------------------------------------
+
+ON = ("linen/mlp", "linen/scan_axis_1_remat", "linen/tied_attend", "linen/conv_2d", "linen/ragged_experts", "nnx/scan")
+ROWS = [
+    pytest.param(row, CASES[name], id=f"{row.name}-{name}", marks=() if row in (LORA,) and name in ON[:3] else slow)
+    for slow in (pytest.mark.slow,)
+    for row in METHODS
+    for name in row.models or (ON if row.name in ("lora", "dora", "hira", "oft") else ON[:1])
+    if row.takes(CASES[name])
+]
+
+
+@pytest.mark.parametrize("row,case", ROWS)
+def test_laws_on_a_quantised_base(row, case, tmp_path):
+    """Lifted equals dense in values and gradients, merging gives plain parameters, the base stays, files open."""
+    fn, params, args = case.build()
+    small = jlora.quantize(params, jlora.quant.NF(4, block=2, double=True), target=case.target, axes=case.axes)
+    before = bits(small)
+    ad = adapted(row, case, small)
+    call, arrays = closed(fn, args, case.kwargs)
+    far = moved(ad.trainable)
+
+    @jax.jit
+    def program(trainable, frozen, arrays):
+        def run(dense):
+            lifted = jlora.lift(call, dense=dense)
+            return pulled(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), trainable, case.differentiable)
+
+        return run(False), run(True), floats(call(jlora.merge(jlora.join(trainable, frozen)), arrays))
+
+    made, want, merged = program(far, ad.frozen, arrays)
+    assert_close(made, want)
+    assert_close(made[0], merged)
+    assert bits(ad.frozen.base) == before
+    assert jax.tree.structure(jlora.merge(ad)) == jax.tree.structure(params)
+    report = jlora.explain(call, jlora.join(far, ad.frozen), arrays)
+    assert not report.unused
+    jlora.save(tmp_path / "adapter", jlora.join(far, ad.frozen))
+    assert bits(jlora.load(tmp_path / "adapter", small).trainable) == bits(far)
+
+
+@pytest.mark.slow
+def test_hessian_products_and_forward_mode():
+    small = jlora.quantize(weights("unrolled"), "nf4+double", target=".")
+    trainable, frozen = jlora.split(jlora.adapt(small, jlora.LoRA(rank=2, target=".")))
+    trainable, x = moved(trainable, 0.1), normal(1, 3, WIDTH)
+
+    def product(dense):
+        f = lambda t: jnp.sum(jlora.lift(unrolled, dense=dense)(jlora.join(t, frozen), x) ** 2)
+        return jax.jit(lambda t: jax.jvp(jax.grad(f), (t,), (t,))[1])(trainable)
+
+    assert_close(product(False), product(True), 2e-5)
+    forward = lambda t: jlora.lift(unrolled, forward_mode=True)(jlora.join(t, frozen), x)
+    plain = lambda t: jlora.lift(unrolled, dense=True)(jlora.join(t, frozen), x)
+    assert_close(jax.jvp(forward, (trainable,), (trainable,)), jax.jvp(plain, (trainable,), (trainable,)), 2e-5)

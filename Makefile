@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo qlora study multihost test fast newest lint format types bench hooks clean
+.PHONY: help demo qlora study multihost tpu test fast newest lint format types bench hooks clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -19,10 +19,12 @@ help:
 	@echo "make qlora    fine-tune a pretrained 135M decoder held in four bits a weight"
 	@echo "make study    what low-rank updates do inside that transformer, claim by claim (half an hour)"
 	@echo "make multihost  train in two processes on this machine"
+	@echo "make tpu      compile training steps for TPUs that are not there (half an hour)"
 	@echo "make test     the whole test suite       make fast   without the slow tests"
 	@echo "make newest   the fast part, and what a new JAX breaks first"
 	@echo "make lint     ruff, style and format     make types  pyright"
 	@echo "make format   rewrite what lint can      make bench  the timings of benchmarks/"
+	@echo "make tpu      steps compiled for TPU slices that are not there"
 	@echo "make hooks    pre-commit hooks           make clean  remove what was built"
 
 demo: $(VENV)/.examples
@@ -36,6 +38,11 @@ study: $(VENV)/.examples
 
 multihost: $(VENV)/.examples
 	JAX_PLATFORMS=cpu $(RUN) examples/multihost.py --local=2 $(ARGS)
+
+# libtpu is for Linux on x86 alone; where it does not install the benchmark says so.
+tpu: $(VENV)/.examples
+	-$(PIP) install --quiet libtpu
+	$(RUN) benchmarks/tpu_aot.py $(ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
@@ -60,6 +67,12 @@ types: $(VENV)/.test
 # The comparisons with other libraries need the much larger `.[bench]` besides.
 bench: $(VENV)/.examples
 	$(RUN) benchmarks/step.py $(ARGS)
+
+# In an environment of its own: JAX would look for a TPU wherever libtpu is. Where it does not install, this says so.
+tpu:
+	$(MAKE) VENV=.venv-tpu .venv-tpu/.examples
+	-.venv-tpu/bin/python -m pip install --quiet libtpu
+	.venv-tpu/bin/python benchmarks/tpu_aot.py $(ARGS)
 
 hooks: $(VENV)/.test
 	$(PIP) install pre-commit

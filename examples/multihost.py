@@ -7,7 +7,8 @@
 
 `jax.distributed.initialize` finds the other processes by itself on TPUs and under Slurm. Each process makes its own
 rows of every batch; the step is one program over all devices. A process that dies takes the others down: at once if it
-was process 0, else after `HEARTBEAT` seconds at most, and JAX's coordination service names it in process 0's log.
+was process 0, which their witnesses then name (`witness`), else after `HEARTBEAT` seconds at most, and JAX's
+coordination service, which runs in process 0, names it.
 Started again with the same --folder, on as many processes as there are then, all go on from the last checkpoint.
 Process 0 prints. Two processes and one with two devices print the same digest.
 """
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -95,6 +97,39 @@ def main(args):
     say(f"norm {float(optax.global_norm(whole)):.6f}  sha256 {hashlib.sha256(bytes_).hexdigest()[:16]}")
 
 
+WITNESS = """
+import socket, sys
+own, host, port = sys.argv[1:]
+if sys.stdin.read() != "done":  # its end of the pipe is closed by a death of any kind
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+    except OSError:
+        print(f"process {own} ends: process 0 is gone, nothing answers at {host}:{port}", file=sys.stderr, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def witness(coordinator):
+    """While it is open, the loss of process 0 is reported by that name.
+
+    JAX ends a process that has lost the coordination service from within, in the midst of whatever it does, and says
+    that a socket was closed. So process 0 listens at a port of its own, and each of the others has a small process
+    beside it, which outlives it and looks whether process 0 does.
+    """
+    host = coordinator.rsplit(":", 1)[0] if coordinator else socket.gethostname()
+    with socket.create_server(("", 0)) as listening:
+        own = f"{host} {listening.getsockname()[1]}".encode().ljust(300)
+        of_0 = multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8))
+        where = bytes(np.asarray(of_0, np.uint8)).decode().split()
+        if jax.process_index() == 0:
+            yield
+            return
+        command = [sys.executable, "-c", WITNESS, str(jax.process_index()), *where]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as beside:
+            yield
+            beside.communicate("done")
+
+
 def local(processes):
     """This script in several processes on this machine."""
     with socket.socket() as free:
@@ -126,4 +161,5 @@ if __name__ == "__main__":
     if args.coordinator and jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(*found, heartbeat_timeout_seconds=HEARTBEAT)
-    main(args)
+    with witness(args.coordinator):
+        main(args)

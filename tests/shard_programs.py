@@ -6,7 +6,6 @@ Prints one JSON object, `{program: {"sent": [[kind, count of elements, bytes, ti
 import json
 import math
 import os
-import re
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -20,25 +19,14 @@ from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import jlora  # noqa: E402
+from benchmarks import hlo  # noqa: E402
 
 WIDE, INNER, LAYERS, RANK, ROWS = 48, 80, 3, 2, 8
 
-KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-COLLECTIVE = re.compile(rf"= (\(?[^=]*?\)?) ({KINDS})(?:-start)?\(")
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 
-
-def sent(compiled, layers=LAYERS):
-    """`[kind, elements, bytes, times]` of every array that is sent; `layers` times inside a loop."""
-    found, times = [], 1
-    for line in re.sub(r"/\*.*?\*/", "", compiled.as_text()).splitlines():
-        if re.match(r"(ENTRY )?%\S+ \(.*\{$", line):
-            times = 1 if line.startswith("ENTRY") or "while" not in compiled.as_text() else layers
-        if match := COLLECTIVE.search(line):
-            for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
-                size = math.prod(int(n) for n in shape.split(",") if n)
-                found.append([match[2], size, size * BYTES[kind], times])
-    return sorted(found)
+def sent(compiled):
+    """`[kind, elements, bytes of one, times]` of every array that is sent."""
+    return [[s.kind, s.elements, s.bytes // s.times, s.times] for s in hlo.sent(compiled.as_text())]
 
 
 def weights(*stack):
@@ -77,11 +65,18 @@ PLACES = {
 }
 
 
-def program(model, place):
+METHODS = {
+    "DoRA": jlora.DoRA(jlora.LoRA(rank=RANK, target="kernel")),
+    "AdaLoRA": jlora.AdaLoRA(rank=RANK, target="kernel"),
+    "VeRA": jlora.VeRA(rank=8, target="kernel"),
+    "LoKr": jlora.LoKr(rank=1, target="kernel"),
+}
+
+
+def program(model, place, spec=jlora.LoRA(rank=RANK, target="kernel")):  # noqa: B008
     f, params = MODELS[model]
     shape, names, base_specs, batch, length = PLACES[place]
     mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
-    spec = jlora.LoRA(rank=RANK, target="kernel")
     adapted = jlora.shard.init(params, spec, mesh, base_specs)
     tx = optax.adamw(1e-3)
     lifted = jlora.lift(f)
@@ -112,4 +107,6 @@ def program(model, place):
 
 
 if __name__ == "__main__":
-    print(json.dumps({f"{m} {p}": program(m, p) for m in MODELS for p in PLACES}))
+    found = {f"{m} {p}": program(m, p) for m in MODELS for p in PLACES}
+    found |= {f"{name} {p}": program("scanned", p, spec) for name, spec in METHODS.items() for p in ("data", "fsdp")}
+    print(json.dumps(found))

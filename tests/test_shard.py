@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from benchmarks import hlo
 from methods import METHODS
 
 WIDE, INNER, LAYERS, ROWS, LENGTH, STEPS = 16, 32, 2, 16, 4, 20
@@ -507,7 +508,7 @@ def total(sent, kind):
     return sum(size * times for k, _, size, times in sent if k == kind)
 
 
-WEIGHT = 48 * 80  # of the programs' models
+WEIGHT, LAYERS_OF_PROGRAMS = 48 * 80, 3  # of the programs' models
 
 
 @pytest.mark.slow
@@ -558,3 +559,75 @@ class TestPrograms:
     def test_no_temporary_of_the_size_of_the_base(self, programs, model, place):
         if model == "scanned":  # unrolled, XLA keeps what it gathered, in the plain model too
             assert programs[f"{model} {place}"]["temporary"] < 4 * 2 * 3 * WEIGHT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["DoRA", "AdaLoRA", "VeRA", "LoKr"])
+def test_what_other_methods_send(programs, method):
+    data, fsdp = programs[f"{method} data"], programs[f"{method} fsdp"]
+    assert {kind for kind, *_ in data["sent"]} == {"all-reduce"}
+    gradients, found = 4 * data["trainable"], total(data["sent"], "all-reduce")
+    if method == "VeRA":  # at most those of the two products that its factors make, which are a LoRA of its rank
+        assert gradients < found <= 4 * LAYERS_OF_PROGRAMS * 2 * 8 * (48 + 80) + 64
+    else:  # AdaLoRA's gates are summed where their product's gradient is
+        assert abs(found - gradients) <= 64
+    gathered = lambda sent: sum(times for kind, n, _, times in sent if kind == "all-gather" and n == WEIGHT)
+    assert gathered(fsdp["sent"]) == gathered(fsdp["plain"]) > 0
+
+
+HLO = """HloModule m
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (input: f32[16,8]) -> f32[16,2] {
+  %input = f32[16,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[16,8]{1,0:T(8,128)} all-reduce(%input), channel_id=1, to_apply=%add
+  ROOT %slice = f32[16,2]{1,0} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={16,2}
+}
+
+%condition (c: (s32[], f32[16,8])) -> pred[] {
+  %c = (s32[], f32[16,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%c), index=0
+  %limit = s32[]{:T(128)} constant(32)
+  ROOT %less = pred[] compare(%n, %limit), direction=LT
+}
+
+%body (b: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %b = (s32[], f32[16,8]{1,0}) parameter(0)
+  %w = f32[16,8]{1,0} get-tuple-element(%b), index=1
+  %fusion = f32[16,2]{1,0} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = (f32[4,8]{1,0}, bf16[2,2]{1,0}, f32[16,8]{1,0}, bf16[8,2]{1,0}) all-gather-start(%p, %q), dimensions={0}
+  %wide = f32[16,8]{1,0} dot(%w, %h), lhs_contracting_dims={1}
+  ROOT %out = (s32[], f32[16,8]{1,0}) tuple(%n, %wide)
+}
+
+ENTRY %main (p: f32[16,8], h: bf16[8,8]) -> f32[] {
+  %p = f32[16,8]{1,0} parameter(0)
+  %h = bf16[8,8]{1,0} parameter(1)
+  %near = bf16[8,8]{1,0:T(8,128)(2,1)S(1)} copy(%h)
+  %loop = (s32[], f32[16,8]{1,0}) while(%t), condition=%condition, body=%body
+  %rs = f32[2,8]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
+  ROOT %all = (f32[], /*index=1*/f32[3]{0}) all-reduce(%u, %v), to_apply=%add
+}
+"""
+
+
+def test_reading_a_program():
+    """Trip counts, tuples, asynchronous gathers, and the TPU's way to write a reduce-scatter."""
+    assert hlo.sent(HLO) == [
+        ("all-gather", "bf16", (8, 2), 32),
+        ("all-gather", "f32", (16, 8), 32),
+        ("all-reduce", "f32", (), 1),
+        ("all-reduce", "f32", (3,), 1),
+        ("reduce-scatter", "f32", (8, 2, 8), 1),
+        ("reduce-scatter", "f32", (16, 8), 32),
+    ]
+    assert [s.bytes for s in hlo.sent(HLO)] == [32 * 32, 32 * 512, 4, 12, 512, 32 * 512]
+    assert hlo.dots(HLO) == [("f32", "bf16")]
+    made = hlo.made(HLO)
+    assert ("bf16", (8, 8)) not in made, "it lies in the fast memory"
+    assert made["f32", (16, 8)] == 1 and made["f32", (2, 8)] == 1

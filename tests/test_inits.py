@@ -438,7 +438,10 @@ def test_loftq_mends_what_quantising_lost():
         assert ad.frozen.base is base and set(ad.frozen.factors["w"]) == {"s"}, "nothing is subtracted"
         f = factors(ad)
         rest = np.float64(params["w"]) - np.float64(base["w"])
-        np.testing.assert_allclose(f["s"][0] * product(f["a"], f["b"]), best(rest, 3), atol=1e-5)
+        # the least error that rank 3 can leave; of two singular values that nearly tie, either may be kept
+        left = np.linalg.norm(rest - f["s"][0] * product(f["a"], f["b"]), axis=(-2, -1))
+        least = np.linalg.norm(np.linalg.svd(rest, compute_uv=False)[:, 3:], axis=-1)
+        np.testing.assert_allclose(left, least, rtol=1e-6)
         errors.append(np.linalg.norm(np.float64(params["w"]) - np.float64(jlora.merge(ad)["w"])))
         if steps == 1:
             np.testing.assert_array_equal(base["w"], levels(params["w"]))

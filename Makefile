@@ -24,7 +24,6 @@ help:
 	@echo "make newest   the fast part, and what a new JAX breaks first"
 	@echo "make lint     ruff, style and format     make types  pyright"
 	@echo "make format   rewrite what lint can      make bench  the timings of benchmarks/"
-	@echo "make tpu      steps compiled for TPU slices that are not there"
 	@echo "make hooks    pre-commit hooks           make clean  remove what was built"
 
 demo: $(VENV)/.examples
@@ -38,11 +37,6 @@ study: $(VENV)/.examples
 
 multihost: $(VENV)/.examples
 	JAX_PLATFORMS=cpu $(RUN) examples/multihost.py --local=2 $(ARGS)
-
-# libtpu is for Linux on x86 alone; where it does not install the benchmark says so.
-tpu: $(VENV)/.examples
-	-$(PIP) install --quiet libtpu
-	$(RUN) benchmarks/tpu_aot.py $(ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)

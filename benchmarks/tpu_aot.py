@@ -195,6 +195,7 @@ def facts(model, step, chips, keep):
         "matrices": sum(
             n for (_, shape), n in made.items() if len(squeezed(shape)) == 2 and squeezed(shape) in weights
         ),
+        "weights gathered": sum(s.times for s in gathered),
         "weights": sum(s.bytes for s in gathered),
         "gradients": sum(s.bytes for s in reduced),
         "guessed gradients": guess and guess.sent("", "factor gradients"),
@@ -240,11 +241,11 @@ def main():
     print(f"\n{'sent in one step':24s} " + " ".join(f"{kind:>18s}" for kind in hlo.KINDS))
     for (model, step, chips), row in rows.items():
         print(f"{f'{model}, {step}, {chips}':24s} " + " ".join(f"{n / 1e6:18,.3f}" for n in row["sent"].values()))
-    titles = ("gradients", "estimate", "MB of weights", "float32 dots", "stacks made", "matrices made")
+    titles = ("gradients", "estimate", "weights gathered", "their MB", "float32 dots", "stacks made", "matrices made")
     print(f"\n{'':24s} " + " ".join(f"{t:>16s}" for t in titles))
     for (model, step, chips), row in rows.items():
         cells = [
-            f"{row['gradients']:,}", f"{row['guessed gradients'] or 0:,}",
+            f"{row['gradients']:,}", f"{row['guessed gradients'] or 0:,}", row["weights gathered"],
             f"{row['weights'] / 1e6:,.0f}", f"{row['wide dots']} of {row['dots']}", row["stacks"], row["matrices"],
         ]  # fmt: skip
         print(f"{f'{model}, {step}, {chips}':24s} " + " ".join(f"{c:>16}" for c in cells))

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import jlora
@@ -269,6 +270,16 @@ def test_merging_and_quantising_again():
     np.testing.assert_allclose(report.worst, (kept * delta).sum() / (delta * delta).sum(), atol=1e-3)
     params, report = jlora.quant.requantize(drawn(adapted, 1.0))
     assert report.worst > 0.9 and isinstance(params["query"]["kernel"], jlora.quant.Quantized)
+
+
+def test_merged_parameters_are_exported(tmp_path):
+    """Plain arrays, of the weights without an adapter too."""
+    base = jlora.quantize(small_model() | {"key": {"kernel": normal(9, 64, 16)}}, "nf4+double")
+    adapted = drawn(jlora.adapt(base, jlora.LoRA(rank=2, target="query")), 0.1)
+    jlora.export(tmp_path / "merged", adapted)
+    found = ocp.StandardCheckpointer().restore(tmp_path / "merged")
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, jlora.merge(adapted)))
+    np.testing.assert_array_equal(found["key"]["kernel"], base["key"]["kernel"].dequantize())
 
 
 def test_an_adapted_is_quantised_under_its_adapter():

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from jlora import _tree
 from jlora._merge import MergeReport, merge, merge_report
+from jlora._packed import is_packed
 from jlora.adapted import Adapted, Frozen, derived, is_adapted, shapes
 from jlora.io import _arrays, _fingerprint, _folder, _manifest, _training
 from jlora.methods.base import Method
@@ -303,7 +304,9 @@ def export(
     _folder.recover(target)
     replaces = _folder.check_free(target, overwrite, "_METADATA", "exported parameters")
     _arrays.check_concrete(adapted, lambda x: x, "jlora.export")
-    params = _plain_tree(adapted.frozen.base)  # the names, before the work
+    # the names, before the work; a quantised weight will be the array that it stands for
+    stands = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape) if is_packed(x) else x
+    params = _plain_tree(jax.tree.map(stands, adapted.frozen.base, is_leaf=is_packed))
     _check_loss(merge_report(adapted), allow_loss)
     params = _plain_tree(merge(adapted))
     with _folder.beside(target) as folder:

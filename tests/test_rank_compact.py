@@ -287,6 +287,18 @@ def test_the_state_of_adalora_goes_along(form):
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+def test_save_is_told_whether_a_schedule_ran(tmp_path):
+    adapted = jlora.adapt(params(), METHODS["adalora"])
+    tx = adalora(optax.sgd(0.1), adapted, target_rank=1, total_steps=3)
+    state = tx.init(adapted.trainable)
+    with pytest.raises(ValueError, match="save: the schedule of adalora never ran"):
+        jlora.save(tmp_path / "adapter", adapted, opt_state=(state,))
+    assert not any(tmp_path.iterdir())
+    _, state = tx.update(adapted.trainable, state, adapted.trainable)
+    jlora.save(tmp_path / "adapter", adapted, opt_state=(state,))
+    assert bits(jlora.load(tmp_path / "adapter", params()).trainable) == bits(adapted.trainable)
+
+
 def test_compact_refuses_in_words():
     adapted = jlora.adapt(params(), METHODS["adalora"])
     with pytest.raises(ValueError, match="no adapter would be left; has it been trained"):

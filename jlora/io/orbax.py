@@ -28,6 +28,7 @@ from jlora._packed import is_packed
 from jlora.adapted import Adapted, Frozen, derived, is_adapted, shapes
 from jlora.io import _arrays, _fingerprint, _folder, _manifest, _training
 from jlora.methods.base import Method
+from jlora.rank.adalora import check_ran
 
 _DATA = re.compile(r"arrays-[0-9a-f]{16}")
 _LARGEST = 2**30
@@ -36,7 +37,7 @@ _LARGEST = 2**30
 # --- save ---------------------------------------------------------------------------------------------------------
 
 
-def save(path: "str | os.PathLike[str]", adapted: Adapted, *, overwrite: bool = False) -> None:
+def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = None, overwrite: bool = False) -> None:
     """Saves an adapter: its trainable leaves, frozen factors and scales, the methods, a fingerprint of the base.
 
     Neither the base nor a dropout key is saved. Factors may be of any shape and dtype, and sharded over the devices
@@ -46,13 +47,14 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, overwrite: bool = 
     Args:
       path: a local folder; its parents are made.
       adapted: what `adapt` made, trained or not.
+      opt_state: the optimizer's state, if at hand. It is not saved, but asked whether a schedule of ranks ran.
       overwrite: replace an adapter that was saved there. Nothing else is ever replaced.
 
     Raises:
       FileExistsError: the path exists (with `overwrite`: and holds no saved adapter).
       TypeError: no `Adapted`, or one that is being traced.
       ValueError: factors without values (abstract or donated), ones that do not fit the plan, a method with a field
-        that cannot be written down.
+        that cannot be written down, a schedule of `jlora.rank.adalora` that never ran.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -63,6 +65,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, overwrite: bool = 
       ...     jlora.load(folder + "/adapter", params)
       Adapted(1 weight, 20 trainable)
     """
+    check_ran("save", opt_state)
     target = _folder.local(path)
     replaces = _folder.check_free(target, overwrite, _manifest.NAME, "adapter")
     _arrays.check_concrete(adapted, lambda x: (x.trainable, x.frozen.factors, x.frozen.base), "jlora.save")

@@ -40,6 +40,17 @@ class AdaLoRAState(NamedTuple):
     inner: Any
 
 
+def check_ran(caller: str, opt_state: Any) -> None:
+    """Raises where a state of `adalora` in an optimizer's counts no update: nothing was pruned then."""
+    is_state = lambda x: isinstance(x, AdaLoRAState)
+    for state in jax.tree.leaves(opt_state, is_leaf=is_state):
+        if is_state(state) and int(state.count) == 0:
+            raise ValueError(
+                f"{caller}: the schedule of adalora never ran (its state counts no update), so nothing was pruned; "
+                f"apply tx.update to every step, or {caller} without the state"
+            )
+
+
 def adalora(
     inner: optax.GradientTransformation,
     adapted: Any,

@@ -17,7 +17,7 @@ from jlora._ranks import Pair
 from jlora.adapted import Adapted, Frozen, is_adapted, shapes
 from jlora.methods.base import Method
 from jlora.methods.lora import LoRA
-from jlora.rank.adalora import AdaLoRAState
+from jlora.rank.adalora import check_ran
 from jlora.rank.prune import plan_of
 
 Place = tuple[str, str]
@@ -45,9 +45,10 @@ def compact(
 
     For use outside of `jit`, since shapes follow from values: after AdaLoRA or SoRA, after `prune` or
     `at_rank`, and before `save`: a schedule that never ran is told here, by its state or by ranks of which none is
-    dead. `save` cannot tell it, as an adapter has no optimizer, and what was compacted has no dead rank either.
-    s stays what it was, so alpha is still over the rank that the adapter began with. A weight without
-    ranks leaves the plan. Layers of a stack share their shapes: they keep as many ranks as the largest needs, each
+    dead. `save` tells it by the state alone, as what was compacted has no dead rank either.
+
+    s stays what it was, so alpha is still over the rank that the adapter began with. A weight without ranks leaves
+    the plan. Layers of a stack share their shapes: they keep as many ranks as the largest needs, each
     its own in front and zeros behind, which training leaves at zero and `orthogonality` does not count. For a model
     that does not scan, `compact(unstack(adapted, params, names))` gives every layer a rank of its own.
 
@@ -174,13 +175,7 @@ def _check(adapted: Adapted, opt_state: Any, plain: bool, stacks: str) -> None:
     if plain and opt_state is not None:
         raise ValueError("compact: the moments of p, lam and q are none of a plain LoRA's; compact one or the other")
     concrete("compact", adapted)
-    is_state = lambda x: isinstance(x, AdaLoRAState)
-    for state in jax.tree.leaves(opt_state, is_leaf=is_state):
-        if is_state(state) and int(state.count) == 0:
-            raise ValueError(
-                "compact: the schedule of adalora never ran (its state counts no update), so nothing was pruned; "
-                "apply tx.update to every step, or compact without the state"
-            )
+    check_ran("compact", opt_state)
 
 
 def concrete(caller: str, adapted: Adapted) -> None:

@@ -22,13 +22,40 @@ from jlora._network import Labels
 def plan(
     labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels
 ) -> tuple[tuple[tuple[int, ...], ...], float]:
-    """The cheapest pairwise order and its FLOPs (a multiply-add counts two)."""
+    """The cheapest pairwise order and its FLOPs (a multiply-add counts two).
+
+    Where there are several steps, scales multiply the smallest array that one of them makes, never an operand. A
+    factor that is cut over devices is so gathered once; a scaled copy of it would be gathered beside it.
+    """
+    scales = [n for n, ls in enumerate(labels) if not ls]
+    wide = [n for n, ls in enumerate(labels) if ls]
+    if scales and len(wide) > 2:
+        path, flops = plan(tuple(labels[n] for n in wide), tuple(shapes[n] for n in wide), out)
+        return _with_scales(labels, shapes, out, scales, wide, path, flops)
     symbol = {x: opt_einsum.get_symbol(n) for n, x in enumerate(dict.fromkeys(x for ls in labels for x in ls))}
     word = lambda ls: "".join(symbol[x] for x in ls)
     equation = ",".join(map(word, labels)) + "->" + word(out)
     search = "optimal" if len(labels) <= 7 else "auto"
     path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
     return tuple(path), float(info.opt_cost)
+
+
+def _with_scales(labels: Any, shapes: Any, out: Labels, scales: Any, wide: Any, path: Any, flops: float) -> Any:
+    """The path of the operands `wide`, and after its smallest result a step for each scale."""
+    length = {x: n for ls, shape in zip(labels, shapes, strict=True) for x, n in zip(ls, shape, strict=True)}
+    live, made = [(n, labels[n]) for n in wide], []
+    for step, pair in enumerate(path):
+        chosen = [live.pop(n) for n in sorted(pair, reverse=True)]
+        keep = set(out).union(*(ls for _, ls in live))
+        live.append((len(labels) + step, tuple({x for _, ls in chosen for x in ls} & keep)))
+        made.append((math.prod(length[x] for x in live[-1][1]), step, tuple(n for n, _ in chosen)))
+    size, narrowest, _ = min(made)
+    later = lambda n: n + len(scales) * (n >= len(labels) + narrowest)  # what the scales make comes in between
+    steps = [tuple(map(later, chosen)) for _, _, chosen in made]
+    first = len(labels) + narrowest
+    between = [(first + n, scale) for n, scale in enumerate(scales)]
+    steps[narrowest + 1 : narrowest + 1] = between
+    return tuple(opt_einsum.paths.ssa_to_linear(steps)), flops + len(scales) * size
 
 
 def explicit_mesh(arrays: Sequence[Any]) -> Any:

@@ -62,6 +62,8 @@ PLACES = {
     "tensor, long": ((4, 2), ("data", "tensor"), "tensor", P("data"), 32),
     "sequence, long": ((4, 2), ("data", "sequence"), P(), P("data", "sequence"), 32),
     "fsdp, long": ((8,), ("fsdp",), "fsdp", P("fsdp"), 32),
+    "groups": ((2, 4), ("data", "fsdp"), "fsdp", P(("data", "fsdp")), 2),
+    "groups, long": ((2, 4), ("data", "fsdp"), "fsdp", P(("data", "fsdp")), 32),
 }
 
 
@@ -70,6 +72,8 @@ METHODS = {
     "AdaLoRA": jlora.AdaLoRA(rank=RANK, target="kernel"),
     "VeRA": jlora.VeRA(rank=8, target="kernel"),
     "LoKr": jlora.LoKr(rank=1, target="kernel"),
+    "LoHa": jlora.LoHa(rank=RANK, target="kernel"),
+    "Full": jlora.Full(target="kernel"),
 }
 
 
@@ -102,11 +106,12 @@ def program(model, place, spec=jlora.LoRA(rank=RANK, target="kernel")):  # noqa:
         "arguments": memory.argument_size_in_bytes - batch_bytes,
         "temporary": memory.temp_size_in_bytes,
         "held": guess.total - guess.gradients,
-        "guess": {f"{t.kind}: {t.what}": t.bytes for t in guess.traffic},
+        "guess": [[t.kind, t.what, list(t.over), t.bytes] for t in guess.traffic],
     }
 
 
 if __name__ == "__main__":
     found = {f"{m} {p}": program(m, p) for m in MODELS for p in PLACES}
-    found |= {f"{name} {p}": program("scanned", p, spec) for name, spec in METHODS.items() for p in ("data", "fsdp")}
+    others = [(name, place) for name in METHODS for place in ("data", "fsdp, long")] + [("LoHa", "groups")]
+    found |= {f"{name} {place}": program("scanned", place, METHODS[name]) for name, place in others}
     print(json.dumps(found))

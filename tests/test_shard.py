@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+import tpu_programs
 from benchmarks import hlo
 from methods import METHODS
 
@@ -508,6 +509,15 @@ def total(sent, kind):
     return sum(size * times for k, _, size, times in sent if k == kind)
 
 
+def gathered(sent, weight):
+    return total([row for row in sent if (row[1] == WEIGHT) == weight], "all-gather")
+
+
+def guessed(found, kind, what, over=None):
+    return sum(n for k, w, o, n in found["guess"] if k in kind and what in w and over in (None, o))
+
+
+REDUCED = ("all-reduce", "reduce-scatter")
 WEIGHT, LAYERS_OF_PROGRAMS = 48 * 80, 3  # of the programs' models
 
 
@@ -534,24 +544,21 @@ class TestPrograms:
         for place in ("sequence", "sequence, long"):
             found = programs[f"{model} {place}"]
             assert {kind for kind, *_ in found["sent"]} == {"all-reduce"}
-            assert total(found["sent"], "all-reduce") <= found["guess"]["all-reduce: factor gradients"] + 64
+            assert total(found["sent"], "all-reduce") <= guessed(found, REDUCED, "factor gradients") + 64
 
-    @pytest.mark.parametrize("place", ["data", "tensor", "fsdp", "sequence"])
+    @pytest.mark.parametrize("place", ["data", "tensor", "fsdp", "sequence", "groups"])
     @pytest.mark.parametrize("long", ["", ", long"])
     def test_the_estimate_is_what_is_held_and_sent(self, programs, model, place, long):
         """Every array counted; beside them scalars: the loss, and a norm for each factor that is cut."""
         found = programs[f"{model} {place}{long}"]
         assert found["arguments"] == found["held"]
-        guess, again = found["guess"], 2 if model == "unrolled" else 1  # unrolled, XLA keeps what it gathered
-        gathered = [row for row in found["with x"] if row[0] == "all-gather"]
-        weights, factors = (
-            total([row for row in gathered if (row[1] == WEIGHT) == is_weight], "all-gather")
-            for is_weight in (True, False)
-        )
-        assert again * weights == guess.get("all-gather: base weights", 0)
-        want = guess.get("all-gather: factors", 0)
-        assert factors == 1.5 * want if long else again * factors == want  # in a long batch s * a, three times
-        assert total(found["with x"], "all-reduce") == sum(n for what, n in guess.items() if "gather" not in what)
+        again = 2 if model == "unrolled" else 1  # unrolled, XLA keeps what it gathered
+        assert again * gathered(found["with x"], True) == guessed(found, "all-gather", "base weights")
+        assert again * gathered(found["with x"], False) == guessed(found, "all-gather", "factors")
+        # without a reduce-scatter, the CPU backend adds over all devices at once: no share is left to be added
+        shares = guessed(found, REDUCED, "factor gradients", ["data"]) if place == "groups" else 0
+        assert total(found["with x"], "all-reduce") == guessed(found, REDUCED, "") - shares
+        assert (shares > 0) == (place == "groups")
         scalars = [row for row in found["sent"] if row[1] == 1]
         assert total(scalars, "all-reduce") <= 64
 
@@ -562,17 +569,51 @@ class TestPrograms:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["DoRA", "AdaLoRA", "VeRA", "LoKr"])
+@pytest.mark.parametrize("method", ["DoRA", "AdaLoRA", "VeRA", "LoKr", "LoHa", "Full"])
 def test_what_other_methods_send(programs, method):
-    data, fsdp = programs[f"{method} data"], programs[f"{method} fsdp"]
+    data, fsdp = programs[f"{method} data"], programs[f"{method} fsdp, long"]
     assert {kind for kind, *_ in data["sent"]} == {"all-reduce"}
     gradients, found = 4 * data["trainable"], total(data["sent"], "all-reduce")
     if method == "VeRA":  # at most those of the two products that its factors make, which are a LoRA of its rank
         assert gradients < found <= 4 * LAYERS_OF_PROGRAMS * 2 * 8 * (48 + 80) + 64
     else:  # AdaLoRA's gates are summed where their product's gradient is
         assert abs(found - gradients) <= 64
-    gathered = lambda sent: sum(times for kind, n, _, times in sent if kind == "all-gather" and n == WEIGHT)
-    assert gathered(fsdp["sent"]) == gathered(fsdp["plain"]) > 0
+    assert gathered(fsdp["sent"], True) == gathered(fsdp["plain"], True) > 0
+    if method not in ("DoRA", "VeRA"):  # m / norm is gathered, not both; a shared factor in every layer
+        assert gathered(fsdp["sent"], False) == guessed(fsdp, "all-gather", "factors")
+
+
+@pytest.mark.slow
+def test_shares_are_added_over_groups(programs):
+    """Of LoHa's products the CPU backend adds what a group has, and then the shares of the groups."""
+    found = programs["LoHa groups"]
+    assert guessed(found, REDUCED, "factor gradients", ["data"]) > 0
+    assert total(found["with x"], "all-reduce") == guessed(found, REDUCED, "factor gradients")
+
+
+@pytest.mark.parametrize("program", tpu_programs.PROGRAMS, ids=lambda x: str(x).replace(" ", ""))
+def test_the_estimate_is_what_a_tpu_sends(program):
+    """Programs that libtpu compiled, read into a golden file: shares over groups, and bfloat16."""
+    method, dtype, shape, _ = program
+    sent = json.loads(tpu_programs.GOLDEN.read_text())[" ".join(map(str, program))]
+    mesh, params = AbstractMesh(shape, tpu_programs.AXES), tpu_programs.params(dtype)
+    options = {"batch": P(tpu_programs.AXES), "activations": dtype}
+    guess = jlora.shard.estimate(params, tpu_programs.METHODS[method], mesh, "fsdp", **options)
+    rows = [hlo.Sent(kind, dtype, tuple(shape), times) for kind, dtype, shape, times in sent]
+    reduced = [s for s in rows if s.kind in REDUCED and s.shape]
+    assert sum(s.bytes for s in reduced) == guess.sent("", "factor gradients")
+    is_weight = lambda s: s.elements == tpu_programs.WIDE * tpu_programs.INNER
+    gathers = [
+        s for s in rows if s.kind == "all-gather" and s.dtype != "s32"
+    ]  # the tokens are gathered to be looked up
+    weights, factors = ([s for s in gathers if is_weight(s) == whole] for whole in (True, False))
+    # a TPU multiplies float32 in bfloat16 unless told otherwise, and sends it so
+    assert sum(s.elements * s.times for s in weights) * jnp.dtype(dtype).itemsize == guess.sent("all-gather", "base")
+    want = guess.sent("all-gather", "factors")
+    if dtype == "bfloat16" and want:  # of the four, one in two layouts
+        assert {s.dtype for s in factors} == {"bf16"}
+        want += want // 4
+    assert sum(s.bytes for s in factors) == want
 
 
 HLO = """HloModule m

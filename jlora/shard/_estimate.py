@@ -1,5 +1,6 @@
 """What a step costs a device, in bytes held and bytes sent, from shapes alone."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jlora import _network, _table, _tree
+from jlora._plan import Site
 from jlora._tree import Target
 from jlora.adapted import Adapted, adapt
 from jlora.shard import _rules
@@ -86,12 +88,21 @@ def estimate(
 ) -> Estimate:
     """Bytes a device holds and sends for a training step, without making an array.
 
-    Held are the shares that `partition_specs` gives: exact. Sent are: gathers of what is sharded over mesh axes that
-    the batch is sharded over too (fsdp), once in each pass; the reduction of factor gradients over the batch's axes;
-    and, where a weight is cut along other axes (tensor parallel), the sums of activations that its dots leave: the
-    output where the input side is cut, the input's gradient where the output side is, and the narrow ones of the
-    adapter beside them. Activations are counted one by one: where a compiler adds several before it sends them (the
-    gradients of query, key and value), it sends less.
+    Held are the shares that `partition_specs` gives: exact. Sent are:
+
+    - Gathers of what is sharded over mesh axes that the batch is sharded over too (fsdp), once in each pass: weights
+      as they are stored, factors in the dtype of the activations that they meet. A table of embeddings is not
+      gathered: rows of it move instead. Those are not counted, nor is its gather where a tied head multiplies by it.
+    - The reduction of factor gradients over the batch's axes, in the factors' dtype. Of a factor that is sharded over
+      some of these axes a device is left with its share, which is then summed over the others, such as the groups of
+      a `("data", "fsdp")` mesh.
+    - Where a weight is cut along other axes (tensor parallel), the sums of activations that its dots leave: the
+      output where the input side is cut, the input's gradient where the output side is, and the narrow ones of the
+      adapter beside them. Activations are counted one by one: where a compiler adds several before it sends them (the
+      gradients of query, key and value), it sends less.
+
+    A delta of the weight's own shape (`Full`, `BitFit`) is added to the weight before anything is sent: it is not
+    gathered apart, and its gradient is sent in the weight's dtype.
 
     Args:
       params: the base, abstract or not.
@@ -102,8 +113,8 @@ def estimate(
       tx: an optax transformation; None for a state of no size.
       tokens: in a batch, over all devices; 0 leaves activations out.
       activations: their dtype.
-      passes: how often a step gathers a weight: 2, in the forward and in the backward pass, as under a scan or remat;
-        3 where the whole forward pass is done anew; 1 where a compiler keeps what it gathered.
+      passes: how often a step gathers a weight and its factors: 2, in the forward and in the backward pass, as under a
+        scan or remat; 3 where the whole forward pass is done anew; 1 where a compiler keeps what it gathered.
       quantised: `(target, bits)`: which leaves hold that many bits a parameter; NF4 with double quantisation is
         `(jlora.targets.linear, 4.127)`.
       axes: as for `adapt`.
@@ -125,6 +136,7 @@ def estimate(
 
     References:
       Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023: the bits of NF4.
+      Rajbhandari et al, `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020: what is gathered and scattered under fsdp.
       Shoeybi et al, `Megatron-LM <https://arxiv.org/abs/1909.08053>`_, 2019: which activations are summed.
     """
     made = jax.eval_shape(lambda p: adapt(p, spec, axes=axes), params)
@@ -140,10 +152,11 @@ def estimate(
     bits = [quantised[1] if quantised and _tree.matches(quantised[0], p, a) else 0 for p, a in _named(tree)]
     share = lambda tree: sum(_held(a, a.sharding.spec, sizes) for a in jax.tree.leaves(tree))
     trainable = share(placed.trainable)
+    wide = jnp.dtype(activations)
     traffic = [
-        *_gathers(tree, bits, placed, rows, sizes, passes),
+        *_gathers(tree, bits, placed, rows, sizes, passes, wide),
         *_gradients(placed, rows, sizes, sum(any(sizes[n] > 1 for n in _rules.names(entry)) for entry in batch)),
-        *_activations(tree, placed, rows, sizes, tokens * jnp.dtype(activations).itemsize),
+        *_activations(tree, placed, rows, sizes, tokens * wide.itemsize),
     ]
     return Estimate(
         base=sum(_held(a, a.sharding.spec, sizes, b) for a, b in zip(tree.leaves, bits, strict=True)),
@@ -174,20 +187,41 @@ def _cut(spec: PartitionSpec, among: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for entry in spec for n in _rules.names(entry) if n in among)
 
 
+def _whole(site: Site) -> bool:
+    """Whether W0 + dW is made before it meets anything: a vector, or a delta of the weight's own shape."""
+    recipe, leaf = site.recipe, site.leaf
+    vector = not leaf.axes("ik") or len(leaf.axes("iok")) < 2
+    alone = recipe.gain is recipe.left is recipe.right is None
+    return vector or alone and all(sum(map(bool, parsed.operands)) == 1 for parsed in _parsed(site))
+
+
+def _looked_up(path: str) -> bool:
+    return path.endswith("embedding")
+
+
 def _gathers(
-    tree: _tree.Named, bits: list[float], placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int], passes: int
+    tree: _tree.Named,
+    bits: list[float],
+    placed: Adapted,
+    rows: tuple[str, ...],
+    sizes: Mapping[str, int],
+    passes: int,
+    wide: Any,
 ) -> list[Traffic]:
     """What is sharded over the batch's axes is gathered to be used: matrices in every pass, other leaves once."""
-    base = factors = 0
+    sent: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
     for (path, a), roles, b in zip(_named(tree), roles_of(tree, placed.frozen.plan), bits, strict=True):
         spec = a.sharding.spec
-        if _cut(spec, rows):
-            again = passes if not path.endswith("embedding") and set("ik") & set(roles) else 1
-            base += again * _held(a, _without(spec, rows), sizes, b)
-    for a in jax.tree.leaves((placed.trainable, placed.frozen.factors)):
-        if _cut(a.sharding.spec, rows):
-            factors += passes * _held(a, _without(a.sharding.spec, rows), sizes)
-    return [Traffic("all-gather", "base weights", rows, base), Traffic("all-gather", "factors", rows, factors)]
+        if (cut := _cut(spec, rows)) and not _looked_up(path):
+            again = passes if set("ik") & set(roles) else 1
+            sent["base weights", cut] += again * _held(a, _without(spec, rows), sizes, b)
+    whole = {site.leaf.path for site in placed.frozen.plan.sites if _whole(site)}
+    for half in (placed.trainable, placed.frozen.factors):
+        for group, factors in half.items():
+            for a in factors.values() if group not in whole else ():
+                if cut := _cut(a.sharding.spec, rows):
+                    sent["factors", cut] += passes * _held(a.update(dtype=wide), _without(a.sharding.spec, rows), sizes)
+    return [Traffic("all-gather", what, over, size) for (what, over), size in sent.items()]
 
 
 def _gradients(placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int], times: int) -> list[Traffic]:
@@ -195,16 +229,23 @@ def _gradients(placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int],
 
     Where two array axes of a batch are sharded (batch and sequence), XLA sums over one after the other.
     """
-    summed = scattered = 0
-    if rows:
-        for a in jax.tree.leaves(placed.trainable):
-            size = _held(a, _without(a.sharding.spec, rows), sizes)
-            if _cut(a.sharding.spec, rows):
-                scattered += size
-            else:
-                summed += times * size
-    what = "factor gradients"
-    return [Traffic("all-reduce", what, rows, summed), Traffic("reduce-scatter", what, rows, scattered)]
+    sent: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
+    # made part of the weight, and a row of a table is not: rows of W0 and of dW are added
+    made = (site.leaf for site in placed.frozen.plan.sites if _whole(site) and not _looked_up(site.leaf.path))
+    dtypes = {leaf.path: leaf.dtype for leaf in made}
+    for group, factors in placed.trainable.items():
+        for a in factors.values():
+            spec, a = a.sharding.spec, a.update(dtype=dtypes.get(group, a.dtype))
+            cut = _cut(spec, rows)
+            others = tuple(n for n in rows if n not in cut)
+            if not cut:
+                sent["all-reduce", rows] += times * _held(a, spec, sizes)
+                continue
+            if not _looked_up(group):  # a table's rows come with their gradients
+                sent["reduce-scatter", cut] += _held(a, _without(spec, rows), sizes)
+            if others:
+                sent["all-reduce", others] += _held(a, spec, sizes)
+    return [Traffic(kind, "factor gradients", over, size) for (kind, over), size in sent.items() if over]
 
 
 def _activations(
@@ -241,7 +282,7 @@ def _activations(
     ]
 
 
-def _parsed(site: Any) -> list[_network.Parsed]:
+def _parsed(site: Site) -> list[_network.Parsed]:
     return [_network.parse(delta, site.leaf) for delta in site.recipe.deltas]
 
 

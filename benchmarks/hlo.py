@@ -118,6 +118,12 @@ def dots(text: str) -> list[tuple[str, ...]]:
     return [tuple(dtype[o] for o in i.operands if o in dtype) for i in every if i.opcode in ("dot", "convolution")]
 
 
+def outputs(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Dtypes and shapes of what a program puts out; JAX leaves out what is an argument as it stands."""
+    entry = re.search(r"^ENTRY %?(\S+)", text, re.MULTILINE)[1]
+    return next(i.arrays for i in instructions(text) if i.computation == entry and i.line.startswith("ROOT"))
+
+
 # What holds an array that is there already, or passes it on.
 _HELD = (
     "parameter",

@@ -12,11 +12,13 @@ layer as its documentation says, `LoraProvider` with nf4 weights in tiles of 64,
 
   held       the kernels, or their codes and scales, measured on live buffers
   temp       temporary memory of the compiled step
-  residuals  of these, float copies of kernels that the forward pass keeps for the backward pass
+  residuals  float copies of kernels that the forward pass hands to the backward pass: what the compiled forward pass
+             puts out beside its own arguments
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -27,6 +29,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,10 +120,11 @@ def variant(how, config, unrolled):
         return optax.apply_updates(trainable, updates), state, value
 
     rest = (frozen, embedding, ids)
-    kept = jax.eval_shape(lambda t: jax.vjp(lambda t: loss(t, *rest), t)[1], trainable)
+    forward_pass = jax.jit(lambda t, *rest: jax.vjp(lambda t: loss(t, *rest), t)).lower(trainable, *rest).compile()
     sizes = {config.width, config.inner, config.groups * config.head}
-    matrix = lambda x: len(x.shape) >= 2 and set(x.shape[-2:]) <= sizes and jnp.issubdtype(x.dtype, jnp.floating)
-    dense = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept) if matrix(x) and LENGTH not in x.shape)
+    matrix = lambda dtype, shape: "f" in dtype and len(shape) >= 2 and {*shape[-2:]} <= sizes and LENGTH not in shape
+    kept = [(dtype, shape) for dtype, shape in hlo.outputs(forward_pass.as_text()) if matrix(dtype, shape)]
+    dense = sum(math.prod(shape) * hlo.BYTES[dtype] for dtype, shape in kept)
     trainable = jax.tree.map(jnp.array, trainable)
     state = tx.init(trainable)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trainable, state, *rest).compile()

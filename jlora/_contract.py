@@ -6,7 +6,7 @@ The product of several operands is contracted pair by pair in the order that `op
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,19 @@ def settled(a: jax.Array, sharding: Any) -> jax.Array:
     """An array of an explicit mesh, moved where it does not live there yet; one of no mesh stays."""
     at = jax.typeof(a).sharding
     return a if at == sharding or at.mesh.empty else jax.sharding.reshard(a, sharding)
+
+
+def automatic(f: Callable[..., jax.Array], arrays: Sequence[jax.Array], spec: PartitionSpec | None = None) -> jax.Array:
+    """`f(*arrays)`; of a mesh with explicit axes, whose rules know no gather from a table, XLA places what `f` does.
+
+    The result lives where `spec` says; by default where the first array does.
+    """
+    mesh = explicit_mesh(arrays)
+    if mesh is None:
+        return f(*arrays)
+    at: Any = jax.typeof(arrays[0]).sharding if spec is None else NamedSharding(mesh, spec)
+    inside: Any = jax.sharding.auto_axes(f, out_sharding=at)
+    return inside(*arrays)
 
 
 def _spread(a: jax.Array, labels: Labels, out: Labels) -> jax.Array:

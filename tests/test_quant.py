@@ -1,5 +1,6 @@
 """Quantised weights: golden files, layouts, what is refused; and that the library computes with them as with arrays."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -335,3 +336,11 @@ def test_starts_that_mend_what_quantising_lost(start, scheme):
         assert adapted.frozen.base is base
         errors.append(error(jlora.merge(adapted)["query"]["kernel"]))
     assert errors[1] < errors[0] < 0.9 * plain
+    more = {"other": {"kernel": normal(13, 128, 8)}, **params}
+    init = functools.partial(start, method=jlora.LoRA(rank=8, alpha=4, target="query"))
+    both, given = jlora.quantize(more, scheme, init=init)
+    for made, one in ((both["query"], base["query"]), (jlora.adapt(both, given).trainable, adapted.trainable)):
+        jax.tree.map(np.testing.assert_array_equal, made, one)
+    assert isinstance(both["other"]["kernel"], jlora.quant.Quantized)
+    with pytest.raises(ValueError, match="takes plain parameters"):
+        jlora.quantize(more, scheme, init=init, donate=True)

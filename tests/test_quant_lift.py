@@ -1,10 +1,13 @@
 """What a lifted model keeps of a quantised base: no dense copy, on one device or many; and every method's laws."""
 
+import functools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -124,50 +127,108 @@ def test_a_scan_meets_codes_alone():
 # --- meshes -----------------------------------------------------------------------------------------------------------
 
 
-def perceptron(params, x):
-    for layer in params["layers"]:
-        x = x + jnp.tanh(x @ layer["up"]["kernel"]) @ layer["down"]["kernel"]
-    return x
+def block(x, layer):
+    """A perceptron; on a mesh with explicit axes a sum over what is cut says where it lives."""
+    h = jnp.tanh(x @ layer["up"]["kernel"])
+    at = jax.typeof(x).sharding
+    place = NamedSharding(at.mesh, P(*at.spec[:1])) if AxisType.Explicit in at.mesh.axis_types else None
+    return x + jax.lax.dot_general(h, layer["down"]["kernel"], (((1,), (0,)), ((), ())), out_sharding=place)
+
+
+PERCEPTRONS = {
+    "unrolled": lambda params, x: functools.reduce(block, params["layers"], x),
+    "scanned": lambda params, x: jax.lax.scan(lambda x, layer: (block(x, layer), None), x, params["layers"])[0],
+    "remat": lambda params, x: jax.lax.scan(
+        jax.checkpoint(lambda x, layer: (block(x, layer), None), policy=jax.checkpoint_policies.everything_saveable),
+        x, params["layers"],
+    )[0],
+}  # fmt: skip
+MESHES = {
+    "tensor": ((8,), ("tensor",)),
+    "data tensor": ((4, 2), ("data", "tensor")),
+    "fsdp": ((8,), ("fsdp",)),
+    "fsdp tensor": ((4, 2), ("fsdp", "tensor")),
+}
+SPREAD = [
+    *((mesh, "nf4+double", kind, "unrolled") for mesh in MESHES for kind in ("Auto", "Explicit")),
+    *((mesh, scheme, "Auto", "unrolled") for mesh in ("fsdp", "fsdp tensor") for scheme in ("nf4", "int8")),
+    *((mesh, "nf4+double", kind, "scanned") for mesh, kind in (("fsdp", "Auto"), ("fsdp tensor", "Explicit"))),
+    ("fsdp tensor", "nf4", "Auto", "remat"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8,), (4, 2)])
-@pytest.mark.parametrize("scheme", ["nf4", "nf4+double", "int8"])
-def test_sharded_over_eight_devices(shape, scheme):
-    """Heads and widths are cut over `tensor`: the codes are too, the numbers are those of one device, and no array of
-    a weight's size crosses between devices."""
+@pytest.mark.parametrize("mesh,scheme,kind,model", SPREAD)
+def test_sharded_over_eight_devices(mesh, scheme, kind, model):
+    """Codes are cut as the kernels' specs say, a step's numbers are those of one device, and no weight crosses between
+    devices dense: what fsdp gathers are codes and scales."""
     wide = 512
     layers = [
         {"up": {"kernel": normal(n, WIDTH, wide)}, "down": {"kernel": normal(9 + n, wide, WIDTH)}} for n in (0, 1)
     ]
-    small = jlora.quantize({"layers": layers}, scheme, target=".")
-    alone = jlora.adapt(small, jlora.LoRA(rank=2, target="."))
-    alone = jlora.join(moved(alone.trainable, 0.05), alone.frozen)
-    x = normal(3, 16, WIDTH)
-    step = jax.jit(jax.value_and_grad(loss(perceptron)))
-    want = step(*jlora.split(alone), x)
+    layers = layers if model == "unrolled" else jax.tree.map(lambda *ws: jnp.stack(ws), *layers)
+    alone = jlora.adapt(jlora.quantize({"layers": layers}, scheme, target="."), jlora.LoRA(rank=2, target="."))
+    alone = jlora.join(jax.tree.map(np.asarray, moved(alone.trainable, 0.05)), alone.frozen)
+    x, tx = normal(3, 16, WIDTH), optax.sgd(1000.0)  # gradients are small beside the factors
+    lifted = jlora.lift(PERCEPTRONS[model])
+    loss = lambda ad, x: jnp.mean(lifted(ad, x) ** 2)
+    want = jax.jit(jax.value_and_grad(lambda t, f, x: loss(jlora.join(t, f), x)))(*jlora.split(alone), x)
 
-    names = ("data", "tensor")[-len(shape) :]
-    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
-    rules = [("up/kernel", P(None, "tensor")), ("down/kernel", P("tensor"))]
+    shape, names = MESHES[mesh]
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType[kind],) * len(shape))
+    rows, tensor = (next((n for n in names if n in among), None) for among in (("data", "fsdp"), ("tensor",)))
+    fsdp, stack = "fsdp" if "fsdp" in names else None, (None,) * (model != "unrolled")
+    cut = {"up": (*stack, fsdp, tensor), "down": (*stack, tensor, fsdp)}
+    rules = [(f"{name}/kernel", P(*spec)) for name, spec in cut.items()]
     placed = jax.device_put(alone, jlora.shard.shardings(mesh, alone, rules))
-    for name, spec in (("up", (None, "tensor")), ("down", ("tensor",))):
-        leaf = placed.frozen.base["layers"][0][name]["kernel"]
-        for array in ("codes",) if "double" not in scheme else ("codes", "scales"):
-            assert tuple(leaf.arrays[array].sharding.spec) == spec
-    rows = jax.device_put(x, NamedSharding(mesh, P("data" if "data" in names else None)))
-    compiled = step.lower(*jlora.split(placed), rows).compile()
-    assert_close(compiled(*jlora.split(placed), rows), want, 1e-5)
-    for line in compiled.as_text().splitlines():
-        if re.search(r"(all-gather|all-to-all|collective-permute|all-reduce)(-start)?\(", line):
-            sizes = [np.prod([int(n) for n in s.split(",") if n]) for s in re.findall(r"\w\d*\[([\d,]*)\]", line)]
-            assert max(sizes) < WIDTH * wide / 8, line
+    layer = placed.frozen.base["layers"][0] if model == "unrolled" else placed.frozen.base["layers"]
+    for name, spec in cut.items():
+        for array in ("codes", "scales")[
+            : 1 if fsdp or "double" not in scheme else 2
+        ]:  # two blocks are not cut in eight
+            held = layer[name]["kernel"].arrays[array]
+            parts = [1 if n is None else mesh.shape[n] for n in spec]
+            assert held.addressable_shards[0].data.shape == tuple(
+                n // k for n, k in zip(held.shape, parts, strict=True)
+            )
+
+    step = jlora.shard.train_step(loss, tx, mesh, placed, batch=P(rows))
+    trainable, frozen = jlora.split(placed)
+    batch = jax.device_put(x, NamedSharding(mesh, P(rows)))
+    text = step.lower(trainable, tx.init(trainable), frozen, batch).compile().as_text()
+    after, _, metrics = step(trainable, tx.init(trainable), frozen, batch)
+    assert_close(metrics["loss"], want[0], 1e-5)
+    assert_close(after, jax.tree.map(lambda a, g: a - 1000 * g, alone.trainable, want[1]), 1e-5)
+    floats, codes = [0], [0]
+    for line in text.splitlines():
+        if re.search(r"(all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(-start)?\(", line):
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", line):
+                (codes if dtype in ("u8", "s8") else floats).append(math.prod(int(n) for n in dims.split(",") if n))
+    assert max(floats) < WIDTH * wide / 8
+    per = 1 if scheme == "int8" else 2
+    gathered = WIDTH * wide // per // (mesh.shape["tensor"] if tensor else 1)
+    assert max(codes) == (gathered if fsdp else 0)
+
+
+@pytest.mark.slow
+def test_a_stack_that_is_cut_and_taken_whole():
+    """A kernel of three axes whose first one is taken for a stack, cut there, without an adapter: gathered as codes."""
+    small = jlora.quantize({"heads": {"kernel": normal(0, WIDTH, 4, 64)}}, "nf4", target="kernel")
+    assert small["heads"]["kernel"].roles == "sio"
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    places = jlora.shard.shardings(mesh, small, [("kernel", P("fsdp"))])
+    lifted = jlora.lift(lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["heads"]["kernel"]))
+    x = normal(1, 8, WIDTH)
+    rows = NamedSharding(mesh, P("fsdp"))
+    f = lambda p, x: lifted(jlora.shard.gathered(p, places, P("fsdp")), x)
+    f = jax.jit(f, in_shardings=(places, rows), out_shardings=rows)
+    lines = [line for line in f.lower(small, x).compile().as_text().splitlines() if " all-gather(" in line]
+    assert any("u8[128,128]" in line for line in lines) and not any("f32[128,4,64]" in line for line in lines)
+    assert_close(f(small, x), lifted(small, x))
 
 
 @pytest.mark.slow
 def test_init_and_a_step_on_a_mesh():
-    import optax
-
     mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
     make = lambda: jlora.quantize({"up": {"kernel": normal(0, WIDTH, 512)}}, target="up")
     rules = [("up/kernel", P(None, "tensor"))]

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from jlora._contract import automatic
 from jlora._packed import Packed
 from jlora.quant._layout import Layout
 from jlora.quant._schemes import POINTS, TINY, Scheme, chosen, dynamic_codes, dynamic_levels
@@ -81,9 +83,9 @@ class Codec:
     # --- reading --------------------------------------------------------------------------------------------------
 
     def _scales(self, arrays: tuple[Any, ...]) -> jax.Array:
-        if not self.scheme.double:
-            return arrays[0]
-        q, second, offset = arrays
+        return automatic(self._read_scales, arrays) if self.scheme.double else arrays[0]
+
+    def _read_scales(self, q: jax.Array, second: jax.Array, offset: jax.Array) -> jax.Array:
         run = [self.layout.counts[n] for n in self._order()]
         back = [self._order().index(n) for n in range(len(run))]
         second = jnp.repeat(second, SECOND)[: math.prod(run)].reshape(run)
@@ -93,6 +95,9 @@ class Codec:
 
     def __call__(self, *arrays: Any) -> jax.Array:
         """One layer's weight, in its own axes."""
+        return automatic(self._read, arrays, PartitionSpec() if self.layout.flat else None)
+
+    def _read(self, *arrays: Any) -> jax.Array:
         planes = self.scheme.planes
         codes, scales = arrays[: len(planes)], self._scales(arrays[len(planes) :])
         q = None

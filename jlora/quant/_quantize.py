@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,6 +54,7 @@ def quantize(
     axes: dict[str, str] | None = None,
     parity: str | None = None,
     donate: bool = False,
+    init: Callable[..., Any] | None = None,
 ) -> Any:
     """The same tree with the weights that `target` takes held as codes of a few bits and scales.
 
@@ -76,13 +78,17 @@ def quantize(
         scales are its own bit for bit. Such a weight cannot be sharded along its own axes. By default that is done
         where the block does not divide the input side; elsewhere the blocks are the same, but keep the weight's axes.
       donate: frees each plain weight as soon as it is quantised; `params` is then no longer usable.
+      init: a start that is found together with the codes, such as `partial(jlora.init.loftq, method=LoRA(rank=8))`:
+        called as `init(params, quantise=scheme, axes=axes)`, it quantises the weights that its method is for, and
+        gives the method with its factors; `target` says which others are quantised too.
 
     Returns:
-      The tree, or the `Adapted`. Leaves that are quantised already, without elements or without axes stay as they are;
-      a tree that is tied (one array under two paths) stays tied.
+      The tree, or the `Adapted`; with `init` the tree and the method, for `adapt`. Leaves that are quantised already,
+      without elements or without axes stay as they are; a tree that is tied (one array under two paths) stays tied.
 
     Raises:
-      ValueError: an unknown scheme; a pattern that matches nothing; weights with NaN or infinities, or that are no real
+      ValueError: an unknown scheme; a pattern that matches nothing; `init` together with an `Adapted`, `parity` or
+        `donate`; weights with NaN or infinities, or that are no real
         floating point numbers; all at once.
 
     Example:
@@ -102,6 +108,11 @@ def quantize(
     scheme = resolve(scheme)
     if parity not in (None, "torch"):
         raise ValueError(f"quantize(parity={parity!r}): 'torch', or None")
+    if init is not None:
+        if is_adapted(params) or parity or donate:
+            raise ValueError("quantize(init=...) takes plain parameters, without parity= and donate=")
+        base, method = init(params, quantise=scheme, axes=axes)
+        return quantize(base, scheme, target=target, exclude=exclude, axes=axes), method
     if is_adapted(params):
         base = quantize(
             params.frozen.base, scheme, target=target, exclude=exclude, axes=_letters(params, axes), parity=parity,

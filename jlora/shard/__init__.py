@@ -7,6 +7,7 @@ says the shardings, and has a step to copy.
 from jlora.shard._estimate import Estimate as Estimate
 from jlora.shard._estimate import Traffic as Traffic
 from jlora.shard._estimate import estimate as estimate
+from jlora.shard._gather import gathered as gathered
 from jlora.shard._specs import abstract as abstract
 from jlora.shard._specs import partition_specs as partition_specs
 from jlora.shard._specs import shardings as shardings

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.adapted import Adapted, join
+from jlora.shard._gather import gathered
 from jlora.shard._specs import sharding_of, state_shardings
 
 
@@ -26,8 +27,9 @@ def train_step(
     """A jitted `step(trainable, state, frozen, batch) -> (trainable, state, metrics)`.
 
     Everything stays where it is: in and out shardings are those of `adapted` and `state_shardings`. `trainable` and
-    `state` are donated. `metrics` holds `"loss"` and `"grad_norm"`, the global norm before clipping. There is
-    nothing in it that a loop of one's own could not do: copy it where it does not fit.
+    `state` are donated. `metrics` holds `"loss"` and `"grad_norm"`, the global norm before clipping. Quantised weights
+    that the batch's mesh axes cut are gathered as codes (`gathered`). There is nothing in it that a loop of one's own
+    could not do: copy it where it does not fit.
 
     Args:
       loss: `loss(adapted, batch) -> scalar`, a mean over the batch; it calls the lifted model, and `with_dropout`
@@ -70,8 +72,10 @@ def train_step(
         if AxisType.Explicit in mesh.axis_types:  # the types of arrays from the host do not say yet where they live
             batch = jax.tree.map(lambda place, part: jax.sharding.reshard(part, place), batches, batch)
 
+        here = near(frozen)
+
         def gradient(rows: Any) -> Any:
-            value, grads = jax.value_and_grad(lambda t: loss(join(t, frozen), rows))(trainable)
+            value, grads = jax.value_and_grad(lambda t: loss(join(t, here), rows))(trainable)
             return value.astype(jnp.float32), grads
 
         if accumulate == 1:
@@ -91,6 +95,7 @@ def train_step(
     place = lambda spec: NamedSharding(mesh, PartitionSpec(None, *spec) if accumulate > 1 else spec)
     batches = jax.tree.map(place, batch, is_leaf=lambda x: isinstance(x, PartitionSpec))
     places, state = sharding_of(adapted), state_shardings(tx, adapted)
+    near = lambda frozen: gathered(frozen, places.frozen, batch)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         step,

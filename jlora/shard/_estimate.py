@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jlora import _network, _table, _tree
+from jlora._packed import is_packed
 from jlora._plan import Site
 from jlora._tree import Target
 from jlora.adapted import Adapted, adapt
@@ -105,7 +106,7 @@ def estimate(
     gathered apart, and its gradient is sent in the weight's dtype.
 
     Args:
-      params: the base, abstract or not.
+      params: the base, abstract or not; a quantised one holds and gathers its codes and scales.
       spec: as for `adapt`.
       mesh: a `Mesh`, or an `AbstractMesh` such as `AbstractMesh((64,), ("fsdp",))` for devices that are not there.
       base_specs: as for `partition_specs`.
@@ -115,8 +116,8 @@ def estimate(
       activations: their dtype.
       passes: how often a step gathers a weight and its factors: 2, in the forward and in the backward pass, as under a
         scan or remat; 3 where the whole forward pass is done anew; 1 where a compiler keeps what it gathered.
-      quantised: `(target, bits)`: which leaves hold that many bits a parameter; NF4 with double quantisation is
-        `(jlora.targets.linear, 4.127)`.
+      quantised: `(target, bits)`: which plain leaves would hold that many bits a parameter; NF4 with double
+        quantisation is `(jlora.targets.linear, 4.127)`.
       axes: as for `adapt`.
 
     Returns:
@@ -149,7 +150,8 @@ def estimate(
         places = jax.tree.leaves(state_shardings(tx, placed))
         state = sum(_held(a, s.spec, sizes) for a, s in zip(shapes, places, strict=True))
     tree = _tree.flatten(placed.frozen.base)
-    bits = [quantised[1] if quantised and _tree.matches(quantised[0], p, a) else 0 for p, a in _named(tree)]
+    as_said = lambda p, a: bool(quantised) and not is_packed(a) and _tree.matches(quantised[0], p, a)
+    bits = [quantised[1] if quantised and as_said(p, a) else 0 for p, a in _named(tree)]
     share = lambda tree: sum(_held(a, a.sharding.spec, sizes) for a in jax.tree.leaves(tree))
     trainable = share(placed.trainable)
     wide = jnp.dtype(activations)
@@ -159,7 +161,11 @@ def estimate(
         *_activations(tree, placed, rows, sizes, tokens * wide.itemsize),
     ]
     return Estimate(
-        base=sum(_held(a, a.sharding.spec, sizes, b) for a, b in zip(tree.leaves, bits, strict=True)),
+        base=sum(
+            _held(part, part.sharding.spec, sizes, b)
+            for a, b in zip(tree.leaves, bits, strict=True)
+            for part in jax.tree.leaves(a)
+        ),
         factors=share(placed.frozen.factors),
         trainable=trainable,
         optimizer=state,
@@ -176,6 +182,14 @@ def _held(leaf: Any, spec: PartitionSpec, sizes: Mapping[str, int], bits: float 
     """The bytes of a device's share."""
     whole = math.prod(leaf.shape) * bits / 8 if bits else _rules.bytes_of(leaf)
     return math.ceil(whole / math.prod(_rules.shards(entry, sizes) for entry in spec))
+
+
+def _spec(leaf: Any) -> PartitionSpec:
+    """Where a weight is cut; of one held as other arrays, where the first of them is."""
+    if not is_packed(leaf):
+        return leaf.sharding.spec
+    own = dict(zip(leaf.axes()[0], jax.tree.leaves(leaf)[0].sharding.spec, strict=False))
+    return PartitionSpec(*(own.get(n) for n in range(leaf.ndim)))
 
 
 def _without(spec: PartitionSpec, gone: tuple[str, ...]) -> PartitionSpec:
@@ -211,10 +225,10 @@ def _gathers(
     """What is sharded over the batch's axes is gathered to be used: matrices in every pass, other leaves once."""
     sent: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
     for (path, a), roles, b in zip(_named(tree), roles_of(tree, placed.frozen.plan), bits, strict=True):
-        spec = a.sharding.spec
-        if (cut := _cut(spec, rows)) and not _looked_up(path):
-            again = passes if set("ik") & set(roles) else 1
-            sent["base weights", cut] += again * _held(a, _without(spec, rows), sizes, b)
+        again = passes if set("ik") & set(roles) else 1
+        for part in jax.tree.leaves(a) if not _looked_up(path) else ():
+            if cut := _cut(part.sharding.spec, rows):
+                sent["base weights", cut] += again * _held(part, _without(part.sharding.spec, rows), sizes, b)
     whole = {site.leaf.path for site in placed.frozen.plan.sites if _whole(site)}
     for half in (placed.trainable, placed.frozen.factors):
         for group, factors in half.items():
@@ -261,7 +275,7 @@ def _activations(
     narrow = {site.leaf.path: sum(map(_width, _parsed(site))) for site in placed.frozen.plan.sites}
     wide = thin = 0.0
     for (path, a), roles in zip(_named(tree), roles_of(tree, placed.frozen.plan), strict=True):
-        spec = tuple(a.sharding.spec) + (None,) * a.ndim
+        spec = tuple(_spec(a)) + (None,) * a.ndim
         if not set("ik") & set(roles):
             continue
         side = lambda letters, roles=roles: [n for n, role in enumerate(roles) if role in letters]

@@ -1,5 +1,7 @@
 """`examples/multihost.py` as processes of this machine."""
 
+import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -9,7 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+import jlora
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = [sys.executable, str(ROOT / "examples" / "multihost.py")]
@@ -46,6 +52,19 @@ def test_two_processes_are_one_with_two_devices(tmp_path):
     assert "1 processes, 4 devices" in other and "goes on at step 21" in other
     norms = [float(result(text).split()[1]) for text in (other, resumed)]
     assert abs(norms[0] - norms[1]) <= 1e-6 * norms[1]  # sums over four devices, in another order
+
+
+def test_what_two_processes_saved_opens_in_one(tmp_path):
+    """As the words of `jlora.save` say where there are several."""
+    printed = result(run("--local=2", "--steps", "11", "--folder", str(tmp_path / "run")))
+    found = importlib.util.spec_from_file_location("multihost", SCRIPT[1])
+    example = importlib.util.module_from_spec(found)
+    found.loader.exec_module(example)
+    base = jax.eval_shape(example.make)
+    adapted = jlora.load(tmp_path / "run", base, spec=jlora.LoRA(rank=4, target="kernel"))
+    held = b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(adapted.trainable))
+    assert printed.endswith(hashlib.sha256(held).hexdigest()[:16])
+    jlora.save(tmp_path / "adapter", adapted)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

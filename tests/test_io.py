@@ -325,6 +325,27 @@ def test_save_refuses(saved, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_one_of_several_processes_is_told_what_to_write(tmp_path, monkeypatch):
+    """Nothing is written; what the words say works (`test_example_multihost` does it in two processes)."""
+    params, spec = plain(), jlora.LoRA(rank=2)
+    adapted = jlora.adapt(params, spec)
+    writers = {"jlora.save": save, "jlora.export": export, "jlora.io.peft.save": jlora.io.peft.save}
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        for name, write in writers.items():
+            said = (
+                rf"(?s)^{name} .*one of 2\. .*StandardCheckpointer\(\)\.save\(path, .*jlora\.load\(path, params, spec="
+            )
+            with pytest.raises(NotImplementedError, match=said):
+                write(tmp_path / "x", adapted)
+    assert os.listdir(tmp_path) == []
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "x", {"trainable": adapted.trainable})
+    opened = load(tmp_path / "x", params, spec=spec)
+    assert jax.tree.structure(opened) == jax.tree.structure(adapted)
+    jax.tree.map(np.testing.assert_array_equal, opened, adapted)
+
+
 def test_an_existing_path(saved, tmp_path):
     _, adapter, base = saved
     (tmp_path / "file").write_text("mine")

@@ -52,6 +52,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
 
     Raises:
       FileExistsError: the path exists (with `overwrite`: and holds no saved adapter).
+      NotImplementedError: in one of several processes; the message says how they save together.
       TypeError: no `Adapted`, or one that is being traced.
       ValueError: factors without values (abstract or donated), ones that do not fit the plan, a method with a field
         that cannot be written down, a schedule of `jlora.rank.adalora` that never ran.
@@ -291,6 +292,7 @@ def export(
 
     Raises:
       FileExistsError: the path exists (with `overwrite`: and holds no checkpoint).
+      NotImplementedError: in one of several processes; the message says how they save together.
       TypeError: no `Adapted`, or one that is being traced.
       ValueError: less than 0.5 of some update survives; abstract, donated or empty leaves, ones that are no arrays;
         names that Orbax confuses, since it joins them by dots.

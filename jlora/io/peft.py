@@ -149,6 +149,7 @@ def save(folder: "str | os.PathLike[str]", adapted: Adapted, names: Names = None
 
     Raises:
       FileExistsError: the path exists (with `overwrite`: and holds no adapter of peft).
+      NotImplementedError: in one of several processes; the message says how they save together.
       ImportError: safetensors is not installed.
       TypeError: no `Adapted`, or one that is being traced.
       ValueError: a method that peft's LoRA has no name for, `slices`, LoRA beside DoRA, a stacked kernel or another

@@ -4,10 +4,11 @@
     python benchmarks/tpu_aot.py             about half an hour on two cores
     python benchmarks/tpu_aot.py --models minilm --steps lora
 
-libtpu compiles on any x86 Linux machine; nothing runs. The MiniLM of `examples/bert.py` (float32, batches over all
-chips) and a scanned, rematerialised decoder of an 8B Llama's shape (bfloat16, cut over all chips), each with LoRA on
-every linear layer, with full fine-tuning, and `plain`: the gradient of the embedded tokens alone, which sends what the
-model sends without an adapter.
+libtpu compiles on any x86 Linux machine; nothing runs. The MiniLM of `examples/bert.py` (float32) and a scanned,
+rematerialised decoder of an 8B Llama's shape (bfloat16), each with LoRA on every linear layer, with full fine-tuning,
+and `plain`: the gradient of the embedded tokens alone, which sends what the model sends without an adapter. The batch
+is over all chips; the decoder is cut in 4 or 8 parts, and chips beyond those are groups that hold the same parts. In 4
+parts there are groups at 8 chips as at 256, so that one can be compared with the other.
 
 Two of XLA's TPU options are off, so that a gather can be read as one: loops that gather a weight piece by piece while
 they multiply it (windowed einsum), and collectives fused with what runs beside them.
@@ -43,11 +44,12 @@ OPTIONS = {
     "xla_tpu_enable_async_collective_fusion": "false",
 }
 CHIPS = {8: "v5e:2x4", 256: "v5e:16x16"}
-MESHES = {  # a base that fits on eight chips is not cut any further
-    ("minilm", 8): ((8,), ("data",)),
-    ("minilm", 256): ((256,), ("data",)),
-    ("decoder", 8): ((8,), ("fsdp",)),
-    ("decoder", 256): ((32, 8), ("data", "fsdp")),
+PARTS = {  # in how many a model is cut, over "fsdp"; the groups are over "data"
+    ("minilm", "lora"): (1,),
+    ("minilm", "full"): (1,),
+    ("decoder", "lora"): (4, 8),
+    ("decoder", "full"): (8,),  # in 4 the program takes 19.7 GiB of the 15.75 a chip has
+    ("decoder", "plain"): (4, 8),
 }
 LAYERS, WIDTH, INNER, HEADS, GROUPS, SIZE, VOCAB = 32, 4096, 14336, 32, 8, 128, 128_256
 
@@ -139,12 +141,12 @@ MODELS = {
 }  # fmt: skip
 
 
-def compiled(model, step, chips):
-    """A compiled step on so many chips; its estimate; the bytes of a chip's share of the batch."""
+def compiled(model, parts, step, chips):
+    """A compiled step of a model in so many parts; its estimate; the bytes of a chip's share of the batch."""
     loss, params, base_specs, (rows, length), lora, full = MODELS[model]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chips]).devices
-    shape, axes = MESHES[model, chips]
-    mesh, batch = Mesh(np.array(devices).reshape(shape), axes), P(axes)
+    axes = ("data", "fsdp")
+    mesh, batch = Mesh(np.array(devices).reshape(-1, parts), axes), P(axes)
     place = NamedSharding(mesh, batch)
     ids = jax.ShapeDtypeStruct((rows * chips, length), jnp.int32, sharding=place)
     params = params()
@@ -169,16 +171,16 @@ def squeezed(shape):
     return tuple(sorted(n for n in shape if n > 1))
 
 
-def facts(model, step, chips, keep):
+def facts(model, parts, step, chips, keep):
     """What the tables print of one program."""
-    program, guess, batch = compiled(model, step, chips)
+    program, guess, batch = compiled(model, parts, step, chips)
     text, memory = program.as_text(), program.memory_analysis()
     if keep:
-        (keep / f"{model}-{step}-{chips}.hlo").write_text(text)
+        (keep / f"{model}-{parts}-{step}-{chips}.hlo").write_text(text)
     found = hlo.sent(text)
     whole = [a.shape for a in jax.tree.leaves(MODELS[model][1]()) if a.ndim > 1]
     stacks = {squeezed(s) for s in whole if len(s) == 3}
-    cut = {squeezed(n // 8 if n == WIDTH else n for n in s) for s in stacks}
+    cut = {squeezed(n // parts if n == WIDTH else n for n in s) for s in stacks}
     weights = {squeezed(s[1:] if len(s) == 3 else s) for s in whole}
     # by size, not by shape: XLA joins weights that meet one activation
     smallest = min((math.prod(s[1:]) for s in whole if len(s) == 3), default=0)
@@ -220,35 +222,35 @@ def main():
         return
     console = Console(stderr=True)
     rows = {}
-    for model in options.models:
-        for step in options.steps:
-            for chips in CHIPS if (model, step) != ("minilm", "plain") else ():
-                began = time.monotonic()
-                with console.status(f"{model}, {step}, {chips} chips"):
-                    rows[model, step, chips] = facts(model, step, chips, options.keep)
-                row = rows[model, step, chips]
-                held = f"{row['held']:,} bytes held, {row['temp']:,} temporary"
-                console.print(f"{model}, {step}, {chips} chips: {time.monotonic() - began:.0f} s; {held}")
+    chosen = [(m, s, parts) for (m, s), cut in PARTS.items() for parts in cut]
+    for model, step, parts in (c for c in chosen if c[0] in options.models and c[1] in options.steps):
+        for chips in CHIPS:
+            name = f"{model}{f' in {parts}' if parts > 1 else ''}, {step}, {chips}"
+            began = time.monotonic()
+            with console.status(f"{name} chips"):
+                row = rows[name] = facts(model, parts, step, chips, options.keep)
+            held = f"{row['held']:,} bytes held, {row['temp']:,} temporary"
+            console.print(f"{name} chips: {time.monotonic() - began:.0f} s; {held}")
     print(f"jax {jax.__version__}, {os.cpu_count()} cores; bytes of one chip in MB (10^6)\n")
     head = f"{'':24s} {'held':>9s} {'estimate':>9s} {'ratio':>7s} {'temp':>8s}   {'largest array that is made'}"
     print(head)
-    for (model, step, chips), row in rows.items():
-        name, mb = f"{model}, {step}, {chips}", lambda n: f"{n / 1e6:9,.1f}"
+    for name, row in rows.items():
+        mb = lambda n: f"{n / 1e6:9,.1f}"
         if row["guess"]:
             ratio = row["held"] / row["guess"]
             held = f"{mb(row['held'])} {mb(row['guess'])} {ratio:7.4f} {row['temp'] / 1e6:8,.0f}"
             print(f"{name:24s} {held}   {row['largest']}")
     print(f"\n{'sent in one step':24s} " + " ".join(f"{kind:>18s}" for kind in hlo.KINDS))
-    for (model, step, chips), row in rows.items():
-        print(f"{f'{model}, {step}, {chips}':24s} " + " ".join(f"{n / 1e6:18,.3f}" for n in row["sent"].values()))
+    for name, row in rows.items():
+        print(f"{name:24s} " + " ".join(f"{n / 1e6:18,.3f}" for n in row["sent"].values()))
     titles = ("gradients", "estimate", "weights gathered", "their MB", "float32 dots", "stacks made", "matrices made")
     print(f"\n{'':24s} " + " ".join(f"{t:>16s}" for t in titles))
-    for (model, step, chips), row in rows.items():
+    for name, row in rows.items():
         cells = [
             f"{row['gradients']:,}", f"{row['guessed gradients'] or 0:,}", row["weights gathered"],
             f"{row['weights'] / 1e6:,.0f}", f"{row['wide dots']} of {row['dots']}", row["stacks"], row["matrices"],
         ]  # fmt: skip
-        print(f"{f'{model}, {step}, {chips}':24s} " + " ".join(f"{c:>16}" for c in cells))
+        print(f"{name:24s} " + " ".join(f"{c:>16}" for c in cells))
 
 
 if __name__ == "__main__":

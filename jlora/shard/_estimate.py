@@ -16,7 +16,7 @@ from jlora._plan import Site
 from jlora._tree import Target
 from jlora.adapted import Adapted, adapt
 from jlora.shard import _rules
-from jlora.shard._specs import abstract, roles_of, state_shardings
+from jlora.shard._specs import abstract, operands, roles_of, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,9 @@ def estimate(
     Held are the shares that `partition_specs` gives: exact. Sent are:
 
     - Gathers of what is sharded over mesh axes that the batch is sharded over too (fsdp), once in each pass: weights
-      as they are stored, factors in the dtype of the activations that they meet. A table of embeddings is not
-      gathered: rows of it move instead. Those are not counted, nor is its gather where a tied head multiplies by it.
+      as they are stored; factors, and what functions of them make, in the dtype of the activations that they meet, a
+      shared one in every layer. A table of embeddings is not gathered: rows of it move instead. Those are not counted,
+      nor is its gather where a tied head multiplies by it.
     - The reduction of factor gradients over the batch's axes, in the factors' dtype. Of a factor that is sharded over
       some of these axes a device is left with its share, which is then summed over the others, such as the groups of
       a `("data", "fsdp")` mesh.
@@ -141,8 +142,10 @@ def estimate(
       Shoeybi et al, `Megatron-LM <https://arxiv.org/abs/1909.08053>`_, 2019: which activations are summed.
     """
     made = jax.eval_shape(lambda p: adapt(p, spec, axes=axes), params)
-    placed = abstract(mesh, made, base_specs)
     sizes = dict(mesh.shape)
+    bare = _tree.flatten(made.frozen.base)
+    entries = _rules.resolve(bare, roles_of(bare, made.frozen.plan), base_specs, sizes)
+    placed = abstract(mesh, made, _tree.rebuilt(made.frozen.base, list(map(_rules.to_spec, entries))))
     rows = tuple(n for entry in batch for n in _rules.names(entry) if sizes[n] > 1)
     state = 0
     if tx is not None:
@@ -156,9 +159,9 @@ def estimate(
     trainable = share(placed.trainable)
     wide = jnp.dtype(activations)
     traffic = [
-        *_gathers(tree, bits, placed, rows, sizes, passes, wide),
+        *_gathers(tree, bits, entries, placed, rows, sizes, passes, wide),
         *_gradients(placed, rows, sizes, sum(any(sizes[n] > 1 for n in _rules.names(entry)) for entry in batch)),
-        *_activations(tree, placed, rows, sizes, tokens * wide.itemsize),
+        *_activations(tree, entries, placed, rows, sizes, tokens * wide.itemsize),
     ]
     return Estimate(
         base=sum(
@@ -184,20 +187,12 @@ def _held(leaf: Any, spec: PartitionSpec, sizes: Mapping[str, int], bits: float 
     return math.ceil(whole / math.prod(_rules.shards(entry, sizes) for entry in spec))
 
 
-def _spec(leaf: Any) -> PartitionSpec:
-    """Where a weight is cut; of one held as other arrays, where the first of them is."""
-    if not is_packed(leaf):
-        return leaf.sharding.spec
-    own = dict(zip(leaf.axes()[0], jax.tree.leaves(leaf)[0].sharding.spec, strict=False))
-    return PartitionSpec(*(own.get(n) for n in range(leaf.ndim)))
-
-
-def _without(spec: PartitionSpec, gone: tuple[str, ...]) -> PartitionSpec:
+def _without(spec: Any, gone: tuple[str, ...]) -> PartitionSpec:
     """The spec of an array that is gathered over some mesh axes."""
     return PartitionSpec(*(tuple(n for n in _rules.names(entry) if n not in gone) or None for entry in spec))
 
 
-def _cut(spec: PartitionSpec, among: tuple[str, ...]) -> tuple[str, ...]:
+def _cut(spec: Any, among: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for entry in spec for n in _rules.names(entry) if n in among)
 
 
@@ -216,6 +211,7 @@ def _looked_up(path: str) -> bool:
 def _gathers(
     tree: _tree.Named,
     bits: list[float],
+    entries: list[_rules.Entries],
     placed: Adapted,
     rows: tuple[str, ...],
     sizes: Mapping[str, int],
@@ -229,12 +225,13 @@ def _gathers(
         for part in jax.tree.leaves(a) if not _looked_up(path) else ():
             if cut := _cut(part.sharding.spec, rows):
                 sent["base weights", cut] += again * _held(part, _without(part.sharding.spec, rows), sizes, b)
-    whole = {site.leaf.path for site in placed.frozen.plan.sites if _whole(site)}
-    for half in (placed.trainable, placed.frozen.factors):
-        for group, factors in half.items():
-            for a in factors.values() if group not in whole else ():
-                if cut := _cut(a.sharding.spec, rows):
-                    sent["factors", cut] += passes * _held(a.update(dtype=wide), _without(a.sharding.spec, rows), sizes)
+    for site in placed.frozen.plan.sites if rows else ():
+        kernel = entries[site.index]
+        stack = math.prod(site.leaf.stack) // math.prod(_rules.shards(kernel[n], sizes) for n in site.leaf.axes("s"))
+        for shape, own in operands(site, kernel, sizes) if not _whole(site) else ():
+            if cut := _cut(own, rows):
+                met = jax.ShapeDtypeStruct(shape, wide)
+                sent["factors", cut] += passes * stack * _held(met, _without(own, rows), sizes)
     return [Traffic("all-gather", what, over, size) for (what, over), size in sent.items()]
 
 
@@ -264,6 +261,7 @@ def _gradients(placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int],
 
 def _activations(
     tree: _tree.Named,
+    entries: list[_rules.Entries],
     placed: Adapted,
     rows: tuple[str, ...],
     sizes: Mapping[str, int],
@@ -274,8 +272,7 @@ def _activations(
     local = token_bytes / math.prod(sizes[n] for n in rows)
     narrow = {site.leaf.path: sum(map(_width, _parsed(site))) for site in placed.frozen.plan.sites}
     wide = thin = 0.0
-    for (path, a), roles in zip(_named(tree), roles_of(tree, placed.frozen.plan), strict=True):
-        spec = tuple(_spec(a)) + (None,) * a.ndim
+    for (path, a), roles, spec in zip(_named(tree), roles_of(tree, placed.frozen.plan), entries, strict=True):
         if not set("ik") & set(roles):
             continue
         side = lambda letters, roles=roles: [n for n, role in enumerate(roles) if role in letters]

@@ -1,5 +1,6 @@
 """Where factors live, derived from the equations alone."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -125,6 +126,18 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
         if delta in site.recipe.deltas:
             put(_network.scale_of(delta), [])
     return found
+
+
+def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[int, ...], Entries]]:
+    """Shape and entries, without stack axes, of every operand as it meets the weight: what a function makes, made."""
+    atoms = dict(zip(_network.atoms(site.leaf), kernel, strict=True))
+    for delta, sides in site.recipe.networks:
+        parsed = _network.parse(delta, site.leaf, sides)
+        entry = _letters(parsed, atoms, sizes)
+        for word, labels in zip(delta.operands, parsed.operands, strict=True):
+            if not isinstance(word, _network.Base):
+                shape = tuple(parsed.sizes[x] for x in labels)
+                yield shape, _rules.fitted(tuple(entry.get(x) for x in labels), shape, sizes)
 
 
 def _letters(parsed: Parsed, atoms: dict[str, Any], sizes: Sizes) -> dict[str, Any]:

@@ -254,8 +254,9 @@ class Weight:
                 if n % size == 0:
                     group, n = group + (atom,), n // size
                 elif size % n == 0:
-                    me = me._split(atom, n)
-                    todo.insert(0, (atom + "'", size // n))
+                    inner = me._inner(atom)
+                    me = me._split(atom, n, inner)
+                    todo.insert(0, (inner, size // n))
                     group, n = group + (atom,), 1
                 else:
                     return None
@@ -266,9 +267,18 @@ class Weight:
             axes[-1] += tuple(a for a, _ in todo)
         return me.replace(base=me.base if me.lazy is not None else base, axes=tuple(axes))
 
-    def _split(self, atom: str, outer: int) -> "Weight":
-        """`atom` becomes `(atom, atom')` with `atom` of size `outer`."""
-        inner, size = atom + "'", self.size[atom] // outer
+    def _inner(self, atom: str) -> str:
+        """A label for what `atom` leaves behind: sorted by their marks, the parts of an axis stand in its order.
+
+        `i0` gives `i0'`; split again it gives `i0&'`, which stands between the two (`&` comes before `'`).
+        """
+        marks = [x[len(atom) :] for x in self.size if x.startswith((f"{atom}&", f"{atom}'"))]
+        before = max((len(m) - len(m.lstrip("&")) + 1 for m in marks), default=0)
+        return f"{atom}{'&' * before}'"
+
+    def _split(self, atom: str, outer: int, inner: str) -> "Weight":
+        """`atom` becomes `(atom, inner)` with `atom` of size `outer`."""
+        size = self.size[atom] // outer
         after = lambda atoms: tuple(x for a in atoms for x in ((a, inner) if a == atom else (a,)))
 
         def word(o: Operand) -> Operand:

@@ -371,6 +371,18 @@ def test_two_uses_of_one_weight_add_up():
     np.testing.assert_allclose(moments["w"], 2 * (1 + 9) * np.float64(x.T) @ np.float64(x), rtol=1e-4, atol=1e-4)
 
 
+def test_moments_of_a_side_split_again_and_again():
+    """They stand in the kernel's order, whatever the parts of its side are called and in which order they are met."""
+    w, x = normal(59, 24, 3), normal(60, 5, 24)
+
+    def fn(p, x):
+        parts = p["w"].reshape(6, 4, 3).reshape(2, 3, 4, 3).reshape(2, 3, 2, 2, 3)
+        return jnp.einsum("nadcb,abcdo->no", x.reshape(-1, 2, 3, 2, 2).swapaxes(2, 4), parts)
+
+    moments = jlora.init.activations(fn, {"w": w}, [x], jlora.LoRA(rank=2, target="w"), axes={"w": "io"})
+    np.testing.assert_allclose(moments["w"], np.float64(x.T) @ np.float64(x), rtol=1e-4, atol=1e-4)
+
+
 def test_eva_of_a_stack_of_stacks_scanned_from_within():
     """The second axis is the outer loop's: moments still stand in the kernel's order."""
     params, x = {"w": normal(55, 2, 2, 4, 4)}, normal(56, 5, 4)

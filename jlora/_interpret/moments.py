@@ -10,9 +10,10 @@ from jlora._term import Operand
 from jlora._weight import Weight
 
 
-def place(atom: str) -> tuple[int, int]:
-    """Where an atom stands in the kernel: `i0'` is the inner part of `i0`."""
-    return int(atom[1:].rstrip("'")), len(atom)
+def place(atom: str) -> tuple[int, str]:
+    """Where an atom stands in the kernel: by its axis, then by the marks of `Weight._inner`."""
+    number = atom[1:].rstrip("&'")
+    return int(number), atom[1 + len(number) :]
 
 
 def moment(

@@ -570,6 +570,17 @@ def raw_split():
     return raw((11, 15), x=normal(1, *X))(body)
 
 
+@case(r"w0$", axes={r"w0$": "io"})
+def raw_split_thrice():
+    """The outer part of a split side is split again, then the inner one."""
+
+    def body(x, w):
+        w = w.reshape(6, 4, 3).reshape(2, 3, 4, 3).reshape(2, 3, 2, 2, 3)
+        return jnp.einsum("nabcd,abcdo->no", x.reshape(-1, 2, 3, 2, 2), w)
+
+    return raw((24, 3), x=normal(1, 5, 24))(body)
+
+
 @case(r"w0$", axes={r"w0$": "iio"})
 def raw_merge():
     """Heads merged into a matrix."""

@@ -234,6 +234,16 @@ def test_a_stack_that_is_cut_and_taken_whole():
     assert_close(f(small, x), lifted(small, x))
 
 
+def test_places_that_do_not_fit_are_refused():
+    small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, 64)}}, target="up")
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    places = jlora.shard.shardings(mesh, small, [("kernel", P("fsdp"))])
+    for bad in ({"up": {"kernel": NamedSharding(mesh, P())}}, {}, jax.tree.map(lambda a: a.sharding, small)):
+        with pytest.raises(ValueError, match=r"shardings\(mesh, tree, base_specs\)"):
+            jlora.shard.gathered(small, bad, P("fsdp"))
+    assert jlora.shard.gathered(small, places, P("fsdp"))["up"]["kernel"].shape == (WIDTH, 64)
+
+
 @pytest.mark.slow
 def test_init_and_a_step_on_a_mesh():
     mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))

@@ -121,6 +121,9 @@ def gathered(tree: Any, places: Any, batch: Any) -> Any:
     Returns:
       The tree. It is to be computed with, not to be kept: `save` and `jit`'s shardings know the tree that was given.
 
+    Raises:
+      ValueError: places that are not NamedShardings in the structure of the tree.
+
     Example:
       >>> import jax, jax.numpy as jnp, jlora
       >>> from jax.sharding import PartitionSpec as P
@@ -134,6 +137,12 @@ def gathered(tree: Any, places: Any, batch: Any) -> Any:
     """
     specs = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, PartitionSpec))
     rows = {name for spec in specs for entry in spec for name in _rules.names(entry)}
+    fit = jax.tree.structure(tree) == jax.tree.structure(places)
+    if not fit or not all(isinstance(at, NamedSharding) for at in jax.tree.leaves(places)):
+        raise ValueError(
+            "gathered(tree, places, batch): places has to be a NamedSharding for each array of the tree, in its "
+            "structure; write places = jlora.shard.shardings(mesh, tree, base_specs)"
+        )
     both = zip(_tree.leaves(tree), _tree.leaves(places), strict=True)
     return _tree.rebuilt(tree, [_one(leaf, at, rows) for leaf, at in both])
 

@@ -239,21 +239,27 @@ class Bench:
         """
         whole = self.found["runs"]["everything"][str(seed)]
         gain = lambda accuracy: accuracy - whole["majority"]
-
-        def train(adapted: jlora.Adapted) -> float:
-            d = jlora.count(adapted)[0]
-            title = f"d={d}" + ("" if pretrained else ", random")
-            rate = SUBSPACE_RATE / math.sqrt(d)  # theta moves as far whatever d
-            return gain(self.train(title, adapted, rate, seed, PATIENCE))
-
         return analysis.intrinsic_dimension(
-            train,
+            lambda adapted: gain(self.subspace(adapted, pretrained, seed)),
             self.weights(pretrained, seed),
             dimensions,
             baseline=gain(whole["accuracy"]),
             ratio=math.inf,
             method=SUBSPACE,
         )
+
+    def subspace(self, adapted: jlora.Adapted, pretrained: bool, seed: int) -> float:
+        """The held-out accuracy in so many dimensions."""
+        d = jlora.count(adapted)[0]
+        title = f"d={d}" + ("" if pretrained else ", random")
+        rate = SUBSPACE_RATE / math.sqrt(d)  # theta moves as far whatever d
+        return self.train(title, adapted, rate, seed, PATIENCE)
+
+    def curve(self, pretrained: bool, seed: int, dimensions: tuple[int, ...]) -> None:
+        """All dimensions, also those beyond the first one that is enough."""
+        for d in dimensions:
+            adapted = jlora.adapt(self.weights(pretrained, seed), dataclasses.replace(SUBSPACE, d=d))
+            self.subspace(adapted, pretrained, seed)
 
     def adapter(self, name: str, seed: int) -> Path:
         return self.study.out / "adapters" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
@@ -323,12 +329,16 @@ class Seen:
         d = self.dimension(pretrained, seed).d
         return self.dimensions[-1] * self.dimensions[-1] / self.dimensions[-2] if d is None else d
 
+    def scores(self, pretrained: bool, seed: int) -> dict[int, float]:
+        """The accuracy over that of always saying the same, by d."""
+        runs = {d: self.names[f"d={d}" + ("" if pretrained else ", random")][str(seed)] for d in self.dimensions}
+        return {d: run["accuracy"] - run["majority"] for d, run in runs.items()}
+
     def own(self, pretrained: bool, seed: int, majority: float) -> tuple[float, int | None]:
         """90 % of what training everything of these very weights gains over `majority`; the least d that reaches it."""
         whole = self.names["everything" if pretrained else "everything, random"][str(seed)]
         level = 0.9 * (whole["accuracy"] - majority)
-        scores = self.dimension(pretrained, seed).scores
-        shift = whole["majority"] - majority
+        scores, shift = self.scores(pretrained, seed), whole["majority"] - majority
         return level, next((d for d, score in scores.items() if score + shift >= level), None)
 
 
@@ -486,7 +496,7 @@ CLAIMS = (
     Claim(
         "An update amplifies what it touches",
         "LoRA, table 7: by 21.5 at r=4 (W_q of layer 48 of GPT-3)",
-        "||dW|| / ||U^T W V|| of W_q at r=4, median over layers",
+        "‖dW‖ / ‖U^T W V‖ of W_q at r=4, median over layers",
         2.0,
         lambda seen: seen.every(lambda s: FACTOR(seen, 4, s)),
     ),
@@ -500,14 +510,14 @@ CLAIMS = (
     Claim(
         "An update lies along directions that W has",
         "LoRA, table 7: 0.32 of W_q on its directions, 0.02 on random ones (16 times)",
-        "||U^T W V|| of the update's U, V over that of random ones, r=4, median over layers",
+        "‖U^T W V‖ of the update's U, V over that of random ones, r=4, median over layers",
         2.0,
         lambda seen: seen.every(lambda s: ONTO_RANDOM(seen, 4, s)),
     ),
     Claim(
         "But not those that W has most of",
         "LoRA, table 7: 21.67 on the first directions of W_q, 0.32 on those of the update (68 times)",
-        "||U^T W V|| of the first U, V of W over that of the update's, r=4, median over layers",
+        "‖U^T W V‖ of the first U, V of W over that of the update's, r=4, median over layers",
         5.0,
         lambda seen: seen.every(lambda s: ONTO_WEIGHT(seen, 4, s)),
     ),
@@ -596,7 +606,7 @@ def report(bench: Bench, seen: Seen, verdicts: list[Verdict]) -> None:
     for pretrained in (True, False):
         for seed in bench.seeds:
             found = seen.dimension(pretrained, seed)
-            scores = ", ".join(f"{d:,}: {score:.3f}" for d, score in found.scores.items())
+            scores = ", ".join(f"{d:,}: {score:.3f}" for d, score in seen.scores(pretrained, seed).items())
             whole = seen.names["everything"][str(seed)]
             level, own = seen.own(pretrained, seed, whole["majority"])
             _, plain = seen.own(pretrained, seed, 0.0)
@@ -628,7 +638,7 @@ def figures(bench: Bench, seen: Seen) -> dict[str, Any]:
         title="the rank of q and v",
     )
 
-    names += [*rivals(layers), "q, r=20", "v, r=20", "FFN, r=4"]
+    names += [*rivals(layers), "FFN, r=4"]
     drawn["pareto"] = plot.pareto(
         {name: (next(iter(every[name].values()))["trainable"], seen.accuracy(name)) for name in names},
         title="accuracy against size",
@@ -660,9 +670,8 @@ def figures(bench: Bench, seen: Seen) -> dict[str, Any]:
 
     series = {}
     for pretrained, kind in ((True, "pretrained"), (False, "random")):
-        scores = [seen.dimension(pretrained, seed).scores for seed in bench.seeds]
-        shared = sorted(set.intersection(*map(set, scores)))
-        series[kind] = (shared, np.array([[one[d] for d in shared] for one in scores]))
+        scores = [list(seen.scores(pretrained, seed).values()) for seed in bench.seeds]
+        series[kind] = (seen.dimensions, np.array(scores))
     levels = {"90 % of everything": float(np.mean([seen.dimension(True, seed).threshold for seed in bench.seeds]))}
     drawn["dimension"] = plot.sweep(
         series, size="dimensions d", score="accuracy over majority (points)", levels=levels, title="a random subspace"
@@ -689,6 +698,7 @@ def main(args: list[str] | None = None) -> None:
             for seed in bench.seeds:
                 console.print(f"d90 of {'pretrained' if pretrained else 'random'} weights, seed {seed}")
                 bench.dimension(pretrained, seed, dimensions)
+                bench.curve(pretrained, seed, dimensions)
         bench.row("everything, random", RANDOM)
     except TimeoutError as error:
         console.print(f"study: {error}")

@@ -234,6 +234,22 @@ def test_a_stack_that_is_cut_and_taken_whole():
     assert_close(f(small, x), lifted(small, x))
 
 
+@pytest.mark.slow
+def test_a_scan_outside_of_lift():
+    """It takes the stack axis from a gathered leaf, which then still knows where its arrays are to be."""
+    small = jlora.quantize({"up": {"kernel": normal(0, 2, WIDTH, WIDTH)}}, "nf4+double", target="up")
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    places = jlora.shard.shardings(mesh, small, [("kernel", P(None, None, "fsdp"))])
+    rows, x = NamedSharding(mesh, P("fsdp")), normal(1, 8, WIDTH)
+    layer = jlora.lift(lambda p, x: jnp.tanh(x @ p["up"]["kernel"]))
+    run = lambda p, x: jax.lax.scan(lambda x, p: (layer(p, x), None), x, p)[0]
+    f = lambda p, x: run(jlora.shard.gathered(p, places, P("fsdp")), x)
+    f = jax.jit(f, in_shardings=(places, rows), out_shardings=rows)
+    found = hlo.sent(f.lower(small, x).compile().as_text())
+    assert {one.dtype for one in found if one.kind == "all-gather"} == {"u8"}
+    assert_close(f(small, x), run(small, x))
+
+
 def test_places_that_do_not_fit_are_refused():
     small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, 64)}}, target="up")
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))

@@ -90,10 +90,13 @@ class Gathered(Packed):
 
     def parts(self) -> tuple[tuple[Any, ...], Callable[..., jax.Array]]:
         arrays, fn = self.leaf.parts()
+        # a scan over the tree takes stack axes away, a vmap adds some, in front, and they know nothing of places
+        own = lambda a, at: NamedSharding(at.mesh, PartitionSpec(*(*[None] * a.ndim, *at.spec)[len(at.spec) :]))
+        places = tuple(map(own, arrays, self.places))
         stack = self.leaf.roles.count("s")
         whole = None in self.leaf.axes()[0]  # the codes are one run, and no axis of theirs is one of the weight's
-        spec = PartitionSpec(*self.places[0].spec[: stack if whole else None])
-        return arrays, Gather(fn, self.places, NamedSharding(self.places[0].mesh, spec), stack)
+        home = PartitionSpec(*places[0].spec[: stack if whole else None])
+        return arrays, Gather(fn, places, NamedSharding(places[0].mesh, home), stack)
 
     def axes(self) -> tuple[tuple[int | None, ...], ...]:
         return self.leaf.axes()
@@ -151,5 +154,6 @@ def _one(leaf: Any, places: Any, rows: set[str]) -> Any:
     if not is_packed(leaf):
         return leaf
     less = lambda entry: tuple(n for n in _rules.names(entry) if n not in rows) or None
-    without = lambda at: NamedSharding(at.mesh, _rules.to_spec(tuple(map(less, at.spec))))
-    return Gathered(leaf, tuple(map(without, jax.tree.leaves(places))))
+    whole = lambda a, at: (*map(less, at.spec), *[None] * (a.ndim - len(at.spec)))
+    without = lambda a, at: NamedSharding(at.mesh, PartitionSpec(*whole(a, at)))
+    return Gathered(leaf, tuple(map(without, jax.tree.leaves(leaf), jax.tree.leaves(places))))

@@ -24,7 +24,7 @@ def plan(
 ) -> tuple[tuple[tuple[int, ...], ...], float]:
     """The cheapest pairwise order and its FLOPs (a multiply-add counts two).
 
-    Where there are several steps, scales multiply the smallest array that one of them makes, never an operand. A
+    Where three or more operands have labels, scales multiply the smallest array that a step makes, never an operand. A
     factor that is cut over devices is so gathered once; a scaled copy of it would be gathered beside it.
     """
     scales = [n for n, ls in enumerate(labels) if not ls]

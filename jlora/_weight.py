@@ -306,7 +306,14 @@ class Weight:
         sizes = tuple((a, outer if a == atom else n) for a, n in self.sizes) + ((inner, size),)
         axes = tuple(tuple(x for a in g for x in ((a, inner) if a == atom else (a,))) for g in self.axes)
         base = self.base if self.lazy is None else self.lazy.split(atom, outer, inner)
-        return self.replace(base=base, terms=tuple(terms), sizes=sizes, axes=axes, gain=tuple(map(word, self.gain)))
+        key, labels = self.key, self.key_labels
+        if atom in labels:  # a layer has a dropout key of its own
+            n = labels.index(atom)
+            key, labels = key.reshape(*key.shape[:n], outer, size, *key.shape[n + 1 :]), after(labels)
+        gain = tuple(map(word, self.gain))
+        return self.replace(
+            base=base, terms=tuple(terms), sizes=sizes, axes=axes, gain=gain, key=key, key_labels=labels
+        )
 
     # --- products -----------------------------------------------------------------------------------------------
 

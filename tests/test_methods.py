@@ -480,6 +480,27 @@ def test_weights_draw_masks_of_their_own(key):
     assert 0.25 < np.mean(np.asarray(one) == np.asarray(other)) < 0.75
 
 
+@pytest.mark.parametrize("how", ["indexed", "scanned"])
+def test_layers_of_a_stack_that_is_split_draw_masks_of_their_own(key, how):
+    ad = jlora.adapt(
+        {"w": jnp.zeros((4, SIZE, SIZE))}, jlora.LoRA(rank=SIZE, target=".", dropout=RATE), axes={"w": "sio"}
+    )
+    eye = jax.tree.map(lambda a: jnp.broadcast_to(jnp.eye(SIZE), (4, SIZE, SIZE)), ad.trainable)
+    ad = jlora.with_dropout(jlora.Adapted(eye, ad.frozen), key)
+
+    def f(p):
+        w = p["w"].reshape(2, 2, SIZE, SIZE)
+        if how == "indexed":
+            return jnp.stack([ROWS @ w[n, m] for n in range(2) for m in range(2)])
+        layer = lambda _, w: (None, ROWS @ w)
+        return jax.lax.scan(lambda _, ws: jax.lax.scan(layer, None, ws), None, w)[1].reshape(4, *ROWS.shape)
+
+    made = np.asarray(jlora.lift(f)(ad))
+    for n in range(4):
+        for m in range(n):
+            assert 0.25 < np.mean(made[n] == made[m]) < 0.75
+
+
 def uses():
     """(name, function, weight, letters, input): dropout reaches every kind of contraction."""
     numbers = ("NHWC", "HWIO", "NHWC")

@@ -250,6 +250,43 @@ def test_a_scan_outside_of_lift():
     assert_close(f(small, x), run(small, x))
 
 
+@pytest.mark.slow
+def test_derivatives_without_the_custom_rule_through_a_gathered_base():
+    """Reverse mode over forward mode, and a penalty on the gradient of the input."""
+    small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, WIDTH)}}, "nf4+double", target="up")
+    ad = jlora.adapt(small, jlora.LoRA(rank=2, target="up"))
+    ad = jlora.join(moved(ad.trainable, 0.1), ad.frozen)
+    fn, x = lambda p, x: jnp.tanh(x @ p["up"]["kernel"]), normal(1, 8, WIDTH)
+    losses = {
+        "forward": lambda ad, x: jnp.mean(jlora.lift(fn, forward_mode=True)(ad, x) ** 2),
+        "penalty": lambda ad, x: jnp.mean(jax.grad(lambda x: jnp.sum(jlora.lift(fn)(ad, x) ** 2))(x) ** 2),
+    }
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    placed = jax.device_put(ad, jlora.shard.shardings(mesh, ad, [("kernel", P("fsdp"))]))
+    places = jax.tree.map(lambda a: a.sharding, placed.frozen)
+    for name, loss in losses.items():
+        near = lambda t, f, x, loss=loss: loss(jlora.join(t, jlora.shard.gathered(f, places, P("fsdp"))), x)
+        want = jax.jit(jax.grad(lambda t, f, x, loss=loss: loss(jlora.join(t, f), x)))(ad.trainable, ad.frozen, x)
+        rows = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
+        assert_close(jax.jit(jax.grad(near))(*jlora.split(placed), rows), want, 2e-5), name
+
+
+@pytest.mark.slow
+def test_a_mesh_of_explicit_and_automatic_axes():
+    small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, WIDTH)}}, "nf4", target="up")
+    ad = jlora.adapt(small, jlora.LoRA(rank=2, target="up"))
+    ad = jlora.join(jax.tree.map(np.asarray, moved(ad.trainable, 0.1)), ad.frozen)
+    lifted, x = jlora.lift(lambda p, x: x @ p["up"]["kernel"]), normal(1, 8, WIDTH)
+    loss, tx = lambda ad, x: jnp.mean(lifted(ad, x) ** 2), optax.sgd(100.0)
+    want = jax.grad(lambda t: loss(jlora.join(t, ad.frozen), x))(ad.trainable)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    placed = jax.device_put(ad, jlora.shard.shardings(mesh, ad, [("kernel", P(None, "tensor"))]))
+    step = jlora.shard.train_step(loss, tx, mesh, placed, batch=P("data"))
+    trainable, frozen = jlora.split(placed)
+    after, *_ = step(trainable, tx.init(trainable), frozen, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    assert_close(after, jax.tree.map(lambda a, g: a - 100 * g, ad.trainable, want), 1e-5)
+
+
 def test_places_that_do_not_fit_are_refused():
     small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, 64)}}, target="up")
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
@@ -257,7 +294,10 @@ def test_places_that_do_not_fit_are_refused():
     for bad in ({"up": {"kernel": NamedSharding(mesh, P())}}, {}, jax.tree.map(lambda a: a.sharding, small)):
         with pytest.raises(ValueError, match=r"shardings\(mesh, tree, base_specs\)"):
             jlora.shard.gathered(small, bad, P("fsdp"))
-    assert jlora.shard.gathered(small, places, P("fsdp"))["up"]["kernel"].shape == (WIDTH, 64)
+    near = jlora.shard.gathered(small, places, P("fsdp"))
+    leaf = near["up"]["kernel"]
+    assert leaf.shape == (WIDTH, 64) and leaf.scheme == jlora.quant.NF(4) and leaf.nbytes
+    assert jax.tree.structure(jlora.shard.gathered(near, places, P("fsdp"))) == jax.tree.structure(near), "told before"
 
 
 @pytest.mark.slow

@@ -672,3 +672,19 @@ def test_reading_a_program():
     made = hlo.made(HLO)
     assert ("bf16", (8, 8)) not in made, "it lies in the fast memory"
     assert made["f32", (16, 8)] == 1 and made["f32", (2, 8)] == 1
+
+
+@pytest.mark.slow
+def test_the_estimate_of_layers_that_are_cut_apart():
+    """The stack axis is cut over the batch's mesh axis: each factor's stack is gathered, as its weight's is."""
+    params = {"layers": {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((8, 64, 64)) / 8, jnp.float32)}}
+    spec, rules, mesh = jlora.LoRA(rank=4, target="kernel"), [("kernel", P("fsdp"))], mesh_of((8,), ("fsdp",))
+    adapted = jlora.shard.init(params, spec, mesh, rules)
+    lifted = jlora.lift(lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"]["kernel"])[0])
+    tx = optax.sgd(1.0)
+    step = jlora.shard.train_step(lambda a, x: jnp.mean(lifted(a, x) ** 2), tx, mesh, adapted, batch=P("fsdp"))
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    text = step.lower(adapted.trainable, tx.init(adapted.trainable), adapted.frozen, x).compile().as_text()
+    sent = [one for one in hlo.sent(text) if one.kind == "all-gather" and one.elements == 8 * 4 * 64]
+    guess = jlora.shard.estimate(params, spec, mesh, rules, batch=P("fsdp"), activations=jnp.float32)
+    assert sum(one.bytes for one in sent) == guess.sent("all-gather", "factors") == 32768

@@ -23,9 +23,10 @@ def check_concrete(adapted: Any, parts: Any, what: str) -> None:
         raise TypeError(f"{what} takes an Adapted, not {type(adapted).__name__}; jlora.adapt makes one")
     if jax.process_count() > 1:
         raise NotImplementedError(
-            f"{what} runs in one process, and this is one of {jax.process_count()}. In all of them write "
-            "ocp.StandardCheckpointer().save(path, {'trainable': adapted.trainable}), or save it with a "
-            f"CheckpointManager; in one process then adapted = jlora.load(path, params, spec=...), and {what}"
+            f"{what} runs in one process, and this is one of {jax.process_count()}. In all of them write\n"
+            "  with ocp.StandardCheckpointer() as checkpointer:  # leaving it waits until all is written\n"
+            "      checkpointer.save(path, {'trainable': adapted.trainable})\n"
+            f"and in one process then adapted = jlora.load(path, params, spec=...), and {what}"
         )
     for leaf in jax.tree.leaves(parts(adapted)):
         if isinstance(leaf, Tracer):

@@ -80,7 +80,7 @@ def quantize(
       donate: frees each plain weight as soon as it is quantised; `params` is then no longer usable.
       init: a start that is found together with the codes, such as `partial(jlora.init.loftq, method=LoRA(rank=8))`:
         called as `init(params, quantise=scheme, axes=axes)`, it quantises the weights that its method is for, and
-        gives the method with its factors; `target` says which others are quantised too.
+        gives the method with its factors; `target` and `exclude` say which others are quantised too.
 
     Returns:
       The tree, or the `Adapted`; with `init` the tree and the method, for `adapt`. Leaves that are quantised already,

@@ -227,9 +227,10 @@ def _gathers(
                 sent["base weights", cut] += again * _held(part, _without(part.sharding.spec, rows), sizes, b)
     for site in placed.frozen.plan.sites if rows else ():
         kernel = entries[site.index]
-        stack = math.prod(site.leaf.stack) // math.prod(_rules.shards(kernel[n], sizes) for n in site.leaf.axes("s"))
-        for shape, own in operands(site, kernel, sizes) if not _whole(site) else ():
-            if cut := _cut(own, rows):
+        layers = tuple(kernel[n] for n in site.leaf.axes("s"))
+        stack = math.prod(site.leaf.stack) // math.prod(_rules.shards(entry, sizes) for entry in _without(layers, rows))
+        for shape, own, stacked in operands(site, kernel, sizes) if not _whole(site) else ():
+            if cut := _cut((*(layers if stacked else ()), *own), rows):
                 met = jax.ShapeDtypeStruct(shape, wide)
                 sent["factors", cut] += passes * stack * _held(met, _without(own, rows), sizes)
     return [Traffic("all-gather", what, over, size) for (what, over), size in sent.items()]

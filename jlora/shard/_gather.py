@@ -27,8 +27,11 @@ class Gather:
     stack: int
 
     def __call__(self, *arrays: Any) -> jax.Array:
-        near = (_brought(a, place, self.stack) for a, place in zip(arrays, self.places, strict=True))
-        return _brought(self.fn(*near), self.home, self.stack)  # or what it meets might cut it, and gather it again
+        # frozen: `custom_vmap` has no reverse mode in JAX 0.10, which derivatives without a custom rule would ask for
+        held = jax.lax.stop_gradient(arrays)
+        near = (_brought(a, place, self.stack) for a, place in zip(held, self.places, strict=True))
+        # the weight too, or what it meets might cut it, and gather it again
+        return _brought(jax.lax.stop_gradient(self.fn(*near)), self.home, self.stack)
 
     def free(self, axis: int) -> bool:
         """As `fn` has it: what is cut along an axis is looked up in place, not gathered."""
@@ -48,7 +51,7 @@ def _brought(a: jax.Array, place: NamedSharding, skip: int) -> jax.Array:
     def move(a: jax.Array) -> jax.Array:
         at = NamedSharding(place.mesh, PartitionSpec(*place.spec[skip:]))
         if explicit_mesh([a]) is not None:
-            return jax.sharding.reshard(a, at)
+            return jax.sharding.reshard(a, _rules.sayable(at))
         mesh = jax.typeof(a).sharding.mesh  # a region of automatic axes has a mesh of its own
         return jax.lax.with_sharding_constraint(a, at if mesh.empty else NamedSharding(mesh, at.spec))
 
@@ -75,6 +78,12 @@ class Gathered(Packed):
     def tree_unflatten(cls, places: Any, leaves: Any) -> "Gathered":
         (leaf,) = leaves
         return cls(leaf, places)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else its leaf has: `scheme`, `nbytes`, ..."""
+        if name == "leaf":  # not made yet (copy, pickle)
+            raise AttributeError(name)
+        return getattr(self.leaf, name)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -138,6 +147,7 @@ def gathered(tree: Any, places: Any, batch: Any) -> Any:
       >>> jax.jit(step, in_shardings=(places, None))(params, jnp.ones((2, 64)))[0, 0]
       Array(64., dtype=float32)
     """
+    tree = jax.tree.map(lambda x: x.leaf if isinstance(x, Gathered) else x, tree, is_leaf=is_packed)  # told before
     specs = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, PartitionSpec))
     rows = {name for spec in specs for entry in spec for name in _rules.names(entry)}
     fit = jax.tree.structure(tree) == jax.tree.structure(places)

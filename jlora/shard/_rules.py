@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora import _table, _tree
 
@@ -58,6 +58,15 @@ def to_spec(entries: Entries) -> PartitionSpec:
     while entries and entries[-1] is None:
         entries = entries[:-1]
     return PartitionSpec(*entries)
+
+
+def sayable(place: NamedSharding) -> NamedSharding:
+    """What `reshard` may say of a place: the axes of its mesh that are explicit."""
+    explicit = {
+        n for n, kind in zip(place.mesh.axis_names, place.mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    }
+    own = (tuple(n for n in names(entry) if n in explicit) or None for entry in place.spec)
+    return NamedSharding(place.mesh, PartitionSpec(*own))
 
 
 def fitted(entries: Entries, shape: tuple[int, ...], sizes: Sizes) -> Entries:

@@ -128,8 +128,10 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
     return found
 
 
-def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[int, ...], Entries]]:
-    """Shape and entries, without stack axes, of every operand as it meets the weight: what a function makes, made."""
+def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[int, ...], Entries, bool]]:
+    """Of every operand as it meets a layer's weight (what a function makes, made): shape, entries, and whether it also
+    has the stack axes.
+    """
     atoms = dict(zip(_network.atoms(site.leaf), kernel, strict=True))
     for delta, sides in site.recipe.networks:
         parsed = _network.parse(delta, site.leaf, sides)
@@ -137,7 +139,9 @@ def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[
         for word, labels in zip(delta.operands, parsed.operands, strict=True):
             if not isinstance(word, _network.Base):
                 shape = tuple(parsed.sizes[x] for x in labels)
-                yield shape, _rules.fitted(tuple(entry.get(x) for x in labels), shape, sizes)
+                arrays = word.arrays if isinstance(word, Function) else (word,)
+                stacked = any(isinstance(a, _network.Array) and a.stacked for a in arrays)
+                yield shape, _rules.fitted(tuple(entry.get(x) for x in labels), shape, sizes), stacked
 
 
 def _letters(parsed: Parsed, atoms: dict[str, Any], sizes: Sizes) -> dict[str, Any]:

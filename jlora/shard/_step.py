@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.adapted import Adapted, join
 from jlora.shard._gather import gathered
+from jlora.shard._rules import sayable
 from jlora.shard._specs import sharding_of, state_shardings
 
 
@@ -70,7 +71,7 @@ def train_step(
 
     def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
         if AxisType.Explicit in mesh.axis_types:  # the types of arrays from the host do not say yet where they live
-            batch = jax.tree.map(lambda place, part: jax.sharding.reshard(part, place), batches, batch)
+            batch = jax.tree.map(lambda place, part: jax.sharding.reshard(part, sayable(place)), batches, batch)
 
         here = near(frozen)
 

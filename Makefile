@@ -17,9 +17,9 @@ PYTEST = $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 help:
 	@echo "make demo     fine-tune a small pretrained transformer, and print the comparison"
 	@echo "make qlora    fine-tune a pretrained 135M decoder held in four bits a weight"
-	@echo "make study    what low-rank updates do inside that transformer, claim by claim (an hour)"
+	@echo "make study    what low-rank updates do inside that transformer, claim by claim (over an hour)"
 	@echo "make multihost  train in two processes on this machine"
-	@echo "make tpu      compile training steps for TPUs that are not there (an hour)"
+	@echo "make tpu      compile training steps for TPUs that are not there (half an hour)"
 	@echo "make test     the whole test suite       make fast   without the slow tests"
 	@echo "make newest   the fast part, and what a new JAX breaks first"
 	@echo "make lint     ruff, style and format     make types  pyright"

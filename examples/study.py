@@ -6,8 +6,8 @@
 
 fetches a 6-layer MiniLM (84 MB) and movie reviews, trains some twenty adapters to tell praise from
 blame with three seeds each, looks inside them with `jlora.analysis`, and holds what it finds against
-what the papers say: a row a claim, with a statistic and the threshold that it has to pass. It takes
-an hour on two CPU cores (--quick: under five minutes; fewer seeds, steps and rows, which show
+what the papers say: a row a claim, with a statistic and the threshold that it has to pass. It took
+83 minutes on one CPU core (--quick: under five on two; fewer seeds, steps and rows, which show
 how it works and decide nothing). Each training is written down as it ends; a run that was stopped
 goes on with --resume. What was found: docs/why_low_rank.md.
 

@@ -187,11 +187,6 @@ def _held(leaf: Any, spec: PartitionSpec, sizes: Mapping[str, int], bits: float 
     return math.ceil(whole / math.prod(_rules.shards(entry, sizes) for entry in spec))
 
 
-def _without(spec: Any, gone: tuple[str, ...]) -> PartitionSpec:
-    """The spec of an array that is gathered over some mesh axes."""
-    return PartitionSpec(*(tuple(n for n in _rules.names(entry) if n not in gone) or None for entry in spec))
-
-
 def _cut(spec: Any, among: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for entry in spec for n in _rules.names(entry) if n in among)
 
@@ -224,15 +219,17 @@ def _gathers(
         again = passes if set("ik") & set(roles) else 1
         for part in jax.tree.leaves(a) if not _looked_up(path) else ():
             if cut := _cut(part.sharding.spec, rows):
-                sent["base weights", cut] += again * _held(part, _without(part.sharding.spec, rows), sizes, b)
+                sent["base weights", cut] += again * _held(part, _rules.without(part.sharding.spec, rows), sizes, b)
     for site in placed.frozen.plan.sites if rows else ():
         kernel = entries[site.index]
         layers = tuple(kernel[n] for n in site.leaf.axes("s"))
-        stack = math.prod(site.leaf.stack) // math.prod(_rules.shards(entry, sizes) for entry in _without(layers, rows))
+        stack = math.prod(site.leaf.stack) // math.prod(
+            _rules.shards(entry, sizes) for entry in _rules.without(layers, rows)
+        )
         for shape, own, stacked in operands(site, kernel, sizes) if not _whole(site) else ():
             if cut := _cut((*(layers if stacked else ()), *own), rows):
                 met = jax.ShapeDtypeStruct(shape, wide)
-                sent["factors", cut] += passes * stack * _held(met, _without(own, rows), sizes)
+                sent["factors", cut] += passes * stack * _held(met, _rules.without(own, rows), sizes)
     return [Traffic("all-gather", what, over, size) for (what, over), size in sent.items()]
 
 
@@ -254,7 +251,7 @@ def _gradients(placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int],
                 sent["all-reduce", rows] += times * _held(a, spec, sizes)
                 continue
             if not _looked_up(group):  # a table's rows come with their gradients
-                sent["reduce-scatter", cut] += _held(a, _without(spec, rows), sizes)
+                sent["reduce-scatter", cut] += _held(a, _rules.without(spec, rows), sizes)
             if others:
                 sent["all-reduce", others] += _held(a, spec, sizes)
     return [Traffic(kind, "factor gradients", over, size) for (kind, over), size in sent.items() if over]

@@ -146,6 +146,10 @@ def gathered(tree: Any, places: Any, batch: Any) -> Any:
       >>> step = lambda p, x: apply(jlora.shard.gathered(p, places, P("fsdp")), x)
       >>> jax.jit(step, in_shardings=(places, None))(params, jnp.ones((2, 64)))[0, 0]
       Array(64., dtype=float32)
+
+    References:
+      Rajbhandari et al, `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020: what is cut is gathered where it is used.
+      Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023: the codes.
     """
     tree = jax.tree.map(lambda x: x.leaf if isinstance(x, Gathered) else x, tree, is_leaf=is_packed)  # told before
     specs = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -163,7 +167,6 @@ def gathered(tree: Any, places: Any, batch: Any) -> Any:
 def _one(leaf: Any, places: Any, rows: set[str]) -> Any:
     if not is_packed(leaf):
         return leaf
-    less = lambda entry: tuple(n for n in _rules.names(entry) if n not in rows) or None
-    whole = lambda a, at: (*map(less, at.spec), *[None] * (a.ndim - len(at.spec)))
-    without = lambda a, at: NamedSharding(at.mesh, PartitionSpec(*whole(a, at)))
-    return Gathered(leaf, tuple(map(without, jax.tree.leaves(leaf), jax.tree.leaves(places))))
+    whole = lambda a, at: (*at.spec, *[None] * (a.ndim - len(at.spec)))
+    near = lambda a, at: NamedSharding(at.mesh, _rules.without(whole(a, at), rows))
+    return Gathered(leaf, tuple(map(near, jax.tree.leaves(leaf), jax.tree.leaves(places))))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -60,13 +60,15 @@ def to_spec(entries: Entries) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def without(entries: Iterable[Any], gone: Collection[str]) -> PartitionSpec:
+    """The spec of an array that is gathered over some mesh axes."""
+    return PartitionSpec(*(tuple(n for n in names(entry) if n not in gone) or None for entry in entries))
+
+
 def sayable(place: NamedSharding) -> NamedSharding:
     """What `reshard` may say of a place: the axes of its mesh that are explicit."""
-    explicit = {
-        n for n, kind in zip(place.mesh.axis_names, place.mesh.axis_types, strict=True) if kind == AxisType.Explicit
-    }
-    own = (tuple(n for n in names(entry) if n in explicit) or None for entry in place.spec)
-    return NamedSharding(place.mesh, PartitionSpec(*own))
+    kinds = zip(place.mesh.axis_names, place.mesh.axis_types, strict=True)
+    return NamedSharding(place.mesh, without(place.spec, [n for n, kind in kinds if kind != AxisType.Explicit]))
 
 
 def fitted(entries: Entries, shape: tuple[int, ...], sizes: Sizes) -> Entries:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from jlora._contract import explicit_mesh
 from jlora._network import Labels
 from jlora._term import Operand
 
@@ -138,6 +140,21 @@ class Fed:
         return self.fn(*arrays[: self.count], self.make(*arrays[self.count :]))
 
 
+def _late(f: Callable[..., Any], *args: Any) -> Any:
+    """`f(*args)`, where on CPU no part of `f` is computed before all of `args` are.
+
+    XLA's CPU backend drops barriers before it decides what runs when; jaxlib 0.10 then makes the weights of all
+    unrolled layers before the first is used. It keeps a branch whose condition comes out of a barrier. Other backends
+    need none. Where the axes of a mesh are part of types, the branch not taken would have to name them.
+    """
+    if explicit_mesh(jax.tree.leaves(args)) is None and not jax.sharding.get_abstract_mesh().manual_axes:
+        f = jax.jit(f)  # traced once for both
+        zeros = lambda *args: jax.tree.map(lambda o: jnp.zeros(o.shape, o.dtype), jax.eval_shape(f, *args))
+        branch = lambda *args: lax.cond(lax.optimization_barrier(True), f, zeros, *args)
+        return lax.platform_dependent(*args, cpu=branch, default=f)
+    return f(*args)
+
+
 def again(f: Callable[..., Any], recipe: Recipe, forward_mode: bool) -> Callable[..., Any]:
     """`g(arrays, *args) = f(forward_mode)(W0, *args)`, where the backward pass makes W0 anew from its arrays.
 
@@ -150,7 +167,8 @@ def again(f: Callable[..., Any], recipe: Recipe, forward_mode: bool) -> Callable
 
     def g(arrays: Any, *args: Any) -> Any:
         arrays, args = lax.optimization_barrier((arrays, args))
-        return f(True)(recipe(arrays), *args)
+        run = lambda arrays, *args: f(True)(recipe(arrays), *args)
+        return run(arrays, *args) if forward_mode else _late(run, arrays, *args)
 
     if forward_mode:
         return g
@@ -159,8 +177,8 @@ def again(f: Callable[..., Any], recipe: Recipe, forward_mode: bool) -> Callable
     def backward(residuals: Any, dy: Any) -> Any:
         arrays, args = residuals
         dy, arrays = lax.optimization_barrier((dy, arrays))
-        _, pull = jax.vjp(functools.partial(f(False), recipe(arrays)), *args)
-        return None, *pull(dy)
+        pulled = lambda arrays, dy, *args: jax.vjp(functools.partial(f(False), recipe(arrays)), *args)[1](dy)
+        return None, *_late(pulled, arrays, dy, *args)
 
     custom.defvjp(lambda arrays, *args: (g(arrays, *args), (arrays, args)), backward)
     return custom

@@ -121,6 +121,23 @@ def test_a_scan_makes_one_layer_at_a_time(name):
     assert temporary(jlora.quantize(weights(name), "nf4+double", target=".")) < plain + 0.8 * LAYERS * layer
 
 
+@pytest.mark.parametrize("name", ["unrolled", pytest.param("unrolled, everything saveable", marks=pytest.mark.slow)])
+def test_unrolled_layers_make_one_weight_at_a_time(name):
+    """In the step as an optimising compiler orders it: barriers alone do not hold jaxlib 0.10's CPU scheduler."""
+    layers, x = 8, normal(1, 2, WIDTH)
+    params = {"layers": [{"kernel": w} for w in normal(0, layers, WIDTH, WIDTH)]}
+
+    def temporary(params):
+        trainable, frozen = jlora.split(jlora.adapt(params, jlora.LoRA(rank=2, target=".")))
+        step = jax.jit(jax.grad(loss(MODELS[name]))).lower(trainable, frozen, x)
+        options = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
+        return step.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+
+    layer = 4 * WIDTH**2
+    for scheme in ("nf4", "nf4+double", "int8"):
+        assert temporary(jlora.quantize(params, scheme, target=".")) < temporary(params) + 2.5 * layer, scheme
+
+
 def test_a_scan_meets_codes_alone():
     small = jlora.quantize(weights("scanned"), "nf4", target=".")
     text = str(jax.make_jaxpr(jlora.lift(scanned))(small, normal(1, 8, WIDTH)))

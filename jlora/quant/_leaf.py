@@ -97,6 +97,7 @@ class Codec:
         """One layer's weight, in its own axes."""
         return automatic(self._read, arrays, PartitionSpec() if self.layout.flat else None)
 
+    @functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
     def _read(self, *arrays: Any) -> jax.Array:
         planes = self.scheme.planes
         codes, scales = arrays[: len(planes)], self._scales(arrays[len(planes) :])

@@ -130,14 +130,17 @@ class Lazy:
 
 @dataclasses.dataclass(frozen=True)
 class Fed:
-    """A function of arrays and W0, as one of arrays and the arrays that W0 is made of."""
+    """A function of arrays and W0, as one of arrays and the arrays that W0 is made of.
+
+    Late, though it needs no activation: else XLA for CPUs makes the weights of all layers, and then what they are for.
+    """
 
     fn: Callable[..., Any]
     count: int
     make: Callable[..., Any]
 
     def __call__(self, *arrays: Any) -> Any:
-        return self.fn(*arrays[: self.count], self.make(*arrays[self.count :]))
+        return _late(lambda *arrays: self.fn(*arrays[: self.count], self.make(*arrays[self.count :])), *arrays)
 
 
 def _late(f: Callable[..., Any], *args: Any) -> Any:

@@ -1,6 +1,7 @@
 """From an adapter back to plain parameters, and what that costs in the weight's own precision."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,12 +31,14 @@ def lookup(adapted: Adapted) -> Any:
     return get
 
 
-def held(leaf: Any) -> Any:
-    """A leaf as an expression takes it: an array, or `Packed` as it is, if its arrays are what they should be."""
-    if not is_packed(leaf):
-        return jnp.asarray(leaf)
-    leaf.parts()
-    return leaf
+def held(named: Sequence[tuple[str, Any]]) -> list[Any]:
+    """Leaves, given with their paths, as expressions take them: arrays, and `Packed` as they are.
+
+    Raises:
+      TypeError: packed weights that a `tree_map` cast, all at once.
+    """
+    _packed.sound(named)
+    return [leaf if is_packed(leaf) else jnp.asarray(leaf) for _, leaf in named]
 
 
 def completed(found: Any, name: str = "") -> Adapted:
@@ -59,7 +62,9 @@ def completed(found: Any, name: str = "") -> Adapted:
 def weights(adapted: Adapted, leaves: list[Any]) -> list[Weight]:
     """The expression of every adapted weight over the base's leaves."""
     get = lookup(adapted)
-    return [express(s.leaf, s.recipe, held(leaves[s.index]), get) for s in adapted.frozen.plan.sites]
+    sites = adapted.frozen.plan.sites
+    bases = held([(s.leaf.path, leaves[s.index]) for s in sites])
+    return [express(s.leaf, s.recipe, w0, get) for s, w0 in zip(sites, bases, strict=True)]
 
 
 def replaced(adapted: Adapted, values: list[Any]) -> Any:

@@ -1,6 +1,6 @@
 """A leaf that is several arrays: what the library asks of it, whatever is in them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -36,10 +36,11 @@ class Packed:
 
         The function is hashable, so that equal layers are one program. It takes the arrays of one layer and gives the
         weight's other axes, in the weight's order.
-
-        Raises:
-          TypeError: arrays of another dtype than they were made with.
         """
+        raise NotImplementedError
+
+    def wrong(self) -> str:
+        """What its arrays are and should not be, in words; empty where all is well."""
         raise NotImplementedError
 
     def axes(self) -> tuple[tuple[int | None, ...], ...]:
@@ -63,6 +64,7 @@ class Packed:
 
     def dequantize(self) -> jax.Array:
         """The weight as an array."""
+        sound([("", self)])
         arrays, fn = self.parts()
         stacks = [n for n, role in enumerate(self.roles) if role == "s"]
         for _ in stacks:
@@ -77,6 +79,18 @@ class Packed:
 def is_packed(x: Any) -> bool:
     """Whether a leaf is several arrays."""
     return isinstance(x, Packed)
+
+
+def sound(named: Iterable[tuple[str, Any]]) -> None:
+    """Raises TypeError unless the arrays of every `Packed` among leaves with their paths are what they should be."""
+    found = [(path, leaf, leaf.wrong()) for path, leaf in named if is_packed(leaf)]
+    bad = [f"\n  {repr(path) if path else 'one'} of shape {leaf.shape}: {why}" for path, leaf, why in found if why]
+    if bad:
+        raise TypeError(
+            "quantised weights were cast: a tree_map over all arrays reaches their codes. Cast the plain parameters "
+            "and quantise them, or skip such leaves with is_leaf=lambda x: isinstance(x, jlora.quant.Quantized)"
+            + "".join(bad)
+        )
 
 
 def dense(leaf: Any) -> Any:

@@ -38,6 +38,12 @@ def _step(entry: Any) -> str:
     return escape(entry)
 
 
+def spelled(steps: Sequence[Any]) -> str:
+    """The path of JAX's own steps to a leaf, without a box's attribute at its end (an `nnx.Variable`'s `.value`)."""
+    attribute = jax.tree_util.GetAttrKey("value")
+    return "/".join(map(_step, steps[:-1] if steps and steps[-1] == attribute else steps))
+
+
 @dataclasses.dataclass(frozen=True)
 class Named:
     """A flattened tree: `leaves[n]` stands at `paths[n]`, and `owners[n]` is the identity of its array or box."""

@@ -145,7 +145,8 @@ def adapt(
     Raises:
       ValueError: a pattern that matches nothing (with the nearest paths), a rank above the matrix rank, integer or
         complex leaves, ties; all bad leaves at once.
-      TypeError: a key or a spec of the wrong kind, dictionary keys that cannot be sorted.
+      TypeError: a key or a spec of the wrong kind, dictionary keys that cannot be sorted, quantised leaves that were
+        cast.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -161,6 +162,7 @@ def adapt(
     if is_adapted(params):
         raise TypeError("params is already an Adapted; adapt(adapted.frozen.base, [method, ...]) takes several methods")
     tree = _tree.flatten(params)
+    _packed.sound(zip(tree.paths, tree.leaves, strict=True))
     plan, given = _plan.resolve(tree, spec, axes, allow_untied)
     trainable: dict[str, dict[str, Any]] = {}
     factors: dict[str, dict[str, Any]] = {}

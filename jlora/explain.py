@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from jlora import _axes, _interpret, _merge, _network, _table, _tree
+from jlora import _axes, _interpret, _network, _table, _tree
 from jlora._interpret import Row
 from jlora._plan import Site, intern
 from jlora.adapted import Adapted, Frozen
-from jlora.lift import find, is_ours
+from jlora.lift import completed, find, is_ours
 from jlora.methods import Full
 
 
@@ -68,15 +68,14 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
       >>> report.rows[0].path, report.rows[0].use, report.dense, report.unused
       ('query/kernel', 'dot_general', (), ())
     """
-    found, _ = find(args, kwargs)
+    found, where, _ = find(args, kwargs)
     if not found:
         raise ValueError("explain is called like the lifted function, with an Adapted among its arguments")
-    found = _completed(found)
+    found = completed(found, where)
     me = _interpret.Interpreter(rows=[])
     _abstractly(fn, args, kwargs, me)
     assert me.rows is not None
-    many = len(found) > 1
-    paths = [f"{k}:{s.leaf.path}" if many else s.leaf.path for k, a in enumerate(found) for s in a.frozen.plan.sites]
+    paths = [path for each in _interpret.names(found) for path in each]
     used = {r.path for r in me.rows}
     return Report(tuple(me.rows), tuple(p for p in paths if p not in used))
 
@@ -120,21 +119,17 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     return letters
 
 
-def _completed(found: list[Any]) -> list[Adapted]:
-    return [_merge.completed(a, f"quantised weight {n}") for n, a in enumerate(found)]
-
-
 def _is_abstract(x: Any) -> bool:
     return is_ours(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _abstractly(fn: Callable[..., Any], args: Any, kwargs: Any, me: _interpret.Interpreter) -> None:
     """Traces a lifted call without computing; outputs that are no arrays are dropped."""
-    inputs, fill = find(args, kwargs, _is_abstract)
+    inputs, _, fill = find(args, kwargs, _is_abstract)
 
     def arrays(inputs: list[Any]) -> list[Any]:
-        found, refill = find(*fill(inputs))
-        out = _interpret.call(fn, _completed(found), refill, me=me)
+        found, where, refill = find(*fill(inputs))
+        out = _interpret.call(fn, completed(found, where), refill, me=me)
         return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
 
     jax.eval_shape(arrays, inputs)

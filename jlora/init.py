@@ -243,7 +243,8 @@ def plain(adapted: Adapted) -> Adapted:
         if not (isinstance(method, LoRA) and method.paired):
             sites.append(site)
             continue
-        (term,) = _express.express(site.leaf, site.recipe, _merge.held(base[site.index]), get).terms
+        (w0,) = _merge.held([(path, base[site.index])])
+        (term,) = _express.express(site.leaf, site.recipe, w0, get).terms
         made = {"a": term.operands[0].value(), "b": term.operands[1].value()}
         rank = dict(site.recipe.deltas[0].sizes)["r"]
         method = dataclasses.replace(method, rank=rank, init="kaiming")

@@ -1,14 +1,14 @@
 """`lift`: the same function, for adapted parameters."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _merge
+from jlora import _merge, _tree
 from jlora._packed import is_packed
 from jlora.adapted import Adapted, is_adapted
 
@@ -36,30 +36,39 @@ def _stopped(adapted: Adapted) -> Adapted:
     return Adapted(adapted.trainable, jax.tree.map(_still, adapted.frozen))
 
 
+def completed(found: Sequence[Any], paths: Sequence[str]) -> list[Adapted]:
+    """What `find` found, as adapters: a quantised leaf that stands alone is one under the path that it was found at."""
+    return [_merge.completed(x, path or "a quantised weight") for x, path in zip(found, paths, strict=True)]
+
+
 def find(
     args: Any, kwargs: Any, wanted: Callable[[Any], bool] = is_ours
-) -> tuple[list[Any], Callable[[list[Any]], tuple[Any, Any]]]:
-    """The wanted leaves in a call's arguments, and a function that puts others in their places.
+) -> tuple[list[Any], list[str], Callable[[list[Any]], tuple[Any, Any]]]:
+    """The wanted leaves in a call's arguments, where in an argument each stands, and a function that puts others in
+    their places.
 
     An argument without any is handed over as the very object it is: an NNX module must not be rebuilt.
     """
     found: list[Any] = []
+    paths: list[str] = []
 
     def slot(x: Any) -> Callable[[list[Any]], Any]:
         if not _holds(x, wanted):
             return lambda others: x
-        leaves, treedef = jax.tree.flatten(x, is_leaf=wanted)
+        pairs, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=wanted)
+        leaves = [leaf for _, leaf in pairs]
         places = {}
-        for n, leaf in enumerate(leaves):
+        for n, (steps, leaf) in enumerate(pairs):
             if wanted(leaf):
                 places[n] = len(found)
                 found.append(leaf)
+                paths.append(_tree.spelled(steps))
         fill = lambda others: [others[places[n]] if n in places else a for n, a in enumerate(leaves)]
         return lambda others: jax.tree.unflatten(treedef, fill(others))
 
     slots = [slot(a) for a in args]
     named = {k: slot(v) for k, v in kwargs.items()}
-    return found, lambda others: (tuple(s(others) for s in slots), {k: s(others) for k, s in named.items()})
+    return found, paths, lambda others: (tuple(s(others) for s in slots), {k: s(others) for k, s in named.items()})
 
 
 def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = False) -> Callable[..., Any]:
@@ -93,10 +102,10 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        found, fill = find(args, kwargs)
+        found, paths, fill = find(args, kwargs)
         if not found:
             return fn(*args, **kwargs)
-        found = [_stopped(_merge.completed(a, f"quantised weight {n}")) for n, a in enumerate(found)]
+        found = [_stopped(a) for a in completed(found, paths)]
         if dense:
             args, kwargs = fill([_merge.merge(a) for a in found])
             return fn(*args, **kwargs)

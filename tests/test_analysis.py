@@ -124,6 +124,7 @@ def test_random_subspaces_share_what_the_baseline_says():
         (lambda: analysis.random_similarity(3, 4, 1), "at most d"),
         (lambda: analysis.factored_svd(np.ones((2, 3)), np.ones((3, 3))), "differ in their rank"),
         (lambda: analysis.truncate(analysis.svd(np.eye(3)), 4), "rank of 0 to 3"),
+        (lambda: analysis.truncate(np.eye(3), 1), "jlora.analysis.svd"),
         (lambda: analysis.amplification(analysis.svd(np.eye(3)), np.eye(4)), "do not belong"),
         (lambda: analysis.amplification(analysis.svd(np.eye(3)), np.eye(3), 0), "rank of 1 to 3"),
         (lambda: analysis.intruders(np.eye(3), np.eye(3)), "3 singular vectors"),
@@ -160,6 +161,8 @@ def test_ranks_of_spectra():
     p = s[1] / s[1].sum()
     np.testing.assert_allclose(analysis.effective_rank(s), [3, np.exp(-np.sum(p * np.log(p))), 0], rtol=1e-6)
     np.testing.assert_allclose(analysis.stable_rank(s), [3, np.sum(s[1] ** 2) / 9, 0], rtol=1e-6)
+    for rank in (analysis.effective_rank, analysis.stable_rank):
+        np.testing.assert_array_equal(rank(np.array([[2.0, np.nan], [np.nan, 0.0]])), [np.nan, np.nan])
 
 
 def test_truncation_is_as_good_as_eckart_and_young_say():
@@ -546,6 +549,10 @@ def test_the_search_counts_as_the_paper_does():
         analysis.intrinsic_dimension(train, tree, [], baseline=1.0)
     with pytest.raises(ValueError, match="bisection"):
         analysis.intrinsic_dimension(train, tree, [4], baseline=1.0, ratio=1.0)
+    with pytest.raises(ValueError, match="share=1.1"):
+        analysis.intrinsic_dimension(train, tree, [9], baseline=1.0, share=1.1)
+    with pytest.raises(ValueError, match="baseline=nan"):
+        analysis.intrinsic_dimension(train, tree, [9], baseline=float("nan"))
     for wrong in (lambda: jlora.IntrinsicDimension(0), lambda: jlora.IntrinsicDimension(3, "hashed")):
         with pytest.raises(ValueError, match="whole number|'fastfood'"):
             wrong()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import jlora
 import zoo
@@ -191,6 +192,13 @@ def test_two_adapters_are_told_apart():
     ad = jlora.adapt({"w": jnp.ones((6, 6))}, jlora.LoRA(rank=2, target="w"))
     report = jlora.explain(lambda p, q, x: x @ p["w"], ad, ad, X)
     assert {row.path for row in report.rows} == {"0:w"} and report.unused == ("1:w",)
+
+
+def test_quantised_weights_without_an_adapter_have_their_paths():
+    params = {name: nnx.Param(jnp.ones((64, 64))) for name in ("query", "value")}
+    small = jlora.quantize(params, target=".")
+    report = jlora.explain(lambda p, x: x @ p["query"][...], small, jnp.ones((2, 64)))
+    assert [row.path for row in report.rows] == ["query"] and report.unused == ("value",)
 
 
 def test_explain_takes_a_lifted_function_and_structs():

@@ -1,6 +1,7 @@
 """Quantised weights: golden files, layouts, what is refused; and that the library computes with them as with arrays."""
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -38,7 +39,8 @@ def test_golden(case, parity):
                 np.testing.assert_array_equal(run("scales"), get("absmax_q"))
                 np.testing.assert_array_equal(leaf.arrays["scales2"], get("absmax2"))
                 np.testing.assert_array_equal(leaf.arrays["offset"], get("offset"))
-            for made in (leaf.dequantize(), jax.jit(lambda leaf: leaf.dequantize())(leaf)):
+            read, as_users = lambda leaf: leaf.dequantize(), {"xla_backend_optimization_level": 3}  # 0 in these tests
+            for made in (read(leaf), jax.jit(read)(leaf), jax.jit(read, compiler_options=as_users)(leaf)):
                 np.testing.assert_array_equal(np.asarray(made).T, get("dequant"))
 
 
@@ -180,11 +182,36 @@ def test_refused_in_words():
         jlora.quantize({"a": good}, "nf5", target="a")
     with pytest.raises(ValueError, match=r"NF\(bits=5\)"):
         jlora.quant.NF(5)
-    leaf = jlora.quantize({"a": good}, target="a")
-    cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), leaf)
-    for read in (lambda: cast["a"].dequantize(), lambda: jlora.lift(lambda p: p["a"].sum())(cast)):
-        with pytest.raises(TypeError, match="was cast: codes is bfloat16, not uint8"):
+    with pytest.raises(TypeError, match="functools.partial"):
+        jlora.quantize({"query": good}, init="loftq")
+    for start in (jlora.init.loftq, jlora.init.qpissa):
+        with pytest.raises(ValueError, match=r"'query/kernel' of shape \(64, 2\) has 1 NaN"):
+            start({"query": {"kernel": bad}}, jlora.LoRA(rank=2), "nf4")
+
+
+def test_a_cast_is_refused_wherever_codes_are_read(tmp_path):
+    """All leaves at once, by their paths."""
+    base = jlora.quantize({name: {"kernel": normal(n, 64, 2)} for n, name in enumerate(("query", "value"))})
+    adapted = jlora.adapt(base, jlora.LoRA(rank=2))
+    narrow = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+    cast, over = narrow(base), jlora.join(adapted.trainable, narrow(adapted.frozen))
+    model = lambda p: p["query"]["kernel"] + p["value"]["kernel"]
+    for read in (
+        lambda: jlora.lift(model)(cast),
+        lambda: jlora.lift(model)(over),
+        lambda: jlora.adapt(cast, jlora.LoRA(rank=2)),
+        lambda: jlora.merge(over),
+        lambda: jlora.quantize(cast, "int8"),
+        lambda: jlora.save(tmp_path / "adapter", over),
+        lambda: jlora.io.quantised.save(tmp_path / "base", cast),
+    ):
+        with pytest.raises(
+            TypeError, match=r"query/kernel' of shape .64, 2.: codes is bfloat16, not uint8(.|\n)*'value/"
+        ):
             read()
+    with pytest.raises(TypeError, match="codes is bfloat16"):
+        jnp.asarray(cast["query"]["kernel"])
+    assert not any(tmp_path.iterdir())
 
 
 def test_left_as_they_are():
@@ -200,6 +227,10 @@ def test_donation_frees_each_weight():
     w = normal(0, 64, 2)
     leaf = jlora.quantize({"w": w}, target="w", donate=True)["w"]
     assert w.is_deleted() and leaf.shape == (64, 2)
+    tree = {"first": normal(1, 64, 2), "second": normal(2, 64, 2).at[0, 0].set(jnp.nan)}
+    with pytest.raises(ValueError, match="'second'.*1 NaN"):
+        jlora.quantize(tree, target=".", donate=True)
+    assert not any(w.is_deleted() for w in tree.values())  # refused whole
 
 
 @pytest.mark.slow
@@ -271,6 +302,11 @@ def test_merging_and_quantising_again():
     np.testing.assert_allclose(report.worst, (kept * delta).sum() / (delta * delta).sum(), atol=1e-3)
     params, report = jlora.quant.requantize(drawn(adapted, 1.0))
     assert report.worst > 0.9 and isinstance(params["query"]["kernel"], jlora.quant.Quantized)
+    with pytest.raises(ValueError, match=r"'query/kernel' of shape \(64, 16\) has 1024 NaN"):
+        jlora.quant.requantize(drawn(adapted, jnp.nan), allow_loss=True)
+    for wrong, words in ((base, "takes an Adapted, not a dict"), (adapted, "outside of jit")):
+        with pytest.raises(TypeError, match=words):
+            jax.jit(jlora.quant.requantize)(wrong)
 
 
 def test_merged_parameters_are_exported(tmp_path):
@@ -302,6 +338,12 @@ def test_a_base_is_saved_once(tmp_path, scheme):
             np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"'query/kernel' has shape \(64, 16\) in the file"):
         jlora.io.quantised.load(tmp_path / "base", small_model() | {"query": {"kernel": jnp.ones((2, 2))}})
+    with pytest.raises(ValueError, match=f"'query/kernel' is {re.escape(scheme)} in the file, nf2 here"):
+        jlora.io.quantised.load(tmp_path / "base", jlora.quantize(small_model(), "nf2"))
+    about = tmp_path / "base" / "jlora_base.json"
+    about.write_text(about.read_text().replace('"bits"', '"bitz"'))
+    with pytest.raises(ValueError, match="damaged: 'query/kernel'"):
+        jlora.io.quantised.load(tmp_path / "base")
     with pytest.raises(TypeError, match="jlora.save"):
         jlora.io.quantised.save(tmp_path / "other", jlora.adapt(base, jlora.LoRA(rank=2)))
 
@@ -315,6 +357,9 @@ def test_an_adapter_moves_to_the_plain_base(tmp_path):
         jlora.load(tmp_path / "adapter", params)
     with pytest.raises(ValueError, match=r"was nf4 of bfloat16"):
         jlora.load(tmp_path / "adapter", jlora.quantize(params, "int8"))
+    same_codes = params | {"query": {"kernel": 2 * params["query"]["kernel"]}}
+    with pytest.raises(ValueError, match="'query/kernel' has other values"):
+        jlora.load(tmp_path / "adapter", jlora.quantize(same_codes))
     moved = jlora.load(tmp_path / "adapter", params, check="shapes")
     for a, b in zip(jax.tree.leaves(moved.trainable), jax.tree.leaves(adapted.trainable), strict=True):
         np.testing.assert_array_equal(a, b)

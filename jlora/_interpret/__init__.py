@@ -170,6 +170,14 @@ class Interpreter:
         return [self.dense(v, eqn, reason) for v in values]
 
 
+def names(found: list[Adapted]) -> list[list[str]]:
+    """What the weights are called in a report: their paths, behind a number where several trees share one."""
+    paths = [[s.leaf.path for s in a.frozen.plan.sites] for a in found]
+    every = [path for each in paths for path in each]
+    alone = len(set(every)) == len(every)
+    return [[path if alone else f"{k}:{path}" for path in each] for k, each in enumerate(paths)]
+
+
 def call(
     fn: Callable[..., Any],
     found: list[Adapted],
@@ -181,7 +189,7 @@ def call(
     """`fn` on a call's arguments, with expressions where the Adapteds' weights stand."""
     me = me or Interpreter(forward_mode)
     leaves = [_tree.leaves(a.frozen.base) for a in found]
-    bases = [_merge.held(leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites]
+    bases = _merge.held([(s.leaf.path, leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites])
     beside: list[Any] = []
 
     def traced(*arrays: jax.Array) -> list[Any]:
@@ -194,17 +202,15 @@ def call(
         return [o for o, i in zip(outs, inside, strict=True) if i]
 
     closed = jax.make_jaxpr(traced)(*[jax.ShapeDtypeStruct(b.shape, b.dtype) if is_packed(b) else b for b in bases])
-    many = len(found) > 1
     expressions: list[Weight] = []
-    for k, a in enumerate(found):
+    for a, paths in zip(found, names(found), strict=True):
         get = _merge.lookup(a)
-        for s in a.frozen.plan.sites:
+        for s, path in zip(a.frozen.plan.sites, paths, strict=True):
             key = a.frozen.key
             if key is not None:
                 key = jax.random.fold_in(key, stable_hash(s.leaf.path))
-            path = (f"{k}:{s.leaf.path}" if many else s.leaf.path) if me.watched else None
             base = bases[len(expressions)]
-            expressions.append(express(s.leaf, s.recipe, base, get, key=key, path=path))
+            expressions.append(express(s.leaf, s.recipe, base, get, key=key, path=path if me.watched else None))
     outs = me.run(closed.jaxpr, closed.consts, expressions, [True] * len(closed.jaxpr.outvars))
     treedef, inside, others = beside
     results = iter(me.dense(o, "output", "returned by the function") for o in outs)

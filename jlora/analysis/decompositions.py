@@ -50,6 +50,13 @@ def check_matrix(x: Any, what: str) -> None:
         raise ValueError(f"{what} of shape {jnp.shape(x)} is no matrix; give (stack..., rows, columns)")
 
 
+def check_svd(x: Any) -> None:
+    """Raises unless `x` is a decomposition."""
+    if not isinstance(x, SVD):
+        kind = f"an array of shape {jnp.shape(x)}" if hasattr(x, "shape") else f"a {type(x).__name__}"
+        raise TypeError(f"not {kind}, but its singular value decomposition: jlora.analysis.svd(x)")
+
+
 def svd(matrix: Any) -> SVD:
     """The thin singular value decomposition of `(stack..., in, out)`, in at least float32.
 
@@ -96,7 +103,7 @@ def factored_svd(a: Any, b: Any) -> SVD:
 def effective_rank(s: Any) -> jax.Array:
     """exp of the entropy of s / sum(s): how many directions a spectrum `s (stack..., k)` spreads over, 1 to k.
 
-    A spectrum of zeros has an effective rank of 0.
+    A spectrum of zeros has an effective rank of 0, one with NaN has NaN.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -109,9 +116,9 @@ def effective_rank(s: Any) -> jax.Array:
     """
     s = wide(s)
     total = jnp.sum(s, -1, keepdims=True)
-    p = s / jnp.where(total > 0, total, 1)
+    p = s / jnp.where(total == 0, 1, total)
     entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), -1)
-    return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
+    return jnp.where(total[..., 0] == 0, 0, jnp.exp(entropy))
 
 
 def stable_rank(s: Any) -> jax.Array:
@@ -138,6 +145,7 @@ def truncate(whole: SVD, rank: int) -> Truncation:
       rank: how many terms to keep, 0 to all of them.
 
     Raises:
+      TypeError: an array in place of its decomposition.
       ValueError: a rank outside of that.
 
     Example:
@@ -150,6 +158,7 @@ def truncate(whole: SVD, rank: int) -> Truncation:
       Eckart and Young, `The approximation of one matrix by another of lower rank
       <https://doi.org/10.1007/BF02288367>`_, 1936.
     """
+    check_svd(whole)
     size = whole.s.shape[-1]
     if not 0 <= rank <= size:
         raise ValueError(f"truncate(rank={rank}): there are {size} singular values; write a rank of 0 to {size}")

@@ -60,7 +60,8 @@ def intrinsic_dimension(
       A `Found`.
 
     Raises:
-      ValueError: no dimensions, too few of them for the lam alone, a ratio of at most 1; whatever `adapt` refuses.
+      ValueError: no dimensions, too few of them for the lam alone, a ratio of at most 1, a share of more, a baseline of
+        NaN; whatever `adapt` refuses.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -79,6 +80,10 @@ def intrinsic_dimension(
         raise ValueError("intrinsic_dimension was given no dimensions; write for example [10, 100, 1000]")
     if not ratio > 1:
         raise ValueError(f"intrinsic_dimension(ratio={ratio}): above 1, or bisection has no end")
+    if not 0 < share <= 1:
+        raise ValueError(f"intrinsic_dimension(share={share}): a share of the baseline, above 0 and at most 1")
+    if math.isnan(baseline):
+        raise ValueError("intrinsic_dimension(baseline=nan): training everything has no score to be reached")
     rules = lambda d: (*also, dataclasses.replace(method, d=d))
     plan, _ = _plan.resolve(_tree.flatten(params), rules(1), axes, True)
     sites = [s for s in plan.sites if isinstance(s.method, IntrinsicDimension)]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.analysis.decompositions import SVD, check_matrix, product, wide
+from jlora.analysis.decompositions import SVD, check_matrix, check_svd, product, wide
 
 
 class Distances(NamedTuple):
@@ -35,9 +35,7 @@ def basis(x: SVD, side: Literal["left", "right"]) -> jax.Array:
     """The singular vectors of one side, as columns."""
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r}: write 'left' (the input side, u) or 'right' (the output side, v)")
-    if not isinstance(x, SVD):
-        kind = f"an array of shape {jnp.shape(x)}" if hasattr(x, "shape") else f"a {type(x).__name__}"
-        raise TypeError(f"not {kind}, but its singular value decomposition: jlora.analysis.svd(x)")
+    check_svd(x)
     return x.u if side == "left" else x.v
 
 

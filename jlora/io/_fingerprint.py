@@ -1,6 +1,7 @@
 """The fingerprint of a base: paths, shapes, dtypes, and a digest of some values of every leaf."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jlora import _tree
-from jlora._packed import is_packed
+from jlora._packed import is_packed, sound
 from jlora.io._manifest import several
 
 SAMPLES = 1024
@@ -88,19 +89,31 @@ def _has_values(leaf: Any) -> bool:
 
 def fingerprint(params: Any, tree: _tree.Named) -> list[list[Any]]:
     """`[path, shape, dtype, digest of some values]` of every leaf. The state of random streams has no digest."""
+    sound(zip(tree.paths, tree.leaves, strict=True))
     is_stream = lambda x: isinstance(x, nnx.RngState)  # noqa: E731
     boxes = [x for x in jax.tree.leaves(params, is_leaf=is_stream) if is_stream(x)]
     streams = {id(x) for box in boxes for x in jax.tree.leaves(box)}
-    # a quantised leaf is known by its codes
-    known = [jax.tree.leaves(x)[0] if is_packed(x) else x for x in tree.leaves]
-    values = samples([None if id(x) in streams else x for x in known])
+    # a quantised leaf is known by its codes, its scales, ...: weights that differ by a factor have the same codes
+    known = [jax.tree.leaves(x) if is_packed(x) else [x] for x in tree.leaves]
+    values = iter(samples([None if id(x) in streams else x for x in itertools.chain.from_iterable(known)]))
     rows = []
-    for path, leaf, value in zip(tree.paths, tree.leaves, values, strict=True):
+    for path, leaf, arrays in zip(tree.paths, tree.leaves, known, strict=True):
         shape, dtype = _tree.shape_dtype(leaf)
         dtype = f"{leaf.describe()} of {dtype}" if is_packed(leaf) else dtype
-        digest = None if value is None else hashlib.sha256(value.tobytes()).hexdigest()[:32]
+        mine = [next(values) for _ in arrays]
+        digest = None if any(x is None for x in mine) else ":".join(_digest(x) for x in mine if x is not None)
         rows.append([path, list(shape), str(dtype), digest])
     return rows
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()[:32]
+
+
+def _differ(old: str | None, new: str | None) -> bool:
+    """Whether two digests are of other values. Files of the first version have that of the codes alone."""
+    pairs = zip(old.split(":"), new.split(":"), strict=False) if old and new else ()
+    return any(a != b for a, b in pairs)
 
 
 def compare(saved: Sequence[Any], here: Sequence[Any], check: str, where: str) -> None:
@@ -116,7 +129,7 @@ def compare(saved: Sequence[Any], here: Sequence[Any], check: str, where: str) -
             shape_of.append(f"{path!r} has shape {new}, was {old}")
         elif old_dtype != new_dtype:
             value_of.append(f"{path!r} has dtype {new_dtype}, was {old_dtype}")
-        elif None not in (old_digest, new_digest) and old_digest != new_digest:
+        elif _differ(old_digest, new_digest):
             value_of.append(f"{path!r} has other values")
     bad = shape_of + (value_of if check == "values" else [])
     if bad:

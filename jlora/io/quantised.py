@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jlora import _tree
-from jlora._packed import is_packed
+from jlora._packed import is_packed, sound
 from jlora.adapted import is_adapted
 from jlora.io import _arrays, _folder, _manifest
 from jlora.quant import NF, Int
@@ -32,7 +32,7 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
       overwrite: replace a folder that this function wrote.
 
     Raises:
-      TypeError: an `Adapted`, whose adapter would be lost.
+      TypeError: an `Adapted`, whose adapter would be lost; quantised leaves that were cast.
       ValueError: leaves that Orbax cannot store; a folder that is there.
 
     Example:
@@ -49,6 +49,7 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
     replaces = _folder.check_free(target, overwrite, NAME, "quantised base")
     arrays, leaves = {}, {}
     tree = _tree.flatten(params)
+    sound(zip(tree.paths, tree.leaves, strict=True))
     for leaf_path, leaf in zip(tree.paths, tree.leaves, strict=True):
         how = _described(leaf) if is_packed(leaf) else None
         parts = leaf.arrays if is_packed(leaf) else {"": leaf}
@@ -74,8 +75,8 @@ def load(path: "str | os.PathLike[str]", like: Any = None) -> Any:
 
     Args:
       path: the folder.
-      like: a tree of the structure to give back, arrays or `ShapeDtypeStruct`s in the place of leaves; nested
-        dictionaries under the paths' names by default.
+      like: a tree of the structure to give back, arrays or `ShapeDtypeStruct`s in the place of leaves, or leaves
+        quantised alike; nested dictionaries under the paths' names by default.
 
     Raises:
       ValueError: a folder that is none of these, is damaged, is of a newer format, or has other leaves than `like`.
@@ -101,7 +102,10 @@ def load(path: "str | os.PathLike[str]", like: Any = None) -> Any:
             _arrays.rebuild(stored.get(_arrays.stored_name("base", where, name)), record, f"{target}: {where!r} {name}")
             for name, record in leaf["arrays"].items()
         ]
-        made[where] = _leaf(parts, leaf["quantised"]) if leaf["quantised"] else parts[0]
+        try:
+            made[where] = _leaf(parts, leaf["quantised"]) if leaf["quantised"] else parts[0]
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{target} is damaged: {where!r} is not described: {str(error)[:200]}") from None
     if like is None:
         return _nested(made)
     tree = _tree.flatten(like)
@@ -110,9 +114,16 @@ def load(path: "str | os.PathLike[str]", like: Any = None) -> Any:
     for p, leaf in zip(tree.paths, tree.leaves, strict=True):
         if p in made and _tree.shape_dtype(leaf)[0] != tuple(made[p].shape):
             bad.append(f"{p!r} has shape {tuple(made[p].shape)} in the file, {_tree.shape_dtype(leaf)[0]} here")
+        elif p in made and is_packed(leaf) and _named(leaf) != _named(made[p]):
+            bad.append(f"{p!r} is {_named(made[p])} in the file, {_named(leaf)} here")
     if bad:
         raise ValueError(f"{target} is not a base of this structure:" + _manifest.several(bad))
     return jax.tree.unflatten(tree.treedef, [made[p] for p in tree.paths])
+
+
+def _named(leaf: Any) -> str:
+    """How a leaf is held, in a word."""
+    return leaf.describe() if is_packed(leaf) else "an array"
 
 
 def _described(leaf: Quantized) -> dict[str, Any]:
@@ -127,7 +138,7 @@ def _leaf(parts: list[Any], how: dict[str, Any]) -> Quantized:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in how["layout"].items()}
     layout = Layout(**fields)
     leaf = Quantized(tuple(parts), Codec(made, layout, how["dtype"]), how["kernel"])
-    leaf.parts()
+    sound([("", leaf)])
     return leaf
 
 

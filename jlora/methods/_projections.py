@@ -2,7 +2,8 @@
 
     dense       P_kj ~ N(0, 1), each column divided by its norm
     sparse      ceil(sqrt(D)) entries +-1 / sqrt(ceil(sqrt(D))) a column, one in each of as many ranges of rows
-    fastfood    H G Pi H B / sqrt(D sum G^2): signs B, Hadamard H, a permutation Pi, normal G; O(D log D) time
+    fastfood    H G Pi H B / sqrt(D sum G^2): signs B, Hadamard H, a permutation Pi, normal G; O(D log D) time. Its
+                first D rows where D is no power of two: of unit length in the mean, each up to about 1 / sqrt(D)
 
 `f(theta, place, size)` is P theta, `(size,)`; `place` (three whole numbers, traced) says which P.
 

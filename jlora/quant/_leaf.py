@@ -88,9 +88,12 @@ class Codec:
     def _read_scales(self, q: jax.Array, second: jax.Array, offset: jax.Array) -> jax.Array:
         run = [self.layout.counts[n] for n in self._order()]
         back = [self._order().index(n) for n in range(len(run))]
-        second = jnp.repeat(second, SECOND)[: math.prod(run)].reshape(run)
-        parts = chosen(q, dynamic_levels()) * jnp.transpose(second, back)
-        # two roundings, not a fused one; and once a scale, not once an element, as a fusion would have it
+        second = jnp.transpose(jnp.repeat(second, SECOND)[: math.prod(run)].reshape(run), back)
+        # Two roundings, not one: a compiler that fuses a product and a sum into one instruction (LLVM on CPU, which
+        # sees no barrier) does so with the zero, and the product comes out rounded. None may drop x * 0.0, which is NaN
+        # where x is infinite.
+        parts = chosen(q, dynamic_levels()) * second + second * np.float32(0)
+        # once a scale, not once an element, as a fusion would have it
         return jax.lax.optimization_barrier(parts) + offset
 
     def __call__(self, *arrays: Any) -> jax.Array:
@@ -231,18 +234,11 @@ class Quantized(Packed):
         return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in self._arrays)
 
     def parts(self) -> tuple[tuple[Any, ...], Callable[..., jax.Array]]:
-        bad = [
-            f"{name} is {a.dtype}, not {dtype}"
-            for (name, (_, dtype)), a in zip(self.codec.arrays.items(), self._arrays, strict=True)
-            if a.dtype != dtype
-        ]
-        if bad:
-            raise TypeError(
-                f"a quantised weight of shape {self.shape} was cast: {', '.join(bad)}. A tree_map over all arrays "
-                "reaches its codes; cast the plain parameters and quantise them, or skip its leaves with "
-                "is_leaf=lambda x: isinstance(x, jlora.quant.Quantized)"
-            )
         return self._arrays, self.codec
+
+    def wrong(self) -> str:
+        pairs = zip(self.codec.arrays.items(), self._arrays, strict=True)
+        return ", ".join(f"{name} is {a.dtype}, not {dtype}" for (name, (_, dtype)), a in pairs if a.dtype != dtype)
 
     def axes(self) -> tuple[tuple[int | None, ...], ...]:
         stack = [n for n, role in enumerate(self.roles) if role == "s"]

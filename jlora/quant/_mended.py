@@ -11,7 +11,7 @@ from jlora import _packed, _plan, _tree
 from jlora._packed import is_packed
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import Given, best, sides, unsided
-from jlora.quant._quantize import codec, quantized
+from jlora.quant._quantize import codec, not_finite, quantized
 from jlora.quant._schemes import Scheme, resolve
 
 Axes = dict[str, str] | None
@@ -44,8 +44,8 @@ def loftq(
       `Given` as its start.
 
     Raises:
-      ValueError: fewer steps than 1; a `quantise` that changes shapes; weights without values; whatever `adapt`
-        refuses.
+      ValueError: fewer steps than 1; a `quantise` that changes shapes; weights without values, with NaN or
+        infinities; whatever `adapt` refuses.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -131,7 +131,12 @@ def _quantised(
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_packed)
     pairs = {}
     scheme = None if callable(quantise) else resolve(quantise)
-    for site in _plan.resolve(_tree.flatten(params), method, axes, True)[0].sites:
+    sites = _plan.resolve(_tree.flatten(params), method, axes, True)[0].sites
+    plain = [(s.leaf.path, leaves[s.index]) for s in sites if not is_packed(leaves[s.index])]
+    bad = [why for path, leaf in plain for why in not_finite(path, leaf)]
+    if bad:
+        raise ValueError(f"{name} cannot quantise this tree:\n  " + "\n  ".join(bad))
+    for site in sites:
         leaf = site.leaf
         if isinstance(leaves[site.index], jax.ShapeDtypeStruct):
             raise ValueError(f"{name} quantises the values of {leaf.path!r} of shape {leaf.shape}, and it has none")

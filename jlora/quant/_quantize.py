@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora import _axes, _tree, targets
-from jlora._packed import is_packed
+from jlora._packed import is_packed, sound
 from jlora._tree import Target
 from jlora.adapted import Adapted, is_adapted
 from jlora.quant._layout import layout
@@ -31,18 +31,32 @@ def codec(scheme: Scheme, path: str, shape: tuple[int, ...], dtype: Any, roles: 
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _encoded(w: jax.Array, codec: Codec, roles: str) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def _encoded(w: jax.Array, codec: Codec, roles: str) -> tuple[jax.Array, ...]:
     stacks = [n for n, role in enumerate(roles) if role == "s"]
     own = [n for n, role in enumerate(roles) if role != "s"]
     encode = codec.encode
     for _ in stacks:
         encode = jax.vmap(encode)
-    return encode(jnp.transpose(w, (*stacks, *own))), jnp.all(jnp.isfinite(w))
+    return encode(jnp.transpose(w, (*stacks, *own)))
 
 
 def quantized(w: Any, codec: Codec, roles: str) -> Quantized:
     """One weight, in its own axes."""
-    return Quantized(tuple(_encoded(jnp.asarray(w), codec, roles)[0]), codec, roles)
+    encode = functools.partial(_encoded, codec=codec, roles=roles)
+    arrays = jax.eval_shape(encode, w) if isinstance(w, jax.ShapeDtypeStruct) else encode(jnp.asarray(w))
+    return Quantized(tuple(arrays), codec, roles)
+
+
+_finite = jax.jit(lambda w: jnp.all(jnp.isfinite(w)))
+
+
+def not_finite(path: str, w: Any) -> list[str]:
+    """What is wrong with the values of a weight, if it has any that can be read."""
+    if isinstance(w, (jax.ShapeDtypeStruct, Tracer)) or bool(_finite(w)):
+        return []
+    values = np.asarray(jnp.asarray(w), np.float32)
+    what = f"{int(np.isnan(values).sum())} NaN and {int(np.isinf(values).sum())} infinite values"
+    return [f"{path!r} of shape {values.shape} has {what}; exclude it, or mend it first"]
 
 
 def quantize(
@@ -77,7 +91,8 @@ def quantize(
       parity: `"torch"` lays every weight out as bitsandbytes does: one run, outputs first, whose blocks, codes and
         scales are its own bit for bit. Such a weight cannot be sharded along its own axes. By default that is done
         where the block does not divide the input side; elsewhere the blocks are the same, but keep the weight's axes.
-      donate: frees each plain weight as soon as it is quantised; `params` is then no longer usable.
+      donate: frees each plain weight as soon as it is quantised; `params` is then no longer usable. Where something is
+        refused, nothing was freed.
       init: a start that is found together with the codes, such as `partial(jlora.init.loftq, method=LoRA(rank=8))`:
         called as `init(params, quantise=scheme, axes=axes)`, it quantises the weights that its method is for, and
         gives the method with its factors; `target` and `exclude` say which others are quantised too.
@@ -90,6 +105,7 @@ def quantize(
       ValueError: an unknown scheme; a pattern that matches nothing; `init` together with an `Adapted`, `parity` or
         `donate`; weights with NaN or infinities, or that are no real
         floating point numbers; all at once.
+      TypeError: an `init` that is no function; quantised leaves that were cast.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora
@@ -109,6 +125,11 @@ def quantize(
     if parity not in (None, "torch"):
         raise ValueError(f"quantize(parity={parity!r}): 'torch', or None")
     if init is not None:
+        if not callable(init):
+            raise TypeError(
+                f"quantize(init={init!r}): a function that finds codes and factors together, "
+                "such as functools.partial(jlora.init.loftq, method=jlora.LoRA(rank=8)), or jlora.init.qpissa"
+            )
         if is_adapted(params) or parity or donate:
             raise ValueError("quantize(init=...) takes plain parameters, without parity= and donate=")
         base, method = init(params, quantise=scheme, axes=axes)
@@ -120,6 +141,7 @@ def quantize(
         )  # fmt: skip
         return Adapted(params.trainable, dataclasses.replace(params.frozen, base=base))
     tree = _tree.flatten(params)
+    sound(zip(tree.paths, tree.leaves, strict=True))
     taken = [
         n
         for n, (path, leaf) in enumerate(zip(tree.paths, tree.leaves, strict=True))
@@ -145,38 +167,21 @@ def quantize(
             bad.append(f"{tree.paths[n]!r} of shape {shape} has stack axes alone; write its letters in axes=")
             continue
         todo[n] = codec(scheme, tree.paths[n], shape, dtype, letters[n], parity == "torch")
-    if not bad:
-        bad = _replace(leaves, tree, todo, letters, donate)
-    if bad:
+    bad += [why for n in todo for why in not_finite(tree.paths[n], leaves[n])]
+    if bad:  # before any weight is freed
         raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(bad))
-    return jax.tree.unflatten(tree.treedef, leaves)
-
-
-def _replace(
-    leaves: list[Any], tree: _tree.Named, todo: dict[int, Codec], letters: dict[int, str], donate: bool
-) -> list[str]:
-    """Puts quantised leaves into the list; says which cannot be."""
-    bad, made = [], {}
+    made: dict[Any, Quantized] = {}
     for n, how in todo.items():
         leaf = leaves[n]
         known = (id(leaf), how, letters[n])
-        if known in made:  # tied
-            leaves[n] = made[known]
-            continue
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            arrays, finite = jax.eval_shape(functools.partial(_encoded, codec=how, roles=letters[n]), leaf)
-        else:
-            arrays, finite = _encoded(jnp.asarray(leaf), how, letters[n])
-        if isinstance(finite, jax.Array) and not isinstance(finite, Tracer) and not bool(finite):
-            values = np.asarray(jnp.asarray(leaf), np.float32)
-            what = f"{int(np.isnan(values).sum())} NaN and {int(np.isinf(values).sum())} infinite values"
-            bad.append(f"{tree.paths[n]!r} of shape {values.shape} has {what}; exclude it, or mend it first")
-            continue
-        leaves[n] = made[known] = Quantized(tuple(arrays), how, letters[n])
-        if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
-            jax.block_until_ready(arrays)
+        tied = known in made
+        if not tied:
+            made[known] = quantized(leaf, how, letters[n])
+        leaves[n] = made[known]
+        if donate and not tied and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+            jax.block_until_ready(leaves[n])
             leaf.delete()
-    return bad
+    return jax.tree.unflatten(tree.treedef, leaves)
 
 
 def _letters(adapted: Adapted, axes: dict[str, str] | None) -> dict[str, str]:

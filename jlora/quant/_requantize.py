@@ -4,13 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jlora import _merge, _tree
 from jlora._merge import MergeReport, MergeRow
 from jlora._packed import is_packed
-from jlora.adapted import Adapted
+from jlora.adapted import Adapted, is_adapted
 from jlora.quant._leaf import Quantized
-from jlora.quant._quantize import quantized
+from jlora.quant._quantize import not_finite, quantized
 
 
 @jax.jit
@@ -38,7 +39,8 @@ def requantize(adapted: Adapted, *, allow_loss: bool = False) -> tuple[Any, Merg
       `(params, report)`: the tree, quantised where the base was, and the report.
 
     Raises:
-      ValueError: where less than half of an update would survive, with the report.
+      ValueError: where less than half of an update would survive, with the report; NaN or infinities.
+      TypeError: no `Adapted`, or one that is being traced.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -47,16 +49,23 @@ def requantize(adapted: Adapted, *, allow_loss: bool = False) -> tuple[Any, Merg
       >>> params["query"]["kernel"], report.worst
       (Quantized((64, 64), float32, nf4), 1.0)
     """
+    if not is_adapted(adapted):
+        raise TypeError(f"requantize takes an Adapted, not a {type(adapted).__name__}: jlora.join(trainable, frozen)")
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(adapted)):
+        raise TypeError("requantize reads values, so it is called outside of jit; jlora.merge works inside")
     leaves = _tree.leaves(adapted.frozen.base)
-    out, rows = list(leaves), []
+    out, rows, bad = list(leaves), [], []
     for site, w in zip(adapted.frozen.plan.sites, _merge.weights(adapted, leaves), strict=True):
         held, merged = leaves[site.index], w.dense()
         out[site.index] = merged
         if not isinstance(held, Quantized):
             continue
+        bad += not_finite(site.leaf.path, merged)
         out[site.index] = again = quantized(merged, held.codec, held.roles)
         share, error = _survival(held.dequantize(), merged, again.dequantize())
         rows.append(MergeRow(site.leaf.path, float(share), float(error)))
+    if bad:
+        raise ValueError("cannot quantise what these weights merge to:\n  " + "\n  ".join(bad))
     report = MergeReport(tuple(rows))
     if not report.worst >= 0.5 and not allow_loss:
         raise ValueError(

@@ -107,6 +107,9 @@ class Gathered(Packed):
         home = PartitionSpec(*places[0].spec[: stack if whole else None])
         return arrays, Gather(fn, places, NamedSharding(places[0].mesh, home), stack)
 
+    def wrong(self) -> str:
+        return self.leaf.wrong()
+
     def axes(self) -> tuple[tuple[int | None, ...], ...]:
         return self.leaf.axes()
 

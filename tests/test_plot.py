@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="figures are an extra")
 
-import matplotlib.backends.backend_agg  # noqa: E402
+import matplotlib  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from jlora import analysis, plot, rank  # noqa: E402
@@ -33,6 +33,7 @@ def amplified(count):
     return {name: analysis.amplification(update(n), weight, 1) for n, name in enumerate(names)}
 
 
+LONG = "encoder/layers_and_blocks/transformer_block/self_attention/query_projection/kernel"
 LAYERS = [f"bert/encoder/layer/{n}/attention/self/{kind}/kernel" for n in range(6) for kind in ("query", "value")]
 LOSSES = 0.3 + 0.4 * np.exp(-np.arange(40) / 12) + 0.03 * rng(1).standard_normal((6, 3, 40))
 POINTS = {
@@ -85,6 +86,13 @@ MANY = {
     "sweep": lambda: plot.sweep({"a random subspace": (2 ** np.arange(0, 24, 2), np.linspace(0.5, 0.8, 12))}),
     "scores": lambda: plot.scores({f"weight {n}": 0.5 + n / 100 for n in range(40)}, levels={"most": 0.9}),
     "panels": lambda: panels(),
+    "long words": lambda: plot.similarity(grid(), title=LONG, rows=LONG, columns=LONG),
+    "long label of a bar": lambda: plot.amplification({f"{LONG}{n}": x for n, x in amplified(3).items()}),
+    "long label of a point": lambda: plot.pareto({LONG: (10, 0.4), f"{LONG}/bias": (20, 0.5)}, title=LONG),
+    "long label of a row": lambda: plot.scores({LONG: [0.8, 0.9]}),
+    "long label of a level": lambda: plot.sweep({LONG: ([1, 2], [0.3, 0.4])}, levels={f"{LONG}/bias": 0.4}),
+    "points": lambda: plot.pareto({f"run {n}": (10**6 + n, n / 30) for n in range(30)}),
+    "sizes close together": lambda: plot.sweep({"a": ([100, 101, 102, 1000], [0.1, 0.2, 0.3, 0.4])}),
 }
 
 
@@ -97,8 +105,7 @@ def panels():
 
 def boxes(figure):
     """Every text that is to be seen, and where it stands, in pixels."""
-    canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-    canvas.draw()
+    figure.canvas.draw()
     seen = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
     # tick labels outside of the limits are kept, but not drawn
     drawn = [t for t in seen if not any(t in ticks(axis) and not shown(t, axis) for axis in axes(figure))]
@@ -198,6 +205,17 @@ def test_the_front_leaves_out_what_something_smaller_beats():
     figure = plot.pareto({"a": (10, 0.5), "b": (20, 0.4), "c": (30, [0.5, 0.7]), "d": (10, 0.3)})
     (line,) = [x for x in figure.axes[0].lines if x.get_label() == "front"]
     assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(10, 50.0), (30, pytest.approx(60.0))]
+    figure = plot.pareto({"diverged": (10, np.nan), "b": (20, 0.4)})
+    (line,) = [x for x in figure.axes[0].lines if x.get_label() == "front"]
+    assert list(line.get_xdata()) == [20]
+
+
+def test_a_value_that_is_missing_leaves_a_gap():
+    (line,) = plot.spectra({"q": [3.0, np.nan, 1.0, 0.0]}).axes[0].lines
+    np.testing.assert_array_equal(line.get_ydata(), [3, np.nan, 1, np.nan])
+
+
+LABELLED = plot.amplification, plot.curves, plot.pareto, plot.scores, plot.spectra, plot.sweep
 
 
 @pytest.mark.parametrize(
@@ -208,6 +226,12 @@ def test_the_front_leaves_out_what_something_smaller_beats():
         (lambda: plot.curves({"q": ([0, 1], [1.0])}), "'q' has"),
         (lambda: plot.allocation({}), "no weight"),
         (lambda: plot.ranks({}), "empty history"),
+        *((lambda draw=draw: draw({}), f"plot.{draw.__name__}: nothing to draw") for draw in LABELLED),
+        (lambda: plot.similarity(np.ones((0, 3))), "nothing to draw"),
+        (lambda: plot.pareto({"zero-shot": (0, 0.5)}), "'zero-shot' has 0 parameters"),
+        (lambda: plot.sweep({"q": ([0, 1], [0.1, 0.2])}), "'q' has sizes of 0 or less"),
+        (lambda: plot.spectra({"q": [1.0, -1.0]}), "below zero"),
+        (lambda: plot.scores({"q": []}), "'q' has no scores"),
         (lambda: plot.amplification({"q": analysis.Amplification(*[jnp.ones(3)] * 6)}), "index it"),
     ],
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jlora import _table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +36,7 @@ STYLE = {
     "svg.hashsalt": "jlora",  # the same figure is the same file
 }
 WIDTH, HEIGHT = 4.6, 3.2  # inches, of one panel
+NAME, LINES = 28, 16  # letters of a label, and labels in a column, that a legend has room for
 
 
 def panels(rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Any]:
@@ -59,6 +63,7 @@ def panels(rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: flo
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=150)
+        matplotlib.backends.backend_agg.FigureCanvasAgg(figure)  # whoever measures texts needs a renderer
         return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -89,6 +94,7 @@ def imported() -> Any:
     """matplotlib, or an error that names the extra."""
     try:
         import matplotlib
+        import matplotlib.backends.backend_agg
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError:
@@ -111,17 +117,38 @@ def line(n: int) -> dict[str, Any]:
     return {"color": COLOURS[n % 7], "marker": MARKERS[(n + n // 7) % 7]}
 
 
-def legend_of(ax: Axes, count: int) -> None:
+def given(name: str, found: Mapping[str, Any]) -> None:
+    """Raises unless there is something to draw."""
+    if not len(found):
+        raise ValueError(f"plot.{name}: nothing to draw; give it at least one label")
+
+
+def written(ax: Any, *, title: str, xlabel: str, ylabel: str = "") -> None:
+    """Title and labels, in as many lines as they need to stay inside."""
+    room = ax.get_position()
+    wide, high = room.width * figure_of(ax).get_figwidth(), room.height * figure_of(ax).get_figheight()
+    lines = lambda text, inches: "\n".join(textwrap.wrap(text, max(8, int(inches / 0.08))))
+    ax.set(title=lines(title, wide), xlabel=lines(xlabel, wide), ylabel=lines(ylabel, high))
+
+
+def legend_of(ax: Axes, count: int, own: bool) -> None:
     """None for one series, inside for a few, beside the axis for many."""
     if count > 4:
-        beside(ax)
+        beside(ax, own)
     elif count > 1:
-        ax.legend(loc="best")
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(handles, [_table.shorten(label, NAME) for label in labels], loc="best")
 
 
-def beside(ax: Axes) -> None:
-    """A legend to the right of the axis, where it hides nothing."""
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+def beside(ax: Any, own: bool) -> None:
+    """A legend to the right of the axis, where it hides nothing, for which a figure of one's own grows."""
+    handles, labels = ax.get_legend_handles_labels()
+    columns = -(-len(labels) // LINES)
+    if own:
+        figure = figure_of(ax)
+        figure.set_figwidth(figure.get_figwidth() + 1.4 * (columns - 1))
+    labels = [_table.shorten(label, NAME) for label in labels]
+    ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, ncols=columns)
 
 
 def distinct(paths: Sequence[str]) -> list[str]:

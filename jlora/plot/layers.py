@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jlora import _table
-from jlora.plot._style import COLOURS, HEIGHT, STYLE, WIDTH, axis_of, distinct, figure_of, imported, line, panels
+from jlora.plot._style import (
+    COLOURS,
+    HEIGHT,
+    STYLE,
+    WIDTH,
+    axis_of,
+    distinct,
+    figure_of,
+    imported,
+    line,
+    panels,
+    written,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,12 +62,20 @@ def allocation(ranks: Mapping[str, Any], *, title: str = "", ax: Axes | None = N
         every = max(1, -(-len(layers) // LABELLED))
         on.set_yticks(np.arange(len(modules)), named, fontsize=7)
         on.set_xticks(np.arange(0, len(layers), every), layers[::every])
-        on.set(title=title, xlabel="layer", ylabel="module")
+        written(on, title=title, xlabel="layer", ylabel="module")
         if len(layers) <= LABELLED:
             for (row, column), r in np.ndenumerate(grid):
                 if not np.isnan(r):
                     dark = "black" if r > most / 2 else "white"
-                    on.text(column, row, f"{r:.0f}", ha="center", va="center", fontsize=7, color=dark)
+                    on.text(
+                        column,
+                        row,
+                        f"{r:.0f}" if r == round(r) else f"{r:.1f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color=dark,
+                    )
         bar = figure_of(on).colorbar(shown, ax=on, label="rank r")
         bar.locator = matplotlib.ticker.MaxNLocator(6, integer=True, min_n_ticks=1)
         bar.update_ticks()

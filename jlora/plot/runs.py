@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora.plot._style import COLOURS, HEIGHT, STYLE, WIDTH, axis_of, beside, figure_of, imported, legend_of, line
+from jlora import _table
+from jlora.plot._style import (
+    COLOURS,
+    HEIGHT,
+    NAME,
+    STYLE,
+    WIDTH,
+    axis_of,
+    beside,
+    figure_of,
+    given,
+    imported,
+    legend_of,
+    line,
+    written,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +54,12 @@ def pareto(
       >>> figure.axes[0].get_xscale(), figure.axes[0].get_ylabel()
       ('log', 'accuracy (%)')
     """
+    given("pareto", points)
+    for label, (parameters, _) in points.items():
+        if not parameters > 0:
+            raise ValueError(
+                f"plot.pareto: {label!r} has {parameters} parameters, which a logarithmic axis has no room for"
+            )
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax, width=WIDTH + 1.4)
@@ -50,13 +72,21 @@ def pareto(
             style = line(n) | {"linestyle": "none"}
             on.errorbar(parameters, scores.mean(), spread if len(scores) > 1 else None, label=label, capsize=2, **style)
         front: list[tuple[float, float]] = []
-        for parameters, mean in sorted(means, key=lambda point: (point[0], -point[1])):
+        known = [point for point in means if not math.isnan(point[1])]
+        for parameters, mean in sorted(known, key=lambda point: (point[0], -point[1])):
             if not front or mean > front[-1][1]:
                 front.append((parameters, mean))
-        on.plot(*zip(*front, strict=True), color="#777777", linewidth=1, linestyle="--", zorder=1, label="front")
-        on.set(title=title, xlabel="trained parameters", ylabel=score, xscale="log")
+        line_of = {"color": "#777777", "linewidth": 1, "linestyle": "--", "zorder": 1}
+        on.plot(*np.reshape(front, (-1, 2)).T, label="front", **line_of)
+        on.set_xscale("log")
+        written(on, title=title, xlabel="trained parameters", ylabel=score)
+        sizes = [parameters for parameters, _ in points.values()]
+        if max(sizes) < 10 * min(sizes):  # within a decade, marks at its powers are none or too many
+            on.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
+            on.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            on.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         on.margins(0.08)
-        beside(on)
+        beside(on, ax is None)
     return figure_of(on)
 
 
@@ -76,6 +106,7 @@ def curves(
       >>> jlora.plot.curves({"LoRA": ([0, 10, 20], [[0.7, 0.5, 0.4], [0.7, 0.6, 0.4]])}).axes[0].get_ylabel()
       'loss (nats)'
     """
+    given("curves", series)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax)
@@ -87,8 +118,8 @@ def curves(
             on.plot(steps, values.mean(0), label=label, markevery=max(1, len(steps) // 8), **style)
             if len(values) > 1:
                 on.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
-        on.set(title=title, xlabel="training step", ylabel=value)
-        legend_of(on, len(series))
+        written(on, title=title, xlabel="training step", ylabel=value)
+        legend_of(on, len(series), ax is None)
     return figure_of(on)
 
 
@@ -120,6 +151,7 @@ def sweep(
       >>> [tick.get_text() for tick in drawn.get_xticklabels()]
       ['1', '8', '64']
     """
+    given("sweep", series)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax)
@@ -128,6 +160,10 @@ def sweep(
             values = times * np.atleast_2d(np.asarray(values, np.float64))
             if values.shape[1:] != np.shape(sizes):
                 raise ValueError(f"plot.sweep: {label!r} has {np.shape(sizes)} sizes and scores {values.shape}")
+            if not np.all(np.asarray(sizes) > 0):
+                raise ValueError(
+                    f"plot.sweep: {label!r} has sizes of 0 or less, which a logarithmic axis has no room for"
+                )
             style = line(n)
             on.plot(sizes, values.mean(0), label=label, **style)
             if len(values) > 1:
@@ -136,12 +172,13 @@ def sweep(
             on.axhline(
                 times * level, label=label, color=COLOURS[n % 7], linestyle=("--", ":", "-.")[n % 3], linewidth=1
             )
-        on.set(title=title, xlabel=size, ylabel=score, xscale="log")
-        marks = sorted({float(x) for sizes, _ in series.values() for x in sizes})
-        marks = marks[:: -(-len(marks) // 6)]
+        on.set_xscale("log")
+        written(on, title=title, xlabel=size, ylabel=score)
+        marks = _apart(sorted({float(x) for sizes, _ in series.values() for x in sizes}))
         on.set_xticks(marks, [f"{x:,.0f}" if x >= 1 else f"{x:g}" for x in marks])
         on.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        beside(on) if levels else legend_of(on, len(series))  # inside, a level would run through it
+        # inside, a level would run through it
+        beside(on, ax is None) if levels else legend_of(on, len(series), ax is None)
     return figure_of(on)
 
 
@@ -170,20 +207,33 @@ def scores(
       >>> [tick.get_text() for tick in drawn.get_yticklabels()]
       ['query', 'value']
     """
+    given("scores", found)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax, width=WIDTH + 1.0, height=max(HEIGHT / 2, 1.0 + 0.24 * len(found)))
         times = 100 if percent else 1
-        for place, value in enumerate(found.values()):
+        for place, (label, value) in enumerate(found.items()):
             each = times * np.atleast_1d(np.asarray(value, np.float64))
+            if not each.size:
+                raise ValueError(f"plot.scores: {label!r} has no scores")
             on.plot(each, [place] * len(each), color=COLOURS[0], marker="o", linestyle="none", fillstyle="none")
             on.plot([each.mean()], [place], color=COLOURS[1], marker="|", markersize=11, markeredgewidth=2)
         for n, (label, level) in enumerate((levels or {}).items()):
             on.axvline(times * level, label=label, color=COLOURS[(n + 2) % 7], linestyle=("--", ":", "-.")[n % 3])
-        on.set_yticks(range(len(found)), list(found))
+        on.set_yticks(range(len(found)), [_table.shorten(label, NAME + 12) for label in found])
         on.set_ylim(len(found) - 0.4, -0.6)
         on.margins(x=0.08)
-        on.set(title=title, xlabel=score)
+        written(on, title=title, xlabel=score)
         if levels:
-            beside(on)
+            beside(on, ax is None)
     return figure_of(on)
+
+
+def _apart(marks: list[float]) -> list[float]:
+    """Those of ascending marks that have room for their numbers on a logarithmic axis: at most seven."""
+    least = math.log(marks[-1] / marks[0]) / 6 * (1 - 1e-9)
+    kept = marks[:1]
+    for mark in marks[1:]:
+        if math.log(mark / kept[-1]) >= least:
+            kept.append(mark)
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,20 @@ import numpy as np
 
 from jlora import _table
 from jlora.analysis import Amplification
-from jlora.plot._style import COLOURS, HATCHES, STYLE, WIDTH, axis_of, beside, figure_of, imported, legend_of, line
+from jlora.plot._style import (
+    COLOURS,
+    HATCHES,
+    STYLE,
+    WIDTH,
+    axis_of,
+    beside,
+    figure_of,
+    given,
+    imported,
+    legend_of,
+    line,
+    written,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,13 +59,15 @@ def similarity(
     grid = np.asarray(grid, np.float64)
     if grid.ndim != 2:
         raise ValueError(f"plot.similarity draws one grid (i, j), not an array of shape {grid.shape}; index its layer")
+    if not grid.size:
+        raise ValueError(f"plot.similarity: nothing to draw in a grid of shape {grid.shape}")
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax)
         extent = (0.5, grid.shape[1] + 0.5, grid.shape[0] + 0.5, 0.5)
         shown = on.imshow(grid, cmap="cividis", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
         on.grid(False)
-        on.set(title=title, xlabel=columns, ylabel=rows)
+        written(on, title=title, xlabel=columns, ylabel=rows)
         for axis in (on.xaxis, on.yaxis):
             axis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
         figure_of(on).colorbar(shown, ax=on, label="subspace similarity φ(i, j)")
@@ -71,6 +87,7 @@ def spectra(series: Mapping[str, Any], *, title: str = "", ax: Axes | None = Non
       >>> jlora.plot.spectra({"query": [3.0, 1.0, 0.5]}).axes[0].get_yscale()
       'log'
     """
+    given("spectra", series)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax)
@@ -78,11 +95,14 @@ def spectra(series: Mapping[str, Any], *, title: str = "", ax: Axes | None = Non
             s = np.asarray(values, np.float64)
             if s.ndim != 1:
                 raise ValueError(f"plot.spectra draws one spectrum (k,) a label; {label!r} has shape {s.shape}")
-            k = np.flatnonzero(s > 0)
-            on.plot(k + 1, s[k], label=label, markevery=max(1, len(s) // 12), **line(n))
-        on.set(title=title, xlabel="index k", ylabel="singular value σ(k)", yscale="log")
+            if np.any(s < 0):
+                raise ValueError(f"plot.spectra: {label!r} has singular values below zero")
+            shown = np.where(s > 0, s, np.nan)  # a gap, where a line over what is left out would be drawn
+            on.plot(np.arange(1, len(s) + 1), shown, label=label, markevery=max(1, len(s) // 12), **line(n))
+        on.set_yscale("log")
+        written(on, title=title, xlabel="index k", ylabel="singular value σ(k)")
         on.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
-        legend_of(on, len(series))
+        legend_of(on, len(series), ax is None)
     return figure_of(on)
 
 
@@ -114,6 +134,7 @@ def amplification(
         "W on random r": "onto_random",
         "ΔW": "update",
     }
+    given("amplification", found)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax, width=max(WIDTH, 1.2 + 0.9 * len(found)) + 1.4 * legend)
@@ -132,17 +153,25 @@ def amplification(
                 va="bottom",
                 fontsize=8,
             )
-        on.set(title=title, ylabel="Frobenius norm", yscale="log")
+        on.set_yscale("log")
+        written(on, title=title, xlabel="weight (×: amplification, ‖ΔW‖ / ‖UᵀWV‖)", ylabel="Frobenius norm")
         on.margins(y=0.12)
-        names = [_table.shorten(name, 24) for name in found]
-        room = on.get_position().width * figure_of(on).get_figwidth() - 1.4 * legend
-        steep = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-        on.set_xticks(groups, names, **(steep if 0.07 * sum(len(n) + 2 for n in names) > room else {}))
-        on.set_xlabel("weight (×: amplification, ‖ΔW‖ / ‖UᵀWV‖)")
+        room = (on.get_position().width * figure_of(on).get_figwidth() - 1.4 * legend) / len(found)
+        names, turned = _named(list(found), int(room / 0.075))
+        on.set_xticks(groups, names, **turned)
         on.grid(False, axis="x")
         if legend:
-            beside(on)
+            beside(on, ax is None)
     return figure_of(on)
+
+
+def _named(names: list[str], letters: int) -> tuple[list[str], dict[str, Any]]:
+    """Names in lines of so many letters, cut after the steps of a path; upright where those would be too many."""
+    names = [_table.shorten(name, 24) for name in names]
+    if letters < 8 and max(map(len, names)) > letters:
+        return names, {"rotation": 90}
+    lines = lambda name: textwrap.wrap(name.replace("/", "/ "), max(letters, 1))
+    return ["\n".join(line.replace("/ ", "/") for line in lines(name)) for name in names], {}
 
 
 def _number(x: Any, name: str) -> float:

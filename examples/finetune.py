@@ -111,12 +111,17 @@ def main(args: list[str] | None = None) -> None:
         finetune(run, folder, config, names, params, data, checkpoints)
 
 
+def at_least(run: Any, least: int, *names: str) -> None:
+    """Refuses settings below the least that makes sense."""
+    for name in names:
+        if not getattr(run, name) >= least:
+            raise ValueError(f"{name} is {getattr(run, name)}, but must be at least {least}")
+
+
 def prepare(run: Run) -> tuple[Path, Path, bert.Config, list[str], Any, "Data"]:
     """The model's folder and the file of texts, and what is in them: configuration, labels, parameters, data."""
     folder, file = run.model or fetch_minilm(run), run.data or fetch_movies(run)
-    for name in ("rank", "steps", "batch", "length", "save_every"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"{name} is {getattr(run, name)}, but must be at least 1")
+    at_least(run, 1, "rank", "steps", "batch", "length", "save_every")
     texts, labels, names = read(file)
     p = run.dropout
     dropout = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}

@@ -201,8 +201,16 @@ def read(file) -> tuple[Config, Any, Any]:
 
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} is no file")
-    reader = GGUFReader(file)
-    field = lambda name: reader.fields[name].contents()
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, IndexError) as error:  # cut short, or another kind of file
+        raise ValueError(f"{file} is no GGUF that can be read: {error}") from error
+
+    def field(name):
+        if name not in reader.fields:
+            raise ValueError(f"{file} has no {name} in its header")
+        return reader.fields[name].contents()
+
     if field("general.architecture") != "llama":
         raise ValueError(f"{file} holds a {field('general.architecture')!r} model; this one is a 'llama'")
     config = Config(
@@ -262,11 +270,16 @@ def read_tokenizer(field):
 
 def main(file: str, text: str, length: int = 32) -> None:
     """Prints a text and its greedy continuation."""
-    config, params, tokenizer = read(file)
+    try:
+        config, params, tokenizer = read(file)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"llama: {error}") from error
     ids = jnp.array([tokenizer.encode(text).ids])
     tokens = jax.jit(lambda params: generate(function(config), config, params, ids, length))(params)
     print(text + tokenizer.decode(np.asarray(tokens[0])))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python examples/llama.py MODEL.gguf TEXT")
+    main(*sys.argv[1:])

@@ -37,7 +37,7 @@ from rich.table import Table
 
 import jlora
 import llama
-from finetune import bar, console, fetch, save, triangle, write
+from finetune import at_least, bar, console, fetch, save, triangle, write
 
 CHAT, END = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 
@@ -80,13 +80,16 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Reads what the command line names; what is wrong with it is said in words."""
     run = tyro.cli(Run, args=args)
     try:
-        for name in ("rank", "steps", "batch", "length"):
-            if getattr(run, name) < 1:
-                raise ValueError(f"{name} is {getattr(run, name)}, but must be at least 1")
+        at_least(run, 1, "rank", "steps", "batch", "length")
+        at_least(run, 0, "write")
+        if not 0 < run.lr < math.inf:
+            raise ValueError(f"lr is {run.lr}, but must be a number above 0")
         file, lines = run.model or fetch_smollm(run), read(run.data or fetch_critics(run))
         with console.status(f"reading {file.name}"):
             config, params, tokenizer = llama.read(file)
         data = Data(tokenizer, lines, run.length)
+        jlora.adapt(jax.eval_shape(lambda: params), lora(run))  # a rank too large for the model shows here
+        run.out.mkdir(parents=True, exist_ok=True)  # what is trained will have a place
     except (ValueError, OSError) as error:
         raise SystemExit(f"qlora_decoder: {error}") from error
     console.print(f"model   {file.name}: {config.layers} layers of {config.width}, {size(params)}")
@@ -105,7 +108,7 @@ def finetune(run: Run, config: llama.Config, params, tokenizer, data: "Data") ->
     del params  # what was plain is gone now: the rest runs in what is printed here
     console.print(f"held    {run.scheme}: {size(base)}, {size(linear(base))} in linear layers")
 
-    adapted = jlora.adapt(base, jlora.LoRA(rank=run.rank, alpha=2 * run.rank, target=jlora.targets.linear))
+    adapted = jlora.adapt(base, lora(run))
     evaluate = evaluation(apply, data)
     before, text = evaluate(adapted), writing(run, apply, config, tokenizer, data)
     texts = [text(adapted)]
@@ -128,6 +131,11 @@ def finetune(run: Run, config: llama.Config, params, tokenizer, data: "Data") ->
         f"{results['seconds']:.0f} s in all, {peak:.2f} GB at the peak; the adapter is in {run.out / 'adapter'}"
     )
     return results
+
+
+def lora(run: Run) -> jlora.LoRA:
+    """What is trained: factors of every linear layer."""
+    return jlora.LoRA(rank=run.rank, alpha=2 * run.rank, target=jlora.targets.linear)
 
 
 # --- how weights are held -----------------------------------------------------------------------

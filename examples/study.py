@@ -134,6 +134,8 @@ class Bench:
 
     def __init__(self, study: Study) -> None:
         self.study = study
+        finetune.at_least(study, 1, "seeds", "steps", "batch", "tokens", "held")
+        finetune.at_least(study, 0, "minutes")
         self.until = time.monotonic() + 60 * study.minutes
         given = finetune.Run(model=study.model, data=study.data, length=2 * study.tokens, cache=study.cache)
         _, _, self.config, _, self.params, self.data = finetune.prepare(given)
@@ -155,6 +157,13 @@ class Bench:
             if changed:
                 raise ValueError(f"--resume goes on as {study.out} began, where {', '.join(changed)}")
             self.found = before
+
+        short = int((self.data.tokens <= study.tokens).sum())
+        if short < 5:  # a fifth is held out
+            raise ValueError(
+                f"{short} texts have at most {study.tokens} tokens, and 5 are the least: pass more --tokens"
+            )
+        study.out.mkdir(parents=True, exist_ok=True)  # what is trained will have a place
 
     @property
     def seeds(self) -> range:

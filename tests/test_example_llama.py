@@ -252,6 +252,16 @@ def test_the_whole_program_on_a_small_model(examples, file, tmp_path, capsys):
     assert (
         jlora.count(adapted)[0] == jlora.count(jlora.adapt(params, jlora.LoRA(rank=4, target=jlora.targets.linear)))[0]
     )
+    given = ["--model", str(file), "--data", str(data), "--length", "96", "--out"]
+    for more, words in (
+        ([str(data)], "File exists"),  # and not after the training
+        ([str(tmp_path), "--rank", "500"], "rank 500 is above"),
+        ([str(tmp_path), "--write", "-1"], "write is -1"),
+        ([str(tmp_path), "--lr", "nan"], "lr is nan"),
+        ([str(tmp_path), "--model", str(data)], "is no GGUF"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            decoder.main([*given, *more])
     data.write_text("no tab")
     with pytest.raises(SystemExit, match="not a question, one tab and an answer"):
         decoder.main(["--model", str(file), "--data", str(data)])

@@ -59,6 +59,15 @@ def test_the_study_stops_goes_on_and_judges_every_claim(folder, tsv, tmp_path, m
         study.main(args)
     with pytest.raises(SystemExit, match="steps was 2"):
         study.main([*args, "--steps", "3", "--resume"])
+    for more, words in (
+        (["--seeds", "0"], "seeds is 0"),
+        (["--held", "-5"], "held is -5"),
+        (["--minutes", "nan"], "minutes is nan"),
+        (["--tokens", "1"], "0 texts have at most 1 tokens"),
+        (["--out", str(tsv)], "File exists"),  # and not after the first training
+    ):
+        with pytest.raises(SystemExit, match=words):
+            study.main([*args[:4], "--out", str(tmp_path / "new"), *more])
 
     drawn = {}
     monkeypatch.setattr(study.jlora.plot, "save", lambda figure, path: drawn.update({path.name: figure}))

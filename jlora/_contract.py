@@ -6,7 +6,7 @@ The product of several operands is contracted pair by pair in the order that `op
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora._network import Labels
+from jlora._packed import is_packed
 
 
 @functools.lru_cache(maxsize=65536)
@@ -67,6 +68,17 @@ def explicit_mesh(arrays: Sequence[Any]) -> Any:
     return None
 
 
+def typed(base: Any) -> Any:
+    """What a trace is to see of a weight: of one that is several arrays its shape, dtype and, where their mesh has
+    explicit axes, how it is cut.
+    """
+    if not is_packed(base):
+        return base
+    mesh = explicit_mesh(jax.tree.leaves(base))
+    at = None if mesh is None else NamedSharding(mesh, PartitionSpec(*base.spec()))
+    return jax.ShapeDtypeStruct(base.shape, base.dtype, sharding=at)
+
+
 def spread(arrays: Sequence[Any]) -> bool:
     """Whether some array is known to live on a mesh of several devices, cut or not."""
     meshes = [jax.typeof(a).sharding.mesh for a in arrays]
@@ -99,6 +111,13 @@ def settled(a: jax.Array, sharding: Any) -> jax.Array:
     """An array of an explicit mesh, moved where it does not live there yet; one of no mesh stays."""
     at = jax.typeof(a).sharding
     return a if at == sharding or at.mesh.empty else jax.sharding.reshard(a, sharding)
+
+
+def placed(a: jax.Array, labels: Labels, entry: Mapping[str, Any], mesh: Any) -> jax.Array:
+    """An array of an explicit mesh, its axes of these labels moved where `entry` says; others stay, where they can."""
+    own = (*labels, *(f" {n}" for n in range(len(labels), a.ndim)))
+    known = dict(zip(own, (*jax.typeof(a).sharding.spec, *[None] * a.ndim), strict=False))
+    return settled(a, _sharding(mesh, known | {x: entry[x] for x in labels if x in entry}, own))
 
 
 def automatic(f: Callable[..., jax.Array], arrays: Sequence[jax.Array], spec: PartitionSpec | None = None) -> jax.Array:

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._contract import explicit_mesh
+from jlora._contract import explicit_mesh, placed, settled
 from jlora._network import Labels
 from jlora._term import Operand
 
@@ -28,6 +29,7 @@ class Recipe:
     order: tuple[int, ...]
     shape: tuple[int, ...]
     dtypes: tuple[Any, ...]
+    place: NamedSharding | None
 
     def __call__(self, arrays: tuple[Any, ...]) -> jax.Array:
         own, scalars = arrays[: len(self.stacks)], arrays[len(self.stacks) :]
@@ -38,7 +40,7 @@ class Recipe:
             w = lax.transpose(w.reshape(self.split), self.order).reshape(self.shape)
             for c in scalars:
                 w = w * c.astype(w.dtype)
-        return w
+        return w if self.place is None else settled(w, self.place)
 
 
 @jax.tree_util.register_dataclass
@@ -51,12 +53,14 @@ class Lazy:
       scalars: what the model multiplied it by.
       labels: the atoms of its axes, in the order in which `source` makes them.
       dtypes: those the model cast it to, in turn, after its own.
+      place: where the model moved it last: a mesh, and the mesh axes of each atom. None where it never did.
     """
 
     source: Operand
     scalars: tuple[jax.Array, ...]
     labels: Labels = _static()
     dtypes: tuple[Any, ...] = _static()
+    place: tuple[Any, tuple[tuple[str, Any], ...]] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def dtype(self) -> Any:
@@ -69,6 +73,10 @@ class Lazy:
     def recipe(self, axes: tuple[Labels, ...], size: Mapping[str, int]) -> Recipe:
         """How `arrays` make it, where its axes are the given atoms."""
         assert self.source.fn is not None
+        at = None
+        if self.place is not None:
+            mesh, entry = self.place[0], dict(self.place[1])
+            at = NamedSharding(mesh, PartitionSpec(*(entry.get(g[0]) if g else None for g in axes)))
         return Recipe(
             self.source.fn,
             self.source.stacks,
@@ -77,6 +85,7 @@ class Lazy:
             tuple(self.labels.index(a) for g in axes for a in g),
             tuple(math.prod(size[a] for a in g) for g in axes),
             self.dtypes,
+            at,
         )
 
     def cast(self, dtype: Any) -> "Lazy":
@@ -84,6 +93,17 @@ class Lazy:
 
     def scaled(self, c: jax.Array) -> "Lazy":
         return dataclasses.replace(self, scalars=(*self.scalars, c))
+
+    def placed(self, mesh: Any, entry: Mapping[str, Any]) -> "Lazy":
+        """After the model moved it, its atoms to these mesh axes. Its arrays' stack axes go there now, its own when it
+        is made.
+        """
+        source = self.source
+        move = lambda a, stack: placed(a, stack, entry, mesh)
+        arrays = tuple(map(move, source.arrays, source.stacks))
+        return dataclasses.replace(
+            self, source=dataclasses.replace(source, arrays=arrays), place=(mesh, tuple(entry.items()))
+        )
 
     def split(self, atom: str, outer: int, inner: str) -> "Lazy":
         """After `atom` became `(atom, inner)`, `atom` of size `outer`."""

@@ -47,6 +47,15 @@ class Packed:
         """For each array, the axis of the weight that each of its axes stands for, None for one of its own."""
         raise NotImplementedError
 
+    def spec(self) -> tuple[Any, ...]:
+        """The mesh axes of each axis of the weight as the types of its arrays tell them: those that are explicit."""
+        arrays, _ = self.parts()
+        own: list[Any] = [None] * self.ndim
+        for n, entry in zip(self.axes()[0], jax.typeof(arrays[0]).sharding.spec, strict=False):
+            if n is not None:
+                own[n] = entry
+        return tuple(own)
+
     def describe(self) -> str:
         """What it is, in a word."""
         raise NotImplementedError

@@ -258,6 +258,8 @@ def rule(dot: Dot, forward_mode: bool = False) -> Any:
     keeping it, and under a scan a kept W' would be a second copy of the model. The work on the products is jitted
     apart, so that equal layers share one trace and one lowered function.
     """
+    # what is made in parts of its axes may live elsewhere than what it is added to, or the gradient of
+    home = lambda d, a: settled(d, jax.typeof(a).sharding) if explicit_mesh([a]) is not None else d
     named = lambda f: jax.jit(functools.wraps(f)(functools.partial(f, dot)))
     merge, delta, gradients = named(_merge), named(_delta), named(_owed)
 
@@ -269,7 +271,7 @@ def rule(dot: Dot, forward_mode: bool = False) -> Any:
         if dot.w is None:
             return change
         y = _base_dot(dot, xs[0], base)
-        return y + change.astype(y.dtype)
+        return y + home(change.astype(y.dtype), y)
 
     if forward_mode:
         return f
@@ -294,8 +296,6 @@ def rule(dot: Dot, forward_mode: bool = False) -> Any:
             # dead code unless somebody asks: W0 is frozen
             dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, **_like(base))
             dbase = _sum(dbase, dw, base)
-        # what was made in parts of its axes may live elsewhere than what it is the gradient of
-        home = lambda d, a: settled(d, jax.typeof(a).sharding) if explicit_mesh([a]) is not None else d
         dxs = [jnp.zeros_like(x) if d is None else home(d, x) for x, d in zip(xs, dxs, strict=True)]
         return type(xs)(dxs), None if dbase is None else home(dbase, base), type(operands)(grads)
 

@@ -10,6 +10,7 @@ expression, into a dense one.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._contract import View, contract
+from jlora._contract import View, contract, placed
 from jlora._lazy import Lazy, again
 from jlora._network import Labels
 from jlora._term import Operand, Sides, Term
@@ -214,6 +215,22 @@ class Weight:
         axes = tuple(tuple(a for a in g if not (drop and a == atom)) for g in me.axes)
         gain = tuple(map(word, me.gain))
         return me.replace(base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes, gain=gain)
+
+    def moved(self, base: Any, mesh: Any, entry: Mapping[str, Any]) -> "Weight":
+        """After the model moved it, its atoms to these mesh axes: the stack axes of the factors go along.
+
+        An axis behind a rank stays: the contraction that meets it brings it, in the dtype of the activation.
+        """
+
+        def word(o: Operand) -> Operand:
+            leading = tuple(itertools.takewhile(entry.__contains__, o.labels))
+            carried = o.stacks if o.fn is not None else (leading,) * len(o.arrays)
+            move = lambda a, labels: placed(a, labels, entry, mesh)
+            return dataclasses.replace(o, arrays=tuple(map(move, o.arrays, carried)))
+
+        on = lambda operands: tuple(map(word, operands))
+        terms = tuple(dataclasses.replace(t, operands=on(t.operands)) for t in self.terms)
+        return self.replace(base=base, terms=terms, gain=on(self.gain))
 
     def resized(self, atom: str, size: int) -> "Weight":
         return self.replace(sizes=tuple((a, size if a == atom else n) for a, n in self.sizes))

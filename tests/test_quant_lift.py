@@ -309,6 +309,93 @@ def test_a_mesh_of_explicit_and_automatic_axes():
     assert_close(after, jax.tree.map(lambda a, g: a - 100 * g, ad.trainable, want), 1e-5)
 
 
+def experts(place):
+    """Two experts taken together; `place` is where the model brings their weights first, None for nowhere."""
+
+    def model(p, x):
+        at = jax.typeof(x).sharding
+        known = None if at.mesh.empty else NamedSharding(at.mesh, P(*at.spec))
+        if known is not None and place is not None:
+            p = jax.tree.map(lambda w: jax.sharding.reshard(w, NamedSharding(at.mesh, place)), p)
+        dot = lambda h, w: jax.lax.dot_general(h, w, (((1,), (0,)), ((), ())), out_sharding=known)
+        return jax.vmap(lambda e: dot(jnp.tanh(x @ e["up"]["kernel"]), e["down"]["kernel"]))(p).sum(0)
+
+    return model
+
+
+EXPLICIT = {
+    # name: (mesh axes, stack, model, specs, batch)
+    "tensor": (("data", "tensor"), (), lambda p, x: block(x, p), (P(None, "tensor"), P("tensor")), P("data")),
+    "experts": (("expert", "tensor"), (4,), experts(None), (P("expert", None, "tensor"), P("expert", "tensor")), P()),
+    "experts, data": (("expert", "data"), (4,), experts(None), (P("expert"), P("expert")), P("data")),
+    "moved": (("expert", "data"), (4,), experts(P()), (P("expert"), P("expert")), P(("expert", "data"))),
+    "moved, cut": (("data", "fsdp"), (4,), experts(P()), (P(None, None, "fsdp"), P(None, "fsdp")), P(("data", "fsdp"))),
+}
+
+
+@pytest.mark.parametrize(
+    "scheme,name",
+    [
+        pytest.param(scheme, name, marks=() if (scheme, name) in (("nf4", "tensor"), ("nf4", "moved")) else slow)
+        for slow in (pytest.mark.slow,)
+        for scheme in ("", "nf4")
+        for name in EXPLICIT
+    ],
+)
+def test_types_under_explicit_axes(scheme, name):
+    """The lifted model has the types of the plain one, and the model sees those of dense weights at each step."""
+    names, stack, model, specs, batch = EXPLICIT[name]
+    mesh = jax.make_mesh((4, 2), names, axis_types=(AxisType.Explicit,) * 2)
+    params = {"up": {"kernel": normal(1, *stack, WIDTH, 64)}, "down": {"kernel": normal(2, *stack, 64, WIDTH)}}
+    rules = [(f"{layer}/kernel", spec) for layer, spec in zip(("up", "down"), specs, strict=True)]
+    dense = jlora.shard.abstract(mesh, params, rules)
+    x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32, sharding=NamedSharding(mesh, batch))
+    seen = []
+
+    def watched(p, x):
+        seen.append([jax.typeof(w).sharding.spec for w in jax.tree.leaves(p)])
+        return model(p, x)
+
+    with jax.set_mesh(mesh):
+        want = jax.eval_shape(watched, dense, x)
+        base = jlora.quantize(params, scheme, target=".") if scheme else params
+        for spec in (jlora.LoRA(rank=2, target="."), jlora.DoRA(jlora.LoRA(rank=2, target="."))):
+            ad = jlora.shard.abstract(mesh, jax.eval_shape(lambda spec=spec: jlora.adapt(base, spec)), rules)
+            got = jax.eval_shape(jlora.lift(watched), ad, x)
+            assert got == want and got.sharding == want.sharding
+            places = jax.tree.map(lambda a: a.sharding, ad)
+            near = lambda ad, x, places=places: jlora.lift(watched)(jlora.shard.gathered(ad, places, P()), x)
+            assert jax.eval_shape(near, ad, x).sharding == want.sharding
+    assert all(specs == seen[0] for specs in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method,name", [*(("LoRA", n) for n in EXPLICIT), ("DoRA", "experts"), ("DoRA", "moved, cut"), ("OFT", "experts")]
+)
+def test_numbers_under_explicit_axes(method, name):
+    """A step on weights and on codes, with the mesh set as JAX's guides have it, is the step of one device."""
+    names, stack, model, specs, batch = EXPLICIT[name]
+    mesh = jax.make_mesh((4, 2), names, axis_types=(AxisType.Explicit,) * 2)
+    params = {"up": {"kernel": normal(1, *stack, WIDTH, 64)}, "down": {"kernel": normal(2, *stack, 64, WIDTH)}}
+    rules = [(f"{layer}/kernel", spec) for layer, spec in zip(("up", "down"), specs, strict=True)]
+    lora = jlora.LoRA(rank=2, target=".")
+    spec = {"LoRA": lora, "DoRA": jlora.DoRA(lora), "OFT": jlora.OFT(block=16, target=".")}[method]
+    lifted, x, tx = jlora.lift(model), normal(3, 8, WIDTH), optax.sgd(0.1)
+    loss = lambda ad, x: jnp.mean(lifted(ad, x) ** 2)
+    for base in (params, jlora.quantize(params, "nf4+double", target=".")):
+        trainable, frozen = jlora.split(jlora.adapt(base, spec))
+        trainable = jax.tree.map(np.asarray, moved(trainable, 0.05))
+        want = jax.jit(jax.grad(lambda t, f, x: loss(jlora.join(t, f), x)))(trainable, frozen, x)
+        want = jax.tree.map(lambda a, g: a - 0.1 * g, trainable, want)
+        with jax.set_mesh(mesh):
+            ad = jlora.shard.init(base, spec, mesh, rules)
+            step = jlora.shard.train_step(loss, tx, mesh, ad, batch=batch)
+            places = jax.tree.map(lambda a: a.sharding, ad.trainable)
+            after, *_ = step(jax.device_put(trainable, places), tx.init(ad.trainable), ad.frozen, x)
+        assert_close(after, want, 1e-5)
+
+
 def test_places_that_do_not_fit_are_refused():
     small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, 64)}}, target="up")
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))

@@ -446,14 +446,26 @@ def test_values_do_not_depend_on_the_mesh(method):
 def test_a_start_that_decomposes_the_weight():
     mesh = mesh_of((2, 2, 2), ("data", "fsdp", "tensor"), "Explicit")
     method = jlora.LoRA(rank=2, init="pissa", target="kernel")
-    got = jlora.shard.init(params_of(False), method, mesh, "fsdp+tensor")
+    there = jax.device_put(params_of(False), jlora.shard.shardings(mesh, params_of(False), "fsdp+tensor"))
     want = jlora.adapt(params_of(False), method)
-    a, b = (
-        np.asarray(ad.trainable["layer_0/up/kernel"]["a"]).T @ np.asarray(ad.trainable["layer_0/up/kernel"]["b"])
-        for ad in (got, want)
-    )
-    np.testing.assert_allclose(a, b, atol=1e-5)
-    assert got.frozen.factors["layer_0/up/kernel"]["a0"].sharding.spec == P(None, "fsdp")
+    with jax.set_mesh(mesh):
+        inside = jlora.shard.init(there, method, mesh, "fsdp+tensor")
+    for got in (inside, jlora.shard.init(there, method, mesh, "fsdp+tensor")):
+        a, b = (
+            np.asarray(ad.trainable["layer_0/up/kernel"]["a"]).T @ np.asarray(ad.trainable["layer_0/up/kernel"]["b"])
+            for ad in (got, want)
+        )
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert got.frozen.factors["layer_0/up/kernel"]["a0"].sharding.spec == P(None, "fsdp")
+        held = (ad["layer_0"]["up"]["kernel"].addressable_shards for ad in (got.frozen.base, there))
+        assert all(a.data.unsafe_buffer_pointer() == b.data.unsafe_buffer_pointer() for a, b in zip(*held, strict=True))
+
+
+def test_values_are_those_of_adapt():
+    """Bit for bit: what a compiler may do to a constant factor, it does not do to a start."""
+    params, method = params_of(False), jlora.LoRA(rank=2, init="gaussian", target="up/kernel")
+    want, got = jlora.adapt(params, method), jlora.shard.init(params, method, mesh_of((8,), ("fsdp",)), "fsdp")
+    jax.tree.map(np.testing.assert_array_equal, got.trainable, want.trainable)
 
 
 def test_what_init_refuses():

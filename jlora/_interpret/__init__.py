@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
 from jlora import _merge, _ops, _tree
+from jlora._contract import typed
 from jlora._express import express
 from jlora._interpret import contractions, control, moves
 from jlora._interpret.jaxpr import bind_params, live, source
 from jlora._interpret.moments import moment
 from jlora._ops import Refusal, Use
-from jlora._packed import is_packed
 from jlora._weight import Operand, Weight, is_weight
 from jlora.adapted import Adapted, stable_hash
 
@@ -201,7 +201,7 @@ def call(
         beside[:] = [treedef, inside, [None if i else o for o, i in zip(outs, inside, strict=True)]]
         return [o for o, i in zip(outs, inside, strict=True) if i]
 
-    closed = jax.make_jaxpr(traced)(*[jax.ShapeDtypeStruct(b.shape, b.dtype) if is_packed(b) else b for b in bases])
+    closed = jax.make_jaxpr(traced)(*map(typed, bases))
     expressions: list[Weight] = []
     for a, paths in zip(found, names(found), strict=True):
         get = _merge.lookup(a)

@@ -50,11 +50,16 @@ def _on_base(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> 
 
 def _reshard(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     (w,) = values
-    (base,) = _moved(me, eqn, [w])
-    mesh = eqn.params["dst_sharding"].mesh
-    if AxisType.Explicit not in mesh.axis_types:  # into a region of automatic axes: the factors go there too
-        w = w.each(lambda a: jax.sharding.reshard(a, NamedSharding(mesh, PartitionSpec(*[None] * a.ndim))))
-    return [w if w.lazy is not None else w.replace(base=base)]
+    at = eqn.params["dst_sharding"]
+    if AxisType.Explicit not in at.mesh.axis_types:  # into a region of automatic axes: the factors go there too
+        (base,) = _moved(me, eqn, [w])
+        w = w.each(lambda a: jax.sharding.reshard(a, NamedSharding(at.mesh, PartitionSpec(*[None] * a.ndim))))
+        return [w if w.lazy is not None else w.replace(base=base)]
+    entry: dict[str, Any] = dict.fromkeys(w.atoms)
+    entry |= {group[0]: e for group, e in zip(w.axes, at.spec, strict=False) if group}
+    if w.lazy is not None:
+        return [w.moved(w.lazy.placed(at.mesh, entry), at.mesh, entry)]
+    return [w.moved(me.bind(eqn, [w.base])[0], at.mesh, entry)]
 
 
 def _stop(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:

@@ -35,7 +35,8 @@ def _uniform(bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.
 
 
 def _normal(std: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return std * jax.random.normal(key, shape, dtype)
+    # a barrier, or a compiler multiplies two constants first: what `jit` draws is then not what is drawn without
+    return std * jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype))
 
 
 def check_rank(method: Any) -> None:

@@ -13,7 +13,7 @@ from jax import lax
 
 from jlora import _network
 from jlora._axes import Leaf
-from jlora._contract import contract
+from jlora._contract import automatic, contract
 from jlora._network import Array, Delta, Function, Labels, Recipe, constant
 from jlora._tree import Target
 from jlora.methods.base import Method, zeros
@@ -37,9 +37,15 @@ class Gain:
         terms = list(self._terms([a.astype(jnp.float32) for a in factors]))
         square = n0 + sum(2 * self._over(term, out, w0=w0) for term in terms)
         square = square + sum(self._over(x, out, other=y) for x in terms for y in terms)
-        direct = lambda: jnp.sum((w0 + sum(map(self._dense, terms))) ** 2, self.leaf.axes("ik"))
-        square = lax.cond(jnp.any(square < 0.01 * n0), direct, lambda: square)
-        norm = lax.stop_gradient(jnp.sqrt(square))
+        values, tree = jax.tree.flatten([made for made, *_ in terms])
+
+        def exact(square: jax.Array, w0: jax.Array, n0: jax.Array, *values: jax.Array) -> jax.Array:
+            here = [(made, *rest) for made, (_, *rest) in zip(tree.unflatten(values), terms, strict=True)]
+            direct = lambda: jnp.sum((w0 + sum(map(self._dense, here))) ** 2, self.leaf.axes("ik"))
+            return lax.cond(jnp.any(square < 0.01 * n0), direct, lambda: square)
+
+        # of a batch of experts that are cut along outputs too, JAX's select wants the predicate cut as they are
+        norm = jnp.sqrt(automatic(exact, lax.stop_gradient([square, w0, n0, *values])))
         return 1 + t * (m / jnp.where(norm > 0, norm, 1.0) - 1)
 
     def _terms(self, arrays: list[jax.Array]) -> Any:

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jlora import targets
 from jlora._axes import Leaf
+from jlora._contract import automatic
 from jlora._inverse import inverse
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
@@ -25,6 +27,9 @@ class Cayley:
     n: int
 
     def __call__(self, s: jax.Array, q: jax.Array) -> jax.Array:
+        return automatic(self._made, (s, q), PartitionSpec())
+
+    def _made(self, s: jax.Array, q: jax.Array) -> jax.Array:
         above = jnp.zeros((len(q), self.n, self.n), jnp.float32)
         above = above.at[(slice(None), *np.triu_indices(self.n, 1))].set(s * q.astype(jnp.float32))
         skew, eye = above - above.mT, jnp.eye(self.n)

@@ -1,6 +1,7 @@
 """Weights that are held as codes, gathered as codes."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,15 @@ class Gathered(Packed):
 
     def axes(self) -> tuple[tuple[int | None, ...], ...]:
         return self.leaf.axes()
+
+    def spec(self) -> tuple[Any, ...]:
+        """Its stack axes as they are, its others as they are where the weight is brought."""
+        _, gather = self.parts()
+        known, near = list(self.leaf.spec()), _rules.sayable(gather.home).spec
+        for n, entry in itertools.zip_longest(self.axes()[0], near[: len(self.axes()[0])]):
+            if n is not None and self.roles[n] != "s":
+                known[n] = entry
+        return tuple(known)
 
     def describe(self) -> str:
         return self.leaf.describe()

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from jlora import _tree
 from jlora.adapted import Adapted, Frozen, adapt
 from jlora.shard._specs import shardings
 
@@ -58,27 +59,35 @@ def init(
     """
     # a module of NNX can be called too, but is a tree; a function is a leaf
     made = callable(make_params) and jax.tree.structure(make_params) == jax.tree.structure(0)
-    make = make_params if made else lambda: make_params
-    abstract = [path for path, a in zip(*_leaves(make_params), strict=True) if isinstance(a, jax.ShapeDtypeStruct)]
-    if abstract:
-        raise ValueError(f"{abstract[0]!r} has no values; write a function that makes the parameters, or restore them")
     options = {"key": key, "axes": axes}
-    whole = jax.eval_shape(lambda: adapt(make(), spec, allow_untied=allow_untied, **options))
+    look = lambda params: adapt(params, spec, allow_untied=allow_untied, **options)
+    whole = jax.eval_shape(lambda: look(make_params())) if made else _shapes(look, make_params)
     # an explicit mesh wants every step of an initialiser to say where its result lives: they are made without
     plain = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     places = shardings(plain, whole, base_specs)
-    base = jax.jit(make, out_shardings=places.frozen.base)() if made else jax.device_put(make(), places.frozen.base)
+    at = places.frozen.base
+    base = jax.jit(make_params, out_shardings=at)() if made else jax.device_put(make_params, at)
 
     def factors(base: Any) -> Any:
         adapted = adapt(base, spec, allow_untied=True, **options)  # ties were looked at above, where they can be seen
         return adapted.trainable, adapted.frozen.factors
 
     into = (places.trainable, places.frozen.factors)
-    trainable, frozen = jax.jit(factors, out_shardings=into)(base)
+    with jax.set_mesh(plain):  # the caller may have set `mesh`, and arrays of `plain` are none of its
+        trainable, frozen = jax.jit(factors, out_shardings=into)(base)
     adapted = Adapted(trainable, Frozen(base, frozen, None, whole.frozen.plan))
     return jax.device_put(adapted, jax.tree.map(lambda s: NamedSharding(mesh, s.spec), places))
 
 
-def _leaves(params: Any) -> tuple[list[str], list[Any]]:
-    found = jax.tree_util.tree_leaves_with_path(params)
-    return [jax.tree_util.keystr(path) for path, _ in found], [leaf for _, leaf in found]
+def _shapes(fn: Callable[[Any], Any], params: Any) -> Any:
+    """`eval_shape` for arrays that are on some mesh already: their types do not say so, and a tie stays one."""
+    found, treedef = jax.tree.flatten_with_path(params)
+    bare = [jax.tree_util.keystr(path) for path, a in found if isinstance(a, jax.ShapeDtypeStruct)]
+    if bare:
+        more = f" and {len(bare) - 5} more" if len(bare) > 5 else ""
+        raise ValueError(
+            f"{', '.join(bare[:5])}{more}: an array that has no values; write a function that makes the parameters, "
+            "or restore them"
+        )
+    kinds = {id(a): jax.ShapeDtypeStruct(*_tree.shape_dtype(a)) for _, a in found}
+    return jax.eval_shape(lambda known: fn(treedef.unflatten([known[id(a)] for _, a in found])), kinds)

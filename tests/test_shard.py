@@ -213,6 +213,11 @@ def test_unknown_leaves_are_printed_or_refused(capsys):
         ([("query", P(None, None, "fsdp"))], r"'query/kernel' of shape \(16, 24\).*more entries than axes"),
         ({"key": P()}, "says nothing of .*query/kernel.*write P"),
         ({"query": {"kernel": "fsdp"}}, "holds str at 'query/kernel'"),
+        ([("query", "fsdp")], "'query/kernel': 'fsdp' is no PartitionSpec"),
+        ([("query", None)], "'query/kernel': None is no PartitionSpec"),
+        ([("query", P("fsdp", "fsdp"))], r"'query/kernel'.* \['fsdp'\] more than once"),
+        ([("query", P(("fsdp", "tensor"), "tensor"))], r"'query/kernel'.* \['tensor'\] more than once"),
+        ([("query", P(P.UNCONSTRAINED))], "'query/kernel'.*neither a mesh axis nor None"),
     ],
 )
 def test_specs_that_do_not_fit(given, words):
@@ -224,6 +229,30 @@ def test_arrays_on_no_mesh_are_named():
     adapted = jlora.adapt({"query": {"kernel": jnp.ones((4, 4))}}, jlora.LoRA(rank=2))
     with pytest.raises(ValueError, match=r"'query/kernel'.*are on no mesh; write .*jlora.shard.shardings"):
         jlora.shard.state_shardings(optax.adam(1e-3), adapted)
+
+
+@pytest.mark.parametrize(
+    "given,words",
+    [
+        ({"clip": 0.0}, "clip=0.0.*above 0"),
+        ({"clip": -1.0}, "clip=-1.0.*above 0"),
+        ({"accumulate": 0}, "accumulate=0.*at least one"),
+        ({"batch": "data"}, "batch='data'.*a PartitionSpec"),
+        ({"batch": None}, "batch=None.*a PartitionSpec"),
+        ({"mesh": ((4,), ("data",))}, "the adapter lives on Mesh.*'data': 8.*not on the mesh that was given, Mesh.*4"),
+    ],
+)
+def test_steps_that_cannot_be(given, words):
+    mesh = mesh_of((8,), ("data",))
+    whole = jax.eval_shape(lambda p: jlora.adapt(p, jlora.LoRA(rank=2)), shapes(query=(8, 8)))
+    adapted = jlora.shard.abstract(mesh, whole, P())
+    few = {"axis_types": (AxisType.Auto,), "devices": jax.devices()[:4]}
+    other = jax.make_mesh(*given["mesh"], **few) if "mesh" in given else mesh
+    options = {"batch": P("data"), **{k: v for k, v in given.items() if k != "mesh"}}
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        jlora.shard.train_step(lambda ad, x: 0.0, optax.adam(1e-3), other, adapted, **options)
+    with pytest.raises(TypeError, match="takes an Adapted, not dict"):
+        jlora.shard.state_shardings(optax.adam(1e-3), adapted.trainable)
 
 
 # Training -----------------------------------------------------------------------------------------

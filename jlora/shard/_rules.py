@@ -95,7 +95,7 @@ def resolve(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes) -
 
     Raises:
       ValueError: an unknown preset, a leaf without a spec, a spec with more entries than its leaf has axes, a mesh
-        axis that the mesh has not; for a preset, unknown leaves of more than 1 % of the bytes.
+        axis that the mesh has not, or that a spec has twice; for a preset, unknown leaves of over 1 % of the bytes.
     """
     if isinstance(given, str):
         found: Sequence[Any] = _preset(tree, roles, given)
@@ -110,9 +110,14 @@ def resolve(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes) -
     entries, bad = [], []
     for path, leaf, spec in zip(tree.paths, tree.leaves, found, strict=True):
         shape, _ = _tree.shape_dtype(leaf)
+        if not isinstance(spec, (tuple, PartitionSpec)):
+            bad.append(f"{path!r}: {spec!r} is no PartitionSpec")
+            continue
         own = tuple(spec)
-        strange = [e for e in own if not all(isinstance(n, str) for n in names(e))]
-        unknown = sorted({n for e in own for n in names(e) if not strange and sizes is not None and n not in sizes})
+        strange = [e for e in own if not isinstance(e, (str, tuple, type(None))) or {*map(type, names(e))} - {str}]
+        every = [n for e in own if not strange for n in names(e)]
+        unknown = sorted({n for n in every if sizes is not None and n not in sizes})
+        twice = sorted({n for n in every if every.count(n) > 1})
         if len(own) > len(shape):
             bad.append(f"{path!r} of shape {shape} has the spec {spec}, with more entries than axes")
         elif strange:
@@ -122,6 +127,8 @@ def resolve(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes) -
                 f"{path!r}: {spec} names {unknown}, and the mesh has {sorted(sizes or ())}; logical names are turned "
                 "into mesh axes first (nn.logical_to_mesh)"
             )
+        elif twice:
+            bad.append(f"{path!r}: {spec} has {twice} more than once; a mesh axis cuts one axis of an array")
         else:
             entries.append(fitted(own + (None,) * (len(shape) - len(own)), shape, sizes))
     if bad:
@@ -139,11 +146,12 @@ def _from_tree(tree: _tree.Named, given: Any) -> list[PartitionSpec]:
     """Specs by path, so that boxes on either side do not matter; one above several leaves is for all of them."""
     specs = _tree.flatten(given)
     at = dict(zip(specs.paths, specs.leaves, strict=True))
-    strange = [path for path, spec in at.items() if not isinstance(spec, PartitionSpec)]
+    strange = [f"{type(spec).__name__} at {path!r}" for path, spec in at.items() if not isinstance(spec, PartitionSpec)]
     if strange:
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
         raise ValueError(
-            f"base_specs holds {type(at[strange[0]]).__name__} at {strange[0]!r}, not a PartitionSpec; of a tree with "
-            "boxes, nn.get_partition_spec(params) or nnx.get_partition_spec(state) makes one"
+            f"base_specs holds {', '.join(strange[:5])}{more}, not PartitionSpecs; of a tree with boxes, "
+            "nn.get_partition_spec(params) or nnx.get_partition_spec(state) makes one; rules are [(pattern, spec), ...]"
         )
 
     def above(path: str) -> PartitionSpec | None:

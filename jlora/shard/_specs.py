@@ -220,6 +220,7 @@ def state_shardings(tx: Any, adapted: Adapted) -> Any:
       NamedShardings in the structure of the state.
 
     Raises:
+      TypeError: `adapted` is no `Adapted`.
       ValueError: a factor that is on no mesh.
 
     Example:
@@ -231,6 +232,10 @@ def state_shardings(tx: Any, adapted: Adapted) -> Any:
       >>> places[0].mu["query/kernel"]["a"].spec, places[0].count.spec
       (P(None, 'fsdp'), P())
     """
+    if not is_adapted(adapted):
+        raise TypeError(
+            f"state_shardings takes an Adapted, not {type(adapted).__name__}: jlora.join(trainable, frozen)"
+        )
     everywhere = NamedSharding(mesh_of(adapted), PartitionSpec())
     leaves = jax.tree_util.tree_leaves_with_path(adapted.trainable)
     known = {(path, tuple(a.shape)): a.sharding for path, a in leaves}

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jlora.adapted import Adapted, join
 from jlora.shard._gather import gathered
 from jlora.shard._rules import sayable
-from jlora.shard._specs import sharding_of, state_shardings
+from jlora.shard._specs import mesh_of, sharding_of, state_shardings
 
 
 def train_step(
@@ -47,7 +47,8 @@ def train_step(
       The step.
 
     Raises:
-      ValueError: arrays that are on no mesh; fewer microbatches than one.
+      ValueError: arrays that are on no mesh, or on another; fewer microbatches than one; a clip that is no norm; a
+        batch that is no spec.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax
@@ -67,6 +68,11 @@ def train_step(
     """
     if accumulate < 1:
         raise ValueError(f"train_step(accumulate={accumulate}): at least one microbatch")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"train_step(clip={clip}): a norm above 0, or None for any")
+    strange = [s for s in jax.tree.leaves(batch, is_leaf=_is_spec) if not _is_spec(s)]
+    if strange or batch is None:
+        raise ValueError(f"train_step(batch={batch!r}): a PartitionSpec for all arrays of a batch, or a tree of them")
     update = optax.with_extra_args_support(tx).update
 
     def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
@@ -94,8 +100,10 @@ def train_step(
         return optax.apply_updates(trainable, updates), state, {"loss": value, "grad_norm": norm}
 
     place = lambda spec: NamedSharding(mesh, PartitionSpec(None, *spec) if accumulate > 1 else spec)
-    batches = jax.tree.map(place, batch, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    batches = jax.tree.map(place, batch, is_leaf=_is_spec)
     places, state = sharding_of(adapted), state_shardings(tx, adapted)
+    if isinstance(own := mesh_of(adapted), Mesh) and own != mesh:
+        raise ValueError(f"train_step: the adapter lives on {own}, not on the mesh that was given, {mesh}")
     near = lambda frozen: gathered(frozen, places.frozen, batch)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -104,3 +112,7 @@ def train_step(
         out_shardings=(places.trainable, state, everywhere),
         donate_argnums=(0, 1),
     )
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)

@@ -231,6 +231,11 @@ def test_donation_frees_each_weight():
     with pytest.raises(ValueError, match="'second'.*1 NaN"):
         jlora.quantize(tree, target=".", donate=True)
     assert not any(w.is_deleted() for w in tree.values())  # refused whole
+    w = normal(3, 64, 64)  # one array under two paths: in two layouts, or plain under one
+    tree = jlora.quantize({"table": {"embedding": w}, "head": {"kernel": w}}, target=".", donate=True)
+    assert w.is_deleted() and isinstance(tree["table"]["embedding"], jlora.quant.Quantized)
+    w = normal(3, 64, 64)
+    assert jlora.quantize({"table": w, "head": w}, target="head", donate=True)["table"] is w and not w.is_deleted()
 
 
 @pytest.mark.slow
@@ -245,6 +250,22 @@ def test_shapes_alone():
     assert made["w"].shape == (128, 4)
     again = jlora.quantize({"w": jax.ShapeDtypeStruct((128, 4), jnp.float32)}, "nf4+double", target="w")
     assert jax.tree.leaves(again) == jax.tree.leaves(made)
+
+
+@pytest.mark.parametrize("shape", [(3, 512, 8), pytest.param((2, 60, 8), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["Explicit", pytest.param("Auto", marks=pytest.mark.slow)])
+def test_weights_that_lie_on_a_mesh(shape, kind):
+    """The numbers of one device; codes and scales where the weight is, as far as the mesh divides them."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=2 * (jax.sharding.AxisType[kind],))
+    w = normal(16, *shape)
+    cut = jax.device_put(w, jax.NamedSharding(mesh, jax.P(None, "fsdp", "tensor")))
+    for scheme in ("nf4+double", "nf3", "nf8", "int8"):
+        there, here = (jlora.quantize({"layers": {"kernel": x}}, scheme)["layers"]["kernel"] for x in (cut, w))
+        for name, a in here.arrays.items():
+            np.testing.assert_array_equal(there.arrays[name], a, err_msg=f"{scheme} {name}")
+        np.testing.assert_allclose(there.dequantize(), here.dequantize(), rtol=3e-7)
+        if shape[1] == 512:
+            assert there.arrays["codes"].sharding.spec == jax.P(None, "fsdp", "tensor")
 
 
 def test_stacks_are_quantised_apart():

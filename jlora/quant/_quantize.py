@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _axes, _tree, targets
+from jlora._contract import explicit_mesh
 from jlora._packed import is_packed, sound
 from jlora._tree import Target
 from jlora.adapted import Adapted, is_adapted
@@ -41,10 +44,30 @@ def _encoded(w: jax.Array, codec: Codec, roles: str) -> tuple[jax.Array, ...]:
 
 
 def quantized(w: Any, codec: Codec, roles: str) -> Quantized:
-    """One weight, in its own axes."""
-    encode = functools.partial(_encoded, codec=codec, roles=roles)
-    arrays = jax.eval_shape(encode, w) if isinstance(w, jax.ShapeDtypeStruct) else encode(jnp.asarray(w))
-    return Quantized(tuple(arrays), codec, roles)
+    """One weight, in its own axes; of one on a mesh with explicit axes, codes and scales lie where it does."""
+    encode: Any = functools.partial(_encoded, codec=codec, roles=roles)
+    shapes = Quantized(jax.eval_shape(encode, jax.ShapeDtypeStruct(w.shape, w.dtype)), codec, roles)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return shapes
+    w = jnp.asarray(w)
+    if explicit_mesh([w]) is not None:
+        encode = jax.sharding.auto_axes(encode, out_sharding=_places(shapes, jax.typeof(w).sharding))
+    return Quantized(tuple(encode(w)), codec, roles)
+
+
+def _places(leaf: Quantized, at: Any) -> tuple[NamedSharding, ...]:
+    """Where the arrays of a leaf are, along the axes of a weight that lies at `at` and that the mesh divides."""
+    spec = (*at.spec, *[None] * len(leaf.shape))
+
+    def cut(n: int | None, size: int) -> Any:
+        names: Any = None if n is None else spec[n]
+        ways = math.prod(at.mesh.shape[x] for x in (names if isinstance(names, tuple) else (names,)) if x)
+        return names if size % ways == 0 else None
+
+    return tuple(
+        NamedSharding(at.mesh, PartitionSpec(*map(cut, axes, a.shape)))
+        for axes, a in zip(leaf.axes(), jax.tree.leaves(leaf), strict=True)
+    )
 
 
 _finite = jax.jit(lambda w: jnp.all(jnp.isfinite(w)))
@@ -178,7 +201,8 @@ def quantize(
         if not tied:
             made[known] = quantized(leaf, how, letters[n])
         leaves[n] = made[known]
-        if donate and not tied and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+        elsewhere = any(x is leaf for x in leaves)  # under a path that stays plain, or whose turn will come
+        if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and not elsewhere:
             jax.block_until_ready(leaves[n])
             leaf.delete()
     return jax.tree.unflatten(tree.treedef, leaves)

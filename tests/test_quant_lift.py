@@ -331,13 +331,13 @@ EXPLICIT = {
     "moved": (("expert", "data"), (4,), experts(P()), (P("expert"), P("expert")), P(("expert", "data"))),
     "moved, cut": (("data", "fsdp"), (4,), experts(P()), (P(None, None, "fsdp"), P(None, "fsdp")), P(("data", "fsdp"))),
 }
+TYPES_FIRST = ("nf4", "tensor"), ("nf4", "moved")  # in the fast part
 
 
 @pytest.mark.parametrize(
     "scheme,name",
     [
-        pytest.param(scheme, name, marks=() if (scheme, name) in (("nf4", "tensor"), ("nf4", "moved")) else slow)
-        for slow in (pytest.mark.slow,)
+        pytest.param(scheme, name, marks=() if (scheme, name) in TYPES_FIRST else pytest.mark.slow)
         for scheme in ("", "nf4")
         for name in EXPLICIT
     ],

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jlora import _table
 
 if TYPE_CHECKING:
@@ -121,6 +123,13 @@ def given(name: str, found: Mapping[str, Any]) -> None:
     """Raises unless there is something to draw."""
     if not len(found):
         raise ValueError(f"plot.{name}: nothing to draw; give it at least one label")
+
+
+def positive(name: str, label: str, sizes: Any) -> None:
+    """Raises unless all sizes have a place on a logarithmic axis."""
+    bad = [x for x in np.atleast_1d(sizes).tolist() if not x > 0]
+    if bad:
+        raise ValueError(f"plot.{name}: {label!r} has a size of {bad[0]}, for which a logarithmic axis has no place")
 
 
 def written(ax: Any, *, title: str, xlabel: str, ylabel: str = "") -> None:

@@ -22,6 +22,7 @@ from jlora.plot._style import (
     imported,
     legend_of,
     line,
+    positive,
     written,
 )
 
@@ -56,10 +57,7 @@ def pareto(
     """
     given("pareto", points)
     for label, (parameters, _) in points.items():
-        if not parameters > 0:
-            raise ValueError(
-                f"plot.pareto: {label!r} has {parameters} parameters, which a logarithmic axis has no room for"
-            )
+        positive("pareto", label, parameters)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax, width=WIDTH + 1.4)
@@ -160,10 +158,7 @@ def sweep(
             values = times * np.atleast_2d(np.asarray(values, np.float64))
             if values.shape[1:] != np.shape(sizes):
                 raise ValueError(f"plot.sweep: {label!r} has {np.shape(sizes)} sizes and scores {values.shape}")
-            if not np.all(np.asarray(sizes) > 0):
-                raise ValueError(
-                    f"plot.sweep: {label!r} has sizes of 0 or less, which a logarithmic axis has no room for"
-                )
+            positive("sweep", label, sizes)
             style = line(n)
             on.plot(sizes, values.mean(0), label=label, **style)
             if len(values) > 1:

@@ -59,7 +59,7 @@ def _joined(q: str, k: str, v: str, out: str, leaf: str) -> Members:
 LIBRARIES = (
     Library(
         "Flax",
-        "flax/linen/attention.py MultiHeadDotProductAttention: DenseGeneral(features=(heads, head_dim)), out: axis=(-2, -1)",
+        "flax/linen/attention.py MultiHeadDotProductAttention: DenseGeneral((heads, head_dim)), out: axis=(-2, -1)",
         (_attention("query", "key", "value", "out", "kernel"), _joined("query", "key", "value", "out", "kernel")),
         stacks=(0, 1, 2),
     ),

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1] / "jlora"
 
 # From the ground up: a room imports from those before it. A package counts as one room.
 ROOMS = (
-    "_inverse", "_packed", "_tree", "_conventions", "_axes", "_network", "_contract", "_rule", "_term", "_lazy", "_weight",
-    "_express", "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_merge", "quant",  # methods know no jaxpr
+    "_inverse", "_packed", "_tree", "_conventions", "_layouts", "_axes", "_network", "_contract", "_rule", "_term",
+    "_lazy", "_weight", "_express",
+    "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_merge", "quant",  # methods know no jaxpr
     "_ops", "_lookup", "_conv", "_interpret", "lift", "explain", "init", "optim",  # one room knows jaxprs
     "rank", "shard", "serve", "combine", "prompt", "bottleneck",
     "io", "analysis", "plot", "__main__",  # nobody below io knows a file format

@@ -48,10 +48,10 @@ def models() -> dict[str, tuple[Leaf, ...]]:
 
 
 def nested(leaves: tuple[Leaf, ...], make) -> dict:
-    """The tree as nested dictionaries; `make(leaf)` gives what stands at each leaf."""
+    """The tree as nested dictionaries of `make(leaf)`; a key of Haiku holds slashes, written `%2F` in a path."""
     tree: dict = {}
     for leaf in leaves:
-        *steps, name = leaf.path.split("/")
+        *steps, name = (step.replace("%2F", "/").replace("%25", "%") for step in leaf.path.split("/"))
         node = tree
         for step in steps:
             node = node.setdefault(step, {})

@@ -176,6 +176,7 @@ class Shared(methods.Method):
     note: "str | None" = None
     bounds: tuple[tuple[float, float], ...] = ()
     mode: int | str = 1
+    odd: "Anything" = None  # noqa: F821
     target: str = "kernel$"
 
     def recipe(self, leaf):
@@ -211,8 +212,10 @@ def test_a_method_of_ones_own(tmp_path):
         load(tmp_path / "x", plain(), methods=[impostor])
     with pytest.raises(ValueError, match="rename your class"):
         save(tmp_path / "y", jlora.adapt(plain(), impostor()))
-    with pytest.raises(ValueError, match="Shared.note is .* cannot be saved"):
-        save(tmp_path / "y", jlora.adapt(plain(), Shared(note=print)))
+    with pytest.raises(ValueError, match="Shared.odd is .* cannot be saved"):
+        save(tmp_path / "y", jlora.adapt(plain(), Shared(odd=print)))
+    with pytest.raises(ValueError, match=r"Shared\(note=.*: a string or None"):
+        Shared(note=print)
     assert os.listdir(tmp_path) == ["x"]
 
 

@@ -10,6 +10,7 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta
 from jlora._tree import Target
+from jlora.methods._fields import Rank
 from jlora.methods.base import LowRank, normal, zeros
 
 
@@ -34,7 +35,7 @@ class AdaLoRA(LowRank):
       Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023.
     """
 
-    rank: int = 12
+    rank: Rank = 12
     target: Target = targets.linear
 
     def delta(self, leaf: Leaf) -> Delta:

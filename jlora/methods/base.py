@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jlora._axes import Leaf
 from jlora._network import Delta, Recipe
 from jlora._tree import Target
+from jlora.methods import _fields
+from jlora.methods._fields import Alpha, Dtype, Rank
 
 Init: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -39,13 +41,6 @@ def _normal(std: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Arr
     return std * jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype))
 
 
-def check_rank(method: Any) -> None:
-    """Raises unless a method's rank is a whole number of at least 0."""
-    rank = method.rank
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-        raise ValueError(f"{type(method).__name__}(rank={rank!r}): a rank is an integer of at least 0")
-
-
 def check_low_rank(leaf: Leaf, rank: int) -> None:
     """Raises unless a weight has two sides, each at least `rank` wide."""
     if not leaf.axes("o") or not leaf.axes("ik"):
@@ -62,11 +57,15 @@ class Method:
     A subclass adds its hyperparameters as fields and says, in `recipe`, its equation for a leaf. From that the
     library derives merging, the forward pass, counting, the table, what is saved, and how factors are sharded.
 
+    Fields are checked against their type hints when a method is made, and spelled as these say: `jnp.bfloat16` becomes
+    "bfloat16", 4 becomes 4.0 where a float is meant; a flag is no number, and a number no flag. So what is trained can
+    be saved. A `__post_init__` of a subclass begins with `super().__post_init__()`.
+
     Attributes:
       target: which weights it adapts: a regular expression searched in the path, a list of them, or a callable
         `(path, leaf) -> bool`.
       exclude: which of those it leaves alone, said in the same way.
-      dtype: of its factors, whatever the base's.
+      dtype: of its factors, whatever the base's: a floating point dtype or its name.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, jlora
@@ -92,7 +91,10 @@ class Method:
 
     target: Target = ""
     exclude: Target = ()
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        _fields.settle(self, but=("target", "exclude"))
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         """How a weight of this shape is computed; None where the method leaves it alone (rank 0).
@@ -100,7 +102,7 @@ class Method:
         Raises:
           ValueError: where the method's formula makes no sense for this shape, in words.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} says no recipe(leaf): a method is a subclass that has one")
 
     def initial(
         self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
@@ -131,11 +133,8 @@ class LowRank(Method):
       alpha: the numerator of s; the rank by default, so that s is 1.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        check_rank(self)
+    rank: Rank = 8
+    alpha: Alpha = None
 
     @property
     def scale(self) -> float:

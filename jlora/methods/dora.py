@@ -113,6 +113,7 @@ class DoRA(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Method):
             raise TypeError(f"DoRA takes a method, DoRA(LoRA(rank=8)), not {self.inner!r}")
+        super().__post_init__()
         for name in ("target", "exclude"):
             mine, inner = _tuple(getattr(self, name)), _tuple(getattr(self.inner, name))
             if inner != () and mine not in ("", (), inner):  # a plan keeps methods without their targets

@@ -23,6 +23,7 @@ class Full(Method):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.target == "":
             raise ValueError("Full() would train every leaf; name them: Full(target=r'classifier/')")
 

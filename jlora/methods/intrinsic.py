@@ -8,7 +8,7 @@ Aghajanyan, Zettlemoyer and Gupta, `Intrinsic Dimensionality Explains the Effect
 import dataclasses
 import math
 import zlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
+from jlora.methods._fields import Seed, at_least
 from jlora.methods._projections import PROJECTIONS
 from jlora.methods.base import Method, zeros
 
@@ -87,18 +88,11 @@ class IntrinsicDimension(Method):
       Fine-Tuning <https://arxiv.org/abs/2012.13255>`_, 2020.
     """
 
-    d: int
+    d: Annotated[int, at_least(1, "d is a whole number of at least 1")]
     projection: Literal["fastfood", "dense", "sparse"] = "fastfood"
     said: bool = True
-    seed: int = 0
+    seed: Seed = 0
     target: Target = dataclasses.field(default=targets.everything, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.d, int) or isinstance(self.d, bool) or self.d < 1:
-            raise ValueError(f"IntrinsicDimension({self.d!r}): d is a whole number of at least 1")
-        if self.projection not in PROJECTIONS:
-            names = ", ".join(map(repr, PROJECTIONS))
-            raise ValueError(f"IntrinsicDimension(projection={self.projection!r}): write one of {names}")
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         theta = Array("theta", zeros, (self.d,), group=f"intrinsic/{self.seed}/{self.d}", stacked=False)

@@ -5,7 +5,7 @@ Edalati et al, `KronA: Parameter Efficient Tuning with Kronecker Adapter <https:
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,10 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, Recipe
 from jlora._tree import Target
+from jlora.methods._fields import at_least, nonzero
 from jlora.methods.base import Method, uniform, zeros
+
+Size = Annotated[int, at_least(1, "a size is an integer of at least 1")]
 
 
 def factorize(size: int, factor: int = -1) -> tuple[int, int]:
@@ -74,8 +77,8 @@ class KronA(Method):
       Edalati et al, `KronA <https://arxiv.org/abs/2212.10650>`_, 2022.
     """
 
-    factors: tuple[int, int] | None = None
-    scale: float = 1.0
+    factors: tuple[Size, Size] | None = None
+    scale: Annotated[float, nonzero("the scale")] = 1.0
     residual: bool = False
     target: Target = targets.attention
 

@@ -6,13 +6,17 @@ Yeh et al, `Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to 
 
 import dataclasses
 import math
+from typing import Annotated
 
 from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Recipe
 from jlora._tree import Target
-from jlora.methods.base import Method, check_rank, uniform, zeros
+from jlora.methods._fields import Alpha, Holds, Rank
+from jlora.methods.base import Method, uniform, zeros
 from jlora.methods.krona import factorize
+
+Factor = Annotated[int, Holds(lambda n: n == -1 or n >= 1, "a factor is an integer of at least 1, or -1")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,15 +43,12 @@ class LoKr(Method):
       Yeh et al, `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2023.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    factor: int = -1
+    rank: Rank = 8
+    alpha: Alpha = None
+    factor: Factor = -1
     decompose_both: bool = False
     tucker: bool = False
     target: Target = targets.attention
-
-    def __post_init__(self) -> None:
-        check_rank(self)
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.rank == 0:

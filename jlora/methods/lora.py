@@ -8,7 +8,7 @@ Kalajdzievski, `A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,13 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, Recipe
 from jlora._tree import Target
-from jlora.methods.base import Init, Method, check_low_rank, check_rank, normal, uniform, zeros
+from jlora.methods._fields import Alpha, Holds, Rank, Rate
+from jlora.methods.base import Init, Method, check_low_rank, normal, uniform, zeros
 from jlora.methods.starts import OLoRA, Orthogonal, PiSSA, Start
 
-Slices = tuple[tuple[int, int], ...]
+Range = Annotated[tuple[int, int], Holds(lambda r: True, "a range (start, stop) of whole numbers")]
+Slices = tuple[Range, ...]
+Begins = Annotated[Start, Holds(lambda s: isinstance(s, Start), "a value of jlora.init")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,27 +85,18 @@ class LoRA(Method):
       Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
     """
 
-    rank: int = 8
-    alpha: float | None = None
+    rank: Rank = 8
+    alpha: Alpha = None
     scaling: Literal["rank", "sqrt"] = "rank"
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "paired"] | Start = "kaiming"
-    dropout: float = 0.0
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "paired"] | Begins = "kaiming"
+    dropout: Rate = 0.0
     slices: Slices | None = None
     target: Target = targets.attention
 
     def __post_init__(self) -> None:
-        check_rank(self)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA(dropout={self.dropout}): a rate lies in [0, 1)")
-        if self.scaling not in ("rank", "sqrt"):
-            raise ValueError(f"LoRA(scaling={self.scaling!r}): write 'rank' (alpha / r) or 'sqrt' (alpha / sqrt(r))")
-        if not isinstance(self.init, Start) and self.init not in ("kaiming", "gaussian", *NAMED):
-            names = ", ".join(map(repr, ("kaiming", "gaussian", *NAMED)))
-            raise ValueError(f"LoRA(init={self.init!r}): write one of {names} or a value of jlora.init")
-        if self.slices is not None:
-            if self.start is not None:
-                raise ValueError(f"LoRA(slices=..., init={self.init!r}): slices start as 'kaiming' or 'gaussian'")
-            object.__setattr__(self, "slices", tuple((int(a), int(b)) for a, b in self.slices))
+        super().__post_init__()
+        if self.slices is not None and self.start is not None:
+            raise ValueError(f"LoRA(slices=..., init={self.init!r}): slices start as 'kaiming' or 'gaussian'")
 
     @property
     def scale(self) -> float:

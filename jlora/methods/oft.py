@@ -4,6 +4,7 @@ Qiu et al, `Controlling Text-to-Image Diffusion by Orthogonal Finetuning <https:
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jlora._contract import automatic
 from jlora._inverse import inverse
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
+from jlora.methods._fields import at_least
 from jlora.methods.base import Method, zeros
 
 
@@ -58,18 +60,14 @@ class OFT(Method):
       Qiu et al, `OFT <https://arxiv.org/abs/2306.07280>`_, 2023.
     """
 
-    block: int = 32
+    block: Annotated[int, at_least(2, "a block holds an integer number of inputs, at least two")] = 32
     target: Target = targets.attention
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.block, int) or self.block < 2:
-            raise ValueError(f"OFT(block={self.block!r}): a block holds at least two inputs")
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if not leaf.axes("ik") or not leaf.axes("o"):
             raise ValueError("a rotation of the inputs needs input and output axes")
         d_in = leaf.size("ik")
-        n = max(n for n in range(1, self.block + 1) if d_in % n == 0)
+        n = max(n for n in range(1, min(self.block, d_in) + 1) if d_in % n == 0)
         if n == 1:
             raise ValueError(f"no block from 2 to {self.block} divides the input width {d_in}; write OFT(block={d_in})")
         q = Array("q", zeros, (d_in // n, n * (n - 1) // 2))

@@ -12,6 +12,7 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, constant
 from jlora._tree import Target
+from jlora.methods._fields import Rank, Seed
 from jlora.methods.base import LowRank, zeros
 from jlora.methods.vera import draw, shared
 
@@ -39,8 +40,8 @@ class RandLoRA(LowRank):
       Albert et al, `RandLoRA <https://arxiv.org/abs/2502.00987>`_, 2025.
     """
 
-    rank: int = 32
-    seed: int = 0
+    rank: Rank = 32
+    seed: Seed = 0
     target: Target = targets.attention
 
     def delta(self, leaf: Leaf) -> Delta:

@@ -37,6 +37,7 @@ class SSF(Method):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.target == "":
             raise ValueError("SSF() needs the layers named, kernels and biases: SSF(target=r'(kernel|scale|bias)$')")
 

@@ -40,6 +40,7 @@ class Sum(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.first, Method) or not isinstance(self.second, Method):
             raise TypeError(f"Sum takes two methods, Sum(LoRA(rank=8), KronA()), not {self.first!r}, {self.second!r}")
+        super().__post_init__()
         for name in ("target", "exclude"):
             if getattr(self, name) not in ("", ()):
                 continue

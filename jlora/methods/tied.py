@@ -7,13 +7,14 @@ Renduchintala et al, `Tied-Lora: Enhancing parameter efficiency of LoRA with wei
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Recipe, Word, constant
 from jlora._tree import Target
-from jlora.methods.base import Init, Method, check_low_rank, check_rank, uniform, zeros
+from jlora.methods._fields import Rank, names
+from jlora.methods.base import Init, Method, check_low_rank, uniform, zeros
 from jlora.methods.vera import shared
 
 
@@ -41,19 +42,13 @@ class TiedLoRA(Method):
       Renduchintala et al, `Tied-Lora <https://arxiv.org/abs/2311.09578>`_, 2023.
     """
 
-    rank: int = 8
-    tied: tuple[str, ...] = ("a", "b")
-    trained: tuple[str, ...] = ("a", "b", "u", "v")
+    rank: Rank = 8
+    tied: Annotated[tuple[str, ...], names("ab")] = ("a", "b")
+    trained: Annotated[tuple[str, ...], names("abuv")] = ("a", "b", "u", "v")
     target: Target = targets.attention
 
     def __post_init__(self) -> None:
-        check_rank(self)
-        object.__setattr__(self, "tied", tuple(self.tied))
-        object.__setattr__(self, "trained", tuple(self.trained))
-        if set(self.tied) - set("ab") or set(self.trained) - set("abuv"):
-            raise ValueError(
-                f"TiedLoRA(tied={self.tied}, trained={self.trained}): factors are a, b (tied or not), u, v"
-            )
+        super().__post_init__()
         if not {"b", "v"} & set(self.trained):
             raise ValueError("TiedLoRA trains neither b nor v: the update would stay zero for ever")
 

@@ -6,7 +6,7 @@ Kopiczko et al, `VeRA: Vector-based Random Matrix Adaptation <https://arxiv.org/
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 
@@ -14,7 +14,8 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
-from jlora.methods.base import Method, check_rank, zeros
+from jlora.methods._fields import Rank, Seed, nonzero
+from jlora.methods.base import Method, zeros
 
 
 def draw(seed: int, which: int, bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -64,13 +65,10 @@ class VeRA(Method):
       Kopiczko et al, `VeRA <https://arxiv.org/abs/2310.11454>`_, 2023.
     """
 
-    rank: int = 256
-    d_initial: float = 0.1
-    seed: int = 0
+    rank: Rank = 256
+    d_initial: Annotated[float, nonzero("d_initial")] = 0.1
+    seed: Seed = 0
     target: Target = targets.attention
-
-    def __post_init__(self) -> None:
-        check_rank(self)
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.rank == 0:

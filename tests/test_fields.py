@@ -31,12 +31,12 @@ MADE = {
     "IA3": lambda **o: jlora.IA3(**{"target": "q/kernel$", **o}),
     "OFT": lambda **o: jlora.OFT(**{"block": 4, "target": "q/kernel$", **o}),
 }
-for name in ("AdaLoRA", "SoRA", "LoHa", "LoKr", "VeRA", "RandLoRA", "HiRA", "TiedLoRA"):
-    MADE[name] = lambda cls=getattr(jlora, name), **o: cls(**{"rank": 2, "target": "q/kernel$", **o})
+for cls in (jlora.AdaLoRA, jlora.SoRA, jlora.LoHa, jlora.LoKr, jlora.VeRA, jlora.RandLoRA, jlora.HiRA, jlora.TiedLoRA):
+    MADE[cls.__name__] = lambda cls=cls, **o: cls(**{"rank": 2, "target": "q/kernel$", **o})
 ODD = [
-    True, False, 0, 1, 2, -1, 3.0, 2.5, 0.0, -0.0, 1e-3, 1e40, -1e40, 1e-60, 2**40, 2**70, float("nan"), float("inf"), None,
-    "", "out", "input", "16", "sqrt", "dense", "gaussian", "pissa", "ab", b"out", "bfloat16", "f4", "float", "float8_e4m3fn",
-    "int32", "fp16", jnp.bfloat16, np.float32, np.dtype("float16"), float, int,
+    True, False, 0, 1, 2, -1, 3.0, 2.5, 0.0, -0.0, 1e-3, 1e40, -1e40, 1e-60, 2**40, 2**70, float("nan"), float("inf"),
+    None, "", "out", "input", "16", "sqrt", "dense", "gaussian", "pissa", "ab", b"out", "bfloat16", "f4", "float",
+    "float8_e4m3fn", "int32", "fp16", jnp.bfloat16, np.float32, np.dtype("float16"), float, int,
     np.bool_(True), np.int64(2), np.float32(0.25), np.float64(2), np.str_("out"), np.array(0.25), jnp.float32(2),
     np.array([[0, 2], [4, 6]]), [[0, 2], [4, 6]], ((0.0, 2.5),), (0, 2), ("q", "v"), (), [2, 2], (2.0, 2.0), (0, 2),
     (np.int64(2), np.int64(4)), {"a", "b"}, ["b"], ("v", "b"), {}, fractions.Fraction(1, 3), 1j, object(),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _merge, _tree
+from jlora._modules import check_stateless, watched
 from jlora._packed import is_packed
 from jlora.adapted import Adapted, is_adapted
 
@@ -80,14 +81,18 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
     is closed over as it stands, so static and keyword arguments behave as ever. A call without either is a call
     of `fn`. Meant to be called under `jit`; an eager call works and traces again.
 
-    Gradients stop at the frozen subtree. Inside `fn`, an NNX model that updates state of its own is put together with
-    `nnx.merge(graphdef, params, rest, copy=True)`: Flax lets a trace change only what it made.
+    Gradients stop at the frozen subtree. `fn` may call an NNX module that stands in the `Adapted` while the call leaves
+    the module's state alone. A module that updates state (dropout, batch statistics, caches) is split, put together
+    inside `fn` with `nnx.merge(graphdef, params, rest, copy=True)`, and its state returned.
 
     Args:
       fn: the function.
       dense: merge, then call: slow and obviously right, the oracle of every test.
       forward_mode: plain factored dots in place of custom rules, for bare `jvp` and `jacfwd` (which custom rules of
         reverse mode refuse; `jvp` of `grad` needs no flag).
+
+    Raises:
+      ValueError: by the lifted function: a module in an `Adapted` whose call changes its state, which would be lost.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -106,11 +111,16 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
         if not found:
             return fn(*args, **kwargs)
         found = [_stopped(a) for a in completed(found, paths)]
+        called, filled, touched = watched(fn, fill)
         if dense:
-            args, kwargs = fill([_merge.merge(a) for a in found])
-            return fn(*args, **kwargs)
-        from jlora import _interpret
+            args, kwargs = filled([_merge.merge(a) for a in found])
+            out = called(*args, **kwargs)
+        else:
+            from jlora import _interpret
 
-        return _interpret.call(fn, found, fill, forward_mode=forward_mode)
+            out = _interpret.call(called, found, filled, forward_mode=forward_mode)
+        if touched():
+            check_stateless(fn, found, fill)
+        return out
 
     return lifted

@@ -210,6 +210,61 @@ def test_a_shared_module_is_fine_beside_what_is_adapted_and_after_a_split():
     assert len(jlora.adapt({"m": Shared(), "query": {"kernel": ONE}}, lora()).trainable) == 1
 
 
+class Stateful(nnx.Module):
+    """A layer, and what has state: a generator's count, batch statistics, a cache; NNX transforms set all of it."""
+
+    def __init__(self, kind):
+        rngs = nnx.Rngs(0)
+        self.layer = nnx.Linear(6, 4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.cache = nnx.Cache(jnp.zeros((2, 4)))
+        self.kind = kind
+
+    def __call__(self, x):
+        y = nnx.jit(lambda self, x: self.layer(x))(self, x)  # sets every variable to what it was
+        if self.kind == "dropout":
+            return nnx.remat(lambda self, y: self.drop(y))(self, y)
+        if self.kind == "norm":
+            return self.norm(y)
+        if self.kind == "cache":
+            self.cache[...] = y
+        return y
+
+
+@pytest.mark.parametrize("form", ["lifted", "dense", "jit", "grad"])
+@pytest.mark.parametrize("kind,path", [("dropout", "drop/rngs/count"), ("norm", "norm/mean"), ("cache", "cache"),
+                                       ("none", None), ("dropout in eval", None), ("norm in eval", None)])  # fmt: skip
+def test_a_module_that_changes_itself_when_called_is_refused(kind, path, form):
+    """What a copy of the module learns is lost: the path, and the lines to write; in evaluation nothing is."""
+    model = Stateful(kind.removesuffix(" in eval"))
+    if "eval" in kind:
+        model.eval()
+    ad, x = jlora.adapt(model, lora(target="layer/kernel$")), jnp.ones((2, 6))
+    f = jlora.lift(lambda m, x: m(x), dense=form == "dense")
+    call = {
+        "jit": jax.jit(f),
+        "grad": lambda ad, x: jax.grad(lambda t: f(jlora.join(t, ad.frozen), x).sum())(ad.trainable),
+    }.get(form, f)
+    if path is None:
+        call(ad, x)
+        return
+    with pytest.raises(ValueError, match=re.escape(repr(path))) as caught:
+        call(ad, x)
+    assert "nnx.split(module, nnx.Param, ...)" in str(caught.value) and "return" in str(caught.value)
+
+
+@pytest.mark.parametrize("use", [lambda ad: nnx.Optimizer(ad, optax.adam(1e-3), wrt=nnx.Param),
+                                 lambda ad: nnx.state({"model": ad}, nnx.Param), nnx.split])  # fmt: skip
+def test_nnx_would_find_the_base_in_an_adapted(use):
+    """An optimizer of these parameters would move the frozen base and train nothing; `nnx.jit` is fine."""
+    ad = jlora.adapt(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), lora(target="kernel"))
+    with pytest.raises(TypeError, match=r"no NNX module.*jlora.split.*tx.init\(trainable\)"):
+        use(ad)
+    f = jlora.lift(lambda m, x: m(x))
+    np.testing.assert_array_equal(nnx.jit(f)(ad, jnp.ones((2, 6))), jax.jit(f)(ad, jnp.ones((2, 6))))
+
+
 def test_odd_names():
     """Slashes and percent signs are escaped, so that no two keys share a path; dots and blanks are themselves."""
     params = {"a/b": {"w": ONE}, "a": {"b": {"w": ONE + 1}}, "a%2Fb": {"w": ONE + 2}, "50%": ONE + 3, "x.y z": ONE + 4}

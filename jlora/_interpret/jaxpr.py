@@ -1,9 +1,10 @@
 """Reading jaxprs: the one place that knows how their parameters differ between JAX releases."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core
 
 from jlora._ops import Refusal
@@ -79,6 +80,11 @@ def forwards(jaxpr: Any) -> list[int | None]:
             if k is not None and not isinstance(eqn.invars[k], core.Literal) and eqn.invars[k] in origin:
                 origin[out] = origin[eqn.invars[k]]
     return [None if isinstance(v, core.Literal) else origin.get(v) for v in jaxpr.outvars]
+
+
+def arguments(fn: Callable[..., Sequence[Any]], *args: Any) -> list[int | None]:
+    """For each array that `fn` returns, the number of the argument that it is, unchanged, or None; of shapes."""
+    return forwards(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def live(jaxpr: Any, want: Sequence[bool]) -> tuple[list[bool], set[Any]]:

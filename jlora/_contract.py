@@ -18,12 +18,34 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jlora._network import Labels
 from jlora._packed import is_packed
 
+UNKNOWN = 1024  # rows that a plan counts on where `jax.export` leaves a size open
 
-@functools.lru_cache(maxsize=65536)
+
+def known(shape: Sequence[Any]) -> tuple[int, ...]:
+    """A shape to count with: symbolic sizes (`jax.export`) cannot be compared, and stand for `UNKNOWN` rows."""
+    return tuple(n if isinstance(n, int) else UNKNOWN for n in shape)
+
+
+def elements(shape: Sequence[Any]) -> int:
+    """How many elements an array has, as far as that is known."""
+    return math.prod(known(shape))
+
+
 def plan(
     labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels
 ) -> tuple[tuple[tuple[int, ...], ...], float]:
     """The cheapest pairwise order and its FLOPs (a multiply-add counts two).
+
+    Shapes may be symbolic in parts.
+    """
+    return _plan(labels, tuple(map(known, shapes)), out)
+
+
+@functools.lru_cache(maxsize=4096)  # some kilobytes each
+def _plan(
+    labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels
+) -> tuple[tuple[tuple[int, ...], ...], float]:
+    """`plan`, remembered.
 
     Where three or more operands have labels, scales multiply the smallest array that a step makes, never an operand. A
     factor that is cut over devices is so gathered once; a scaled copy of it would be gathered beside it.
@@ -31,7 +53,7 @@ def plan(
     scales = [n for n, ls in enumerate(labels) if not ls]
     wide = [n for n, ls in enumerate(labels) if ls]
     if scales and len(wide) > 2:
-        path, flops = plan(tuple(labels[n] for n in wide), tuple(shapes[n] for n in wide), out)
+        path, flops = _plan(tuple(labels[n] for n in wide), tuple(shapes[n] for n in wide), out)
         return _with_scales(labels, shapes, out, scales, wide, path, flops)
     symbol = {x: opt_einsum.get_symbol(n) for n, x in enumerate(dict.fromkeys(x for ls in labels for x in ls))}
     word = lambda ls: "".join(symbol[x] for x in ls)
@@ -194,7 +216,7 @@ def contract(
             live.append((jnp.sum(a, gone, dtype=element) if gone else a, tuple(x for x in la if x in keep)))
             continue
         (a, la), (b, lb) = chosen
-        if a.size < b.size or (a.size == b.size and len(la) < len(lb)):  # activations first
+        if (elements(a.shape), len(la)) < (elements(b.shape), len(lb)):  # activations first
             (a, la), (b, lb) = (b, lb), (a, la)
         contracted = tuple(x for x in la if x in lb and x not in keep)
         if not contracted:
@@ -221,7 +243,7 @@ def contract(
             (index(la, batch), index(lb, batch)),
         )
         how = {"precision": precision, "preferred_element_type": element}
-        lead = 0 if batch or mesh is not None else _tall(la, a.shape, lb, b.shape, contracted)
+        lead = 0 if batch or mesh is not None else _tall(la, known(a.shape), lb, known(b.shape), contracted)
         if lead:
             by_rows = functools.partial(_by_rows, lead, dimensions, how)
             whole = functools.partial(lax.dot_general, dimension_numbers=dimensions, **how)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora._contract import elements
 from jlora._network import Labels
 from jlora._ops import Note, Refusal, Use, check_real, dropped, product
 from jlora._weight import Weight
@@ -90,7 +91,7 @@ def ragged(
         if label != end:
             raise Refusal("a ragged dot with a network that is no chain")
         y = y + h.astype(y.dtype)
-    note(Use("factored, by group", flops, 2.0 * math.prod(y.shape) * x.shape[1]))
+    note(Use("factored, by group", flops, 2.0 * elements(y.shape) * x.shape[1]))
     return y
 
 
@@ -151,7 +152,7 @@ def conv(
         y = dy if y is None else y + dy.reshape(y.shape).astype(y.dtype)
         flops += cost
     assert y is not None
-    dense = 2.0 * math.prod(y.shape) * math.prod(w.shape) / w.shape[out_axis]
+    dense = 2.0 * elements(y.shape) * math.prod(w.shape) / w.shape[out_axis]
     note(Use("factored convolution", flops, dense))
     return y
 
@@ -235,7 +236,7 @@ def _conv_term(
         "batch_group_count", "precision",
     )  # fmt: skip
     h = lax.conv_general_dilated(x, lax.transpose(kernel, to_spec), **{k: params[k] for k in keep})
-    cost = 2.0 * math.prod(h.shape) * n_in * math.prod(size[k] for k in window if k)
+    cost = 2.0 * elements(h.shape) * n_in * math.prod(size[k] for k in window if k)
     # 3. channels after it
     feature = numbers.out_spec[1]
     after = [n for n in rest if n not in before]

@@ -1,6 +1,5 @@
 """Rows of an adapted embedding: `gather` along one axis. As in `_ops`, nothing here knows what a jaxpr is."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora._contract import elements
 from jlora._ops import Note, Refusal, Use, product
 from jlora._weight import Weight
 
@@ -101,7 +101,7 @@ def lookup(
         for n, m in enumerate((*place, *d.offset_dims)):
             order[m] = n
         y = y + lax.transpose(dy, order)
-        flops += 2.0 * math.prod(dy.shape) * (x.shape[-1] if x.ndim > count else 1)
+        flops += 2.0 * elements(dy.shape) * (x.shape[-1] if x.ndim > count else 1)
     # as in loralib, a lookup has no dropout: its input is no activation
     note(Use("rows of the factors" if w.key is None else "rows of the factors, no dropout", flops, 0.0))
     return y

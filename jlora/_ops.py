@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._contract import contract, explicit_mesh, settled, spread
+from jlora._contract import contract, elements, explicit_mesh, settled, spread
 from jlora._network import Labels
 from jlora._rule import Dot, Product, cost, rule
 from jlora._term import Operand, Term
@@ -282,7 +282,7 @@ def dot(
         w = w.multiplied()
     after = [o for o in w.gain if not on(o, x_groups)]
     x = _gained(w, [o for o in w.gain if on(o, x_groups)], x_groups, x)
-    dense_flops = 2.0 * math.prod(y_shape) * math.prod(size[f"w{n}"] for n in wc)
+    dense_flops = 2.0 * elements(y_shape) * math.prod(size[f"w{n}"] for n in wc)
     if w.plain and not w.terms:  # a gain alone
         note(Use("rescaled activations" if w.gain else "W0 made anew", 0.0, dense_flops))
 

@@ -180,8 +180,9 @@ def _parts(dot: Dot, x: jax.Array) -> int:
     """In how many runs of rows `_in_parts` takes an activation: 1 where a product needs none, or cannot be cut so."""
     flat = any(len(p.x) > len(dot.x) for p in dot.products)  # a side of the weight is several labels
     reads_base = any(p.base >= 0 for p in dot.products)
+    symbolic = not all(isinstance(n, int) for n in x.shape)  # what `jax.export` leaves open has no divisors
     # merged: so on one device, where a run of rows is at hand
-    if not (dot.merged and flat and not reads_base and x.ndim > 1 and dot.x[0] == dot.y[0]):
+    if symbolic or not (dot.merged and flat and not reads_base and x.ndim > 1 and dot.x[0] == dot.y[0]):
         return 1
     rows = math.prod(n for label, n in zip(dot.x, x.shape, strict=True) if label in dot.y)
     return max(n for n in range(1, max(rows // 512, 1) + 1) if x.shape[0] % n == 0)
@@ -250,57 +251,59 @@ def _sum(total: Any, part: jax.Array, like: jax.Array) -> jax.Array:
     return part if total is None else total + part
 
 
-@functools.lru_cache(maxsize=65536)
-def rule(dot: Dot, forward_mode: bool = False) -> Any:
-    """`f(xs, base, operands) -> y` for one adapted dot, as a custom rule unless `forward_mode`.
+def _value(dot: Dot, xs: Any, base: Any, operands: Any) -> jax.Array:
+    """The dot. Work on the products is jitted apart, so that equal layers share one trace and one lowered function."""
+    with jax.named_scope("delta"):
+        change = _MERGE(dot, base, operands) if dot.merged else _DELTA(dot, xs, base, operands)
+    if dot.merged:
+        return _base_dot(dot, xs[0], change)
+    if dot.w is None:
+        return change
+    y = _base_dot(dot, xs[0], base)
+    return y + _home(change.astype(y.dtype), y)
 
-    Residuals are the activation, W0 and the factors alone: rebuilding what is narrow, and W', costs less than
-    keeping it, and under a scan a kept W' would be a second copy of the model. The work on the products is jitted
-    apart, so that equal layers share one trace and one lowered function.
+
+def _home(d: jax.Array, a: jax.Array) -> jax.Array:
+    """`d` where `a` lives: what is made in parts of its axes may live elsewhere than what it is added to."""
+    return settled(d, jax.typeof(a).sharding) if explicit_mesh([a]) is not None else d
+
+
+def _forward(dot: Dot, xs: Any, base: Any, operands: Any) -> Any:
+    """Residuals are the activation, W0 and the factors alone: rebuilding what is narrow, and W', costs less than
+    keeping it, and under a scan a kept W' would be a second copy of the model.
     """
-    # what is made in parts of its axes may live elsewhere than what it is added to, or the gradient of
-    home = lambda d, a: settled(d, jax.typeof(a).sharding) if explicit_mesh([a]) is not None else d
-    named = lambda f: jax.jit(functools.wraps(f)(functools.partial(f, dot)))
-    merge, delta, gradients = named(_merge), named(_delta), named(_owed)
+    return _value(dot, xs, base, operands), (xs, base, operands)
 
-    def f(xs: Any, base: Any, operands: Any) -> jax.Array:
+
+def _backward(dot: Dot, residuals: Any, dy: jax.Array) -> Any:
+    xs, base, operands = residuals
+    dy = dy.astype(dot.compute)
+    with jax.named_scope("delta"):
+        dxs, dbase, grads = _OWED(dot, xs, base, operands, dy)
+    if dot.w is not None:
+        # factors first: x is free before dx is made; and W' anew, or the forward pass's would be kept for it
+        dy, grads, operands = lax.optimization_barrier((dy, grads, operands))
         with jax.named_scope("delta"):
-            change = merge(base, operands) if dot.merged else delta(xs, base, operands)
-        if dot.merged:
-            return _base_dot(dot, xs[0], change)
-        if dot.w is None:
-            return change
-        y = _base_dot(dot, xs[0], base)
-        return y + home(change.astype(y.dtype), y)
+            w = _MERGE(dot, base, operands) if dot.merged else base
+        run = functools.partial(contract, precision=dot.precision)
+        dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, **_like(xs[0]))
+        dxs[0] = _sum(dxs[0], dx, xs[0])
+        # dead code unless somebody asks: W0 is frozen
+        dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, **_like(base))
+        dbase = _sum(dbase, dw, base)
+    dxs = [jnp.zeros_like(x) if d is None else _home(d, x) for x, d in zip(xs, dxs, strict=True)]
+    return type(xs)(dxs), None if dbase is None else _home(dbase, base), type(operands)(grads)
 
-    if forward_mode:
-        return f
-    custom = jax.custom_vjp(f)
 
-    def forward(xs: Any, base: Any, operands: Any) -> Any:
-        return f(xs, base, operands), (xs, base, operands)
+# What JAX remembers of these is keyed by the static `Dot`, and `jax.clear_caches` frees it.
+_MERGE, _DELTA, _OWED = (jax.jit(f, static_argnums=0) for f in (_merge, _delta, _owed))
+_custom = jax.custom_vjp(_value, nondiff_argnums=(0,))
+_custom.defvjp(_forward, _backward)
 
-    def backward(residuals: Any, dy: jax.Array) -> Any:
-        xs, base, operands = residuals
-        dy = dy.astype(dot.compute)
-        with jax.named_scope("delta"):
-            dxs, dbase, grads = gradients(xs, base, operands, dy)
-        if dot.w is not None:
-            # factors first: x is free before dx is made; and W' anew, or the forward pass's would be kept for it
-            dy, grads, operands = lax.optimization_barrier((dy, grads, operands))
-            with jax.named_scope("delta"):
-                w = merge(base, operands) if dot.merged else base
-            run = functools.partial(contract, precision=dot.precision)
-            dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, **_like(xs[0]))
-            dxs[0] = _sum(dxs[0], dx, xs[0])
-            # dead code unless somebody asks: W0 is frozen
-            dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, **_like(base))
-            dbase = _sum(dbase, dw, base)
-        dxs = [jnp.zeros_like(x) if d is None else home(d, x) for x, d in zip(xs, dxs, strict=True)]
-        return type(xs)(dxs), None if dbase is None else home(dbase, base), type(operands)(grads)
 
-    custom.defvjp(forward, backward)
-    return custom
+def rule(dot: Dot, forward_mode: bool = False) -> Any:
+    """`f(xs, base, operands) -> y` for one adapted dot, as a custom rule unless `forward_mode`."""
+    return functools.partial(_value if forward_mode else _custom, dot)
 
 
 def cost(dot: Dot, xs: Sequence[Any], base: Any, operands: Sequence[Any]) -> tuple[float, float]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jlora import _conv, _lookup, _ops
+from jlora._anew import anew, bulky
 from jlora._ops import Refusal, Use
-from jlora._weight import is_weight
+from jlora._weight import Weight, is_weight
 
 if TYPE_CHECKING:
     from jlora._interpret import Interpreter
@@ -31,20 +33,26 @@ def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
         return me.bind(eqn, me.arrays([lhs, rhs], eqn, "a vector"))
     if _ops.is_dense_delta(w):
         me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
-        dense = w.dense()
-        return me.bind(eqn, [dense, rhs] if left else [lhs, dense])
+        bind = lambda w, x, _: me.bind(eqn, [w.dense(), x] if left else [x, w.dense()])[0]
+        return [_met(me, bind, w, x)]
+    key = me.mask_key(w)
     keep = ("precision", "preferred_element_type", "out_sharding")
-    y = _ops.dot(
-        w,
+    dot = lambda w, x, mode: _ops.dot(
+        w.replace(key=None),
         x,
         left,
         eqn.params["dimension_numbers"],
-        forward_mode=me.forward_mode,
-        key=me.mask_key(w),
+        forward_mode=mode,
+        key=w.key,
         note=functools.partial(me.record, w, eqn.primitive.name),
         **{k: eqn.params.get(k) for k in keep},
     )
-    return [y]
+    return [_met(me, dot, w.replace(key=key), x)]
+
+
+def _met(me: Interpreter, use: Callable[[Weight, Any, bool], Any], w: Weight, x: Any) -> Any:
+    """`use` of a weight and an activation, made anew for gradients where it makes more than it meets."""
+    return (functools.partial(anew, use) if bulky(w, x) else use)(w, x, me.forward_mode)
 
 
 def _gather(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -85,7 +93,7 @@ def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool])
     me.role(w, window, "k")
     if w.plain and _ops.is_dense_delta(w):
         me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
-        return me.bind(eqn, [x, w.dense()])
+        return [_met(me, lambda w, x, _: me.bind(eqn, [x, w.dense()])[0], w, x)]
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base, x: me.bind(eqn, [x, base])[0]
     return [_conv.conv(w, x, eqn.params, bind, me.forward_mode, me.mask_key(w), note)]

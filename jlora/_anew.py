@@ -1,0 +1,72 @@
+"""A weight whose products are larger than what they meet: made when the activation is there, and anew for gradients.
+
+A random projection, a rotation, a W0 multiplied element by element are computed from factors alone. A compiler would
+make those of all layers before it needs the first, and keep them for the backward pass: many dense layers a layer.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._contract import elements
+from jlora._lazy import again
+from jlora._term import Operand, Term
+from jlora._weight import Weight
+
+
+def _made(o: Operand) -> int:
+    """Elements of an operand that a function makes out of fewer; a view of an array makes none."""
+    if o.fn is None or o.is_base:
+        return 0
+    size = math.prod(jax.eval_shape(o.value).shape)
+    return size if size > sum(a.size for a in o.arrays) else 0
+
+
+def _joined(t: Term) -> int:
+    """Elements of the two operands that three or more are first contracted to (`_ops`), one a side of the weight."""
+    sizes, total = t.sizes(), 0
+    for roles in ("ik", "o"):
+        side = {x for atoms, made in t.blocks for x in made if atoms and atoms[0][0] in roles}
+        held = {x for o in t.operands if side & set(o.labels) for x in o.labels}
+        total += math.prod(sizes[x] for x in held)
+    return total
+
+
+def bulky(w: Weight, x: Any) -> bool:
+    """Whether a dot of `w` with `x` makes an array that is larger than `x`, or as large as the weight, on its way."""
+    whole = math.prod(w.shape)
+    for term in w.terms:
+        made = sum(map(_made, term.operands))
+        if made >= whole:
+            return True
+        labelled = [o for o in term.operands if o.labels or o.is_base]
+        if len(labelled) > 2:
+            made += whole if any(o.is_base for o in labelled) else _joined(term)
+        if made > elements(x.shape):
+            return True
+    return False
+
+
+def anew(use: Callable[[Weight, Any, bool], Any], w: Weight, x: Any, forward_mode: bool) -> Any:
+    """`use(w, x, forward_mode)`; what it makes of the factors waits for `x`, and is no residual.
+
+    W0 and the dropout key are frozen, and get no cotangent.
+    """
+    leaves, treedef = jax.tree.flatten((w.terms, w.gain))
+    real = [jnp.issubdtype(a.dtype, jnp.inexact) for a in leaves]
+    held = (w.base, w.key, [a for a, r in zip(leaves, real, strict=True) if not r])
+
+    def call(mode: bool) -> Callable[..., Any]:
+        def f(held: Any, x: Any, factors: list[Any]) -> Any:
+            base, key, others = held
+            parts = {True: iter(factors), False: iter(others)}
+            terms, gain = jax.tree.unflatten(treedef, [next(parts[r]) for r in real])
+            return use(w.replace(base=base, key=key, terms=terms, gain=gain), x, mode)
+
+        return f
+
+    factors = [a for a, r in zip(leaves, real, strict=True) if r]
+    return again(call, lambda held: held, forward_mode)(held, x, factors)

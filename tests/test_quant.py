@@ -363,7 +363,7 @@ def test_a_base_is_saved_once(tmp_path, scheme):
         jlora.io.quantised.load(tmp_path / "base", jlora.quantize(small_model(), "nf2"))
     about = tmp_path / "base" / "jlora_base.json"
     about.write_text(about.read_text().replace('"bits"', '"bitz"'))
-    with pytest.raises(ValueError, match="damaged: 'query/kernel'"):
+    with pytest.raises(ValueError, match="damaged: its content does not have the digest"):
         jlora.io.quantised.load(tmp_path / "base")
     with pytest.raises(TypeError, match="jlora.save"):
         jlora.io.quantised.save(tmp_path / "other", jlora.adapt(base, jlora.LoRA(rank=2)))

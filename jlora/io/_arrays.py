@@ -1,6 +1,5 @@
 """The arrays of an adapter: their names in an Orbax checkpoint, their bytes, and what the manifest says of them."""
 
-import contextlib
 import hashlib
 import urllib.parse
 from collections.abc import Mapping
@@ -10,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.core import Tracer
 
 from jlora.adapted import Adapted, Frozen, derived, is_adapted
-from jlora.io import _manifest
+from jlora.io import _checkpoint, _manifest
+from jlora.io._record import several
 
 
 def check_concrete(adapted: Any, parts: Any, what: str) -> None:
@@ -43,7 +42,8 @@ def stored_name(side: str, group: str, factor: str) -> str:
 
 def _host(leaf: Any, where: str) -> tuple[np.ndarray, str | None]:
     """An array in the host's memory, and the name of its generator if it is a key."""
-    if isinstance(leaf, jax.ShapeDtypeStruct) or not hasattr(leaf, "dtype") and not np.isscalar(leaf):
+    number = hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
+    if isinstance(leaf, jax.ShapeDtypeStruct) or not number:
         raise ValueError(f"{where} is {type(leaf).__name__} and has no values to save")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return np.asarray(jax.random.key_data(leaf)), str(jax.random.key_impl(leaf))
@@ -72,6 +72,15 @@ def _dtype(name: str, where: str) -> np.dtype:
     if not _is_number(dtype):
         raise ValueError(f"{where} has an unknown dtype, {name!r:.60}")
     return dtype
+
+
+def floating(name: str, where: str) -> str:
+    """The name of a dtype of weights; ValueError where it is another's, or spelled otherwise."""
+    dtype = _dtype(name, where)
+    check_dtype(dtype, where)
+    if dtype.name != name or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{where} is of dtype {name!r:.60}, not of floating point numbers")
+    return name
 
 
 #: What Orbax, that is TensorStore, can store beside NumPy's own numbers.
@@ -103,7 +112,7 @@ def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str,
     have = {place: (np.shape(leaf), side == "trainable") for place, (leaf, side) in leaves.items()}
     bad = _manifest.misfits(have, adapted.frozen.plan)
     if bad:
-        raise ValueError("the factors of this adapter do not fit its plan:" + _manifest.several(bad))
+        raise ValueError("the factors of this adapter do not fit its plan:" + several(bad))
     arrays, factors = {}, {}
     made_again = derived(adapted.frozen.plan)
     for (group, factor), (leaf, side) in leaves.items():
@@ -130,7 +139,7 @@ def rebuild(array: np.ndarray | None, record: Mapping[str, Any], where: str) -> 
     try:
         array = np.zeros(record["shape"], dtype) if array is None else np.ascontiguousarray(array)
         array = array.view(dtype).reshape(record["shape"])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{where} is not of shape {record['shape']} and dtype {dtype} ({error})") from None
     if _digest(array) != record["sha256"]:
         raise ValueError(f"{where} is damaged: its bytes do not have the digest that was saved")
@@ -142,38 +151,9 @@ def rebuild(array: np.ndarray | None, record: Mapping[str, Any], where: str) -> 
         raise ValueError(f"{where} is no key of {record['key']!r:.60}: {str(error)[:200]}") from None
 
 
-def _handler() -> Any:
-    """Orbax's reader of one item: its Checkpointer would warn of metadata that items of a manager do not have."""
-    return contextlib.closing(ocp.PyTreeCheckpointHandler())
-
-
-def tree_of(folder: Path) -> dict[str, Any]:
-    """The tree of an Orbax checkpoint, with the shape of each array in its place."""
-    try:
-        with _handler() as handler:
-            found: Any = handler.metadata(folder)
-        found = getattr(found, "tree", found)
-    except Exception as error:
-        raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"Orbax cannot read {folder}: it is cut short, or holds no dictionary")
-    return found
-
-
-def restore_part(folder: Path, item: Any) -> Any:
-    """A part of a checkpoint as NumPy arrays."""
-    to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    request = ocp.args.PyTreeRestore(item=item, restore_args=to_numpy, partial_restore=True)
-    try:
-        with _handler() as handler:
-            return handler.restore(folder, args=request)
-    except Exception as error:
-        raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
-
-
 def restore(data: Path, want: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The arrays of an adapter as they are stored; ValueError where keys, shapes or dtypes are not the manifest's."""
-    found = tree_of(data)
+    """The arrays of a manifest as they are stored; ValueError where keys, shapes or dtypes are not the manifest's."""
+    found = _checkpoint.tree_of(data)
     bad = [f"missing {name!r}" for name in want if name not in found]
     bad += [f"extra {name!r}" for name in found if name not in want]
     for name in (n for n in want if n in found):
@@ -181,8 +161,8 @@ def restore(data: Path, want: Mapping[str, Mapping[str, Any]]) -> dict[str, np.n
         if shape != want[name]["shape"]:
             bad.append(f"{name!r} has shape {shape}, not {want[name]['shape']}")
     if bad:
-        raise ValueError(f"the arrays in {data} are not those that were saved:" + _manifest.several(bad))
-    arrays = restore_part(data, found)
+        raise ValueError(f"the arrays in {data} are not those that were saved:" + several(bad))
+    arrays = _checkpoint.restore_part(data, found)
     for name, array in arrays.items():
         stored = _stored(_dtype(want[name]["dtype"], f"{data}: {name!r}"))
         if np.asarray(array).dtype != stored:

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jlora import _tree
 from jlora._packed import is_packed, sound
-from jlora.io._manifest import several
+from jlora.io._record import several
 
 SAMPLES = 1024
 

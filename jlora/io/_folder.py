@@ -1,25 +1,47 @@
-"""Folders that appear, and are replaced, in one step of the file system."""
+"""Folders that appear, and are replaced, in one step of the file system.
+
+A save is made in a folder of its own, and then either the whole folder takes the place of the old one (`appear`: for
+formats that others read), or one file of it does (`_store`: jlora's own, where a manifest names the rest).
+"""
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".jlora-tmp-"
 _DAY = 86400.0
 
 
-def local(path: "str | os.PathLike[str]") -> Path:
-    """An absolute path; ValueError where it cannot be a local one."""
-    text = os.fspath(path)
-    if not isinstance(text, str) or "://" in text or "\0" in text:
+def local(path: Any) -> Path:
+    """A path as it is written, absolute and without links: what is renamed is then the folder, and not a link to it.
+
+    Raises:
+      TypeError: no path.
+      ValueError: it cannot be a local one, or is meant for a shell.
+    """
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        raise TypeError(
+            f"the path of a folder is a string or a pathlib.Path, and comes first; this is {type(path).__name__}"
+        )
+    if not text:
+        raise ValueError("the path is empty; write the name of a folder, or '.' for the one this process runs in")
+    if "://" in text or "\0" in text:
         raise ValueError(f"{text!r} is no path of a local folder; save there, then copy it")
-    return Path(os.path.abspath(text))
+    if text == "~" or text.startswith("~/"):
+        raise ValueError(f"{text!r}: only a shell reads ~ as a home; write os.path.expanduser({text!r})")
+    return Path(os.path.realpath(text))
 
 
 def sync(*paths: "str | Path") -> None:
@@ -38,20 +60,47 @@ def sync_all(folder: Path) -> None:
         sync(*(Path(parent, name) for name in names), parent)
 
 
+def remove(folder: Path) -> None:
+    """Removes a folder and whatever is in it.
+
+    Tries again, for a writer that failed (a full disk) may have threads that still write into it.
+    """
+    for pause in (0, 0.01, 0.1, 0.5):
+        time.sleep(pause)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
+
+
 @contextlib.contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, gone at the end unless it was renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(TEMPORARY + "*"):  # of processes that were killed
-        with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > _DAY:
-                shutil.rmtree(stale, ignore_errors=True)
-    folder = target.parent / (TEMPORARY + secrets.token_hex(8))
-    folder.mkdir()
+def temporary(parent: Path) -> Iterator[Path]:
+    """A folder in this one, gone at the end unless it was renamed."""
+    for stale in parent.iterdir():  # of processes that were killed
+        if stale.name.startswith(TEMPORARY):
+            with contextlib.suppress(OSError):
+                if time.time() - stale.stat().st_mtime > _DAY:
+                    remove(stale)
+    folder = parent / (TEMPORARY + secrets.token_hex(8))
     try:
+        folder.mkdir()
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target, whose parents are made, and taken away again if nothing comes of it."""
+    missing = [p for p in target.parents if not os.path.lexists(p)]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(target.parent) as folder:
+            yield folder
+    except BaseException:
+        for parent in missing:
+            with contextlib.suppress(OSError):  # someone else's things may be there by now
+                parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -68,38 +117,96 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def appear(folder: Path, target: Path, replaces: bool = False) -> None:
+# --- one folder in the place of another ---------------------------------------------------------------------------
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Lets two folders change places in one step; False where this system cannot."""
+    a, b = os.fsencode(one), os.fsencode(other)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if hasattr(libc, "renameat2"):  # Linux: AT_FDCWD, RENAME_EXCHANGE
+            return libc.renameat2(-100, a, -100, b, 2) == 0
+        return libc.renamex_np(a, b, 2) == 0  # macOS: RENAME_SWAP
+    except (OSError, TypeError, AttributeError):
+        return False
+
+
+def appear(folder: Path, target: Path, replaces: bool = False, ours: Callable[[str], bool] = lambda name: True) -> None:
     """The moment at which a new folder is there, in the place of an old one where it replaces one.
 
-    Two folders cannot change places in one step: a process that is killed at that very moment leaves the old one
-    as `old(target)`.
+    What is in the old one and not `ours` stays. Where two folders cannot change places in one step, a process that is
+    killed at that very moment leaves the old one as `old(target)`.
     """
-    if replaces:
-        shutil.rmtree(old(target), ignore_errors=True)
-        target.rename(old(target))
+    if not replaces:
+        _rename(folder, target)
+        sync(target.parent)
+        return
+    _keep(target, folder, ours)
+    shutil.copystat(target, folder)
+    sync(folder)
+    if exchange(folder, target):
+        gone = folder
+    else:
+        gone = old(target)
+        remove(gone)
+        target.rename(gone)
+        try:
+            _rename(folder, target)
+        finally:
+            recover(target)  # an exception lets the old one stay
+    try:
+        sync(target.parent)
+    finally:
+        for left in (gone, old(target)):  # the second, of a process that was killed
+            if left.is_dir():
+                _keep(left, target, ours)  # what came in the meantime
+                remove(left)
+
+
+def _rename(folder: Path, target: Path) -> None:
     try:
         folder.rename(target)
     except OSError as error:
         if os.path.lexists(target):
             raise FileExistsError(f"{target} was made by someone else in the meantime ({error})") from None
         raise
-    finally:
-        if replaces:
-            recover(target)  # an exception lets the old one stay
-    sync(target.parent)
-    if replaces:
-        shutil.rmtree(old(target), ignore_errors=True)
+
+
+def _keep(source: Path, folder: Path, ours: Callable[[str], bool]) -> None:
+    """Gives the entries of one folder that are not ours, and not in the other, a second name there."""
+    for entry in source.iterdir():
+        if ours(entry.name) or entry.name.startswith(TEMPORARY) or os.path.lexists(folder / entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, folder / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(str(entry), str(folder / entry.name))
+
+
+def _link(source: str, copy: str) -> None:
+    """A second name for a file, where the file system has such; else a copy."""
+    with contextlib.suppress(OSError):
+        os.link(source, copy, follow_symlinks=False)
+        return
+    shutil.copy2(source, copy, follow_symlinks=False)
 
 
 def old(target: Path) -> Path:
     """Where a folder stands while another takes its place."""
-    return target.with_name(f".{target.name}.jlora-old")
+    name = f".{target.name}.jlora-old"
+    if len(os.fsencode(name)) > 255:
+        name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()}.jlora-old"
+    return target.with_name(name)
 
 
 def recover(target: Path) -> None:
     """Undoes the first half of a replacement whose process was killed before the second."""
     if not os.path.lexists(target) and old(target).is_dir():
         old(target).rename(target)
+
+
+# --- what is there ------------------------------------------------------------------------------------------------
 
 
 def check_free(target: Path, overwrite: bool, ours: str, what: str) -> bool:
@@ -110,9 +217,24 @@ def check_free(target: Path, overwrite: bool, ours: str, what: str) -> bool:
         raise FileExistsError(f"{target} exists; write overwrite=True to replace the {what} in it, or another path")
     if target.is_dir() and (target / ours).is_file():
         return True
-    if target.is_dir() and not any(target.iterdir()):
-        return False  # a rename puts a folder in the place of an empty one
+    if target.is_dir() and all(entry.name.startswith(TEMPORARY) for entry in target.iterdir()):
+        return False  # there is nothing to lose
     raise FileExistsError(f"{target} exists and holds no {what}: overwrite=True does not replace it, remove it first")
+
+
+#: What opens a folder that has a file of this name.
+_OPENS = {
+    "jlora.json": "jlora.load",
+    "jlora_base.json": "jlora.io.quantised.load",
+    "adapter_config.json": "jlora.io.peft.load",
+}
+
+
+def check_kind(folder: Path, name: str) -> None:
+    """ValueError where a folder without the file of this name is of another kind that jlora knows."""
+    for other, load in _OPENS.items():
+        if other != name and (folder / other).is_file() and not os.path.lexists(folder / name):
+            raise ValueError(f"{folder} holds {other} and no {name}: {load} opens it")
 
 
 def files(folder: Path) -> dict[str, tuple[int, str]]:

@@ -1,18 +1,8 @@
-"""What a saved adapter says of itself: the manifest, and the methods and weights in it.
+"""What a saved adapter says of itself: the fields of its manifest, and the methods and weights in it."""
 
-The manifest is one JSON object in a canonical spelling that ends in a digest of itself, so that any byte of it that
-changes is noticed. Nothing in it is ever imported, evaluated or used as the name of a file to open: it may come from
-anywhere.
-"""
-
-import collections.abc
 import dataclasses
-import hashlib
-import json
 import math
 import sys
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,10 +12,10 @@ from jlora import _plan, _tree, methods
 from jlora._axes import Leaf, is_trainable_dtype
 from jlora._plan import Plan, Site
 from jlora.adapted import shapes
+from jlora.io import _record
+from jlora.io._record import cast, several
+from jlora.io._store import Store
 from jlora.methods.base import Method
-
-NAME = "jlora.json"
-FORMAT = 1
 
 #: Everything a manifest of format 1 holds. JSON's lists become tuples.
 SCHEMA: dict[str, Any] = {
@@ -43,107 +33,28 @@ SCHEMA: dict[str, Any] = {
 FACTOR: dict[str, Any] = {"shape": tuple[int, ...], "dtype": str, "key": str | None, "sha256": str}
 
 
-def several(bad: Sequence[str], most: int = 8) -> str:
-    """The lines of an error that has many, none of them long."""
-    lines = [line if len(line) < 400 else line[:400] + "..." for line in bad[:most]]
-    more = [f"and {len(bad) - most} more"] if len(bad) > most else []
-    return "\n  ".join(["", *lines, *more])
+def _check(content: dict[str, Any]) -> dict[str, Any]:
+    factors = {n: _record.record(f, FACTOR, f"factor {n!r:.200}") for n, f in content["factors"].items()}
+    return {**content, "factors": factors}
 
 
-# --- the file -----------------------------------------------------------------------------------------------------
+FORM = _record.Form("jlora.json", 1, SCHEMA, _record.lines, _check)
+STORE = Store(FORM, "arrays", "adapter", "jlora.load")
+seal = FORM.seal
 
 
-def _spell(content: Mapping[str, Any]) -> str:
-    """The one spelling of a manifest: sorted keys, a line for each of the outermost."""
-    lines = (f"{json.dumps(k)}: {json.dumps(v, sort_keys=True, allow_nan=False)}" for k, v in sorted(content.items()))
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_spell(content).encode()).hexdigest()
-
-
-def seal(content: Mapping[str, Any]) -> bytes:
-    """A manifest as the bytes of its file."""
-    return _spell({**content, "sha256": _digest(content)}).encode()
-
-
-def unseal(raw: bytes, where: str) -> dict[str, Any]:
-    """The content of a manifest, its types checked; ValueError in words for anything else."""
-    damaged = f"{where} is cut short or damaged"
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{damaged}: it is not JSON ({str(error)[:200]})") from None
-    version = content.get("format") if isinstance(content, dict) else None
-    if type(version) is not int or version < 1:
-        raise ValueError(f"{damaged}: it has no format number")
-    if version > FORMAT:
-        raise ValueError(
-            f"{where} is of format {str(version)[:20]}, newer than {FORMAT}, the newest this jlora reads; upgrade jlora"
-        )
-    digest = content.pop("sha256", None)
-    try:
-        intact = type(digest) is str and digest == _digest(content) and raw == seal(content)
-    except (ValueError, RecursionError, UnicodeError):
-        intact = False
-    if not intact:
-        raise ValueError(f"{damaged}: its content does not have the digest it states")
-    try:
-        content = _record(content, SCHEMA, "the manifest")
-        factors = content["factors"].items()
-        content["factors"] = {n: _record(f, FACTOR, f"factor {n!r:.200}") for n, f in factors}
-    except TypeError as error:
-        raise ValueError(f"{where} is no manifest that jlora wrote: {error}") from None
-    return content
-
-
-def _record(content: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> dict[str, Any]:
-    odd = sorted(set(content) ^ set(schema))
-    if odd:
-        raise TypeError(f"{where} has a missing or unknown field {odd[0]!r:.100}")
-    return {k: cast(content[k], hint, f"{k!r} of {where}") for k, hint in schema.items()}
-
-
-def cast(value: Any, hint: Any, where: str) -> Any:
-    """A JSON value as a type hint says it (lists become tuples); TypeError where it is something else."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin is typing.Annotated:  # the range is the method's own check
-        return cast(value, args[0], where)
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return cast(value, option, where)
-            except TypeError:
-                pass
-    elif origin is typing.Literal:
-        if any(type(value) is type(a) and value == a for a in args):
-            return value
-    elif origin in (tuple, list, collections.abc.Sequence):
-        endless = origin is not tuple or args[-1] is Ellipsis
-        if isinstance(value, list) and (endless or len(value) == len(args)):
-            each = [args[0]] * len(value) if endless else args
-            return tuple(cast(v, h, where) for v, h in zip(value, each, strict=True))
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {k: cast(v, args[1], where) for k, v in value.items()}
-    elif type(value) is hint or value is hint is None or hint is float and type(value) is int:
-        return value
-    raise TypeError(f"{where} is {str(value)[:60]!r}, not of type {getattr(hint, '__name__', hint)}")
+# --- methods ------------------------------------------------------------------------------------------------------
 
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-# --- methods ------------------------------------------------------------------------------------------------------
-
-
 def known(extra: Sequence[type[Method]]) -> dict[str, type[Method]]:
     """The methods a file may name: those of `jlora.methods` and the ones the caller passes."""
     found = {k: v for k, v in vars(methods).items() if _is_method(v) and v is not Method}
+    if not isinstance(extra, (list, tuple)):
+        raise TypeError(f"methods=[...] takes a list of subclasses of jlora.methods.Method, not {extra!r:.100}")
     for cls in extra:
         if not _is_method(cls):
             raise TypeError(f"methods=[...] takes subclasses of jlora.methods.Method, not {cls!r}")
@@ -249,8 +160,8 @@ def read_plan(content: Mapping[str, Any], tree: _tree.Named, extra: Sequence[typ
         if path in sites or path not in saved:
             raise ValueError(f"{where} is no manifest that jlora wrote: {path!r:.200} is twice or not in its base")
         if path not in index:
-            near = ", ".join(_tree.nearest(path, tree.paths, 3)) or "none"
-            bad.append(f"{path!r} is not in params; the nearest paths are {near}")
+            near = _tree.nearest(path, tree.paths, 3) if len(bad) < 8 else ()  # looking is slow, and eight are shown
+            bad.append(f"{path!r:.200} is not in params; the nearest paths are {', '.join(near) or 'none'}")
             continue
         shape, dtype = _tree.shape_dtype(tree.leaves[index[path]])
         if shape != saved[path]:

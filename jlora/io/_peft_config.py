@@ -6,18 +6,26 @@ either understood or refused by name.
 
 import collections
 import dataclasses
+import functools
 import json
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.io._manifest import several
+from jlora.io import _pattern
+from jlora.io._pattern import Patterns
+from jlora.io._record import several
 
 NAME = "adapter_config.json"
+#: In front of a module's name in the keys of tensors; and what peft's own modules are called.
+PREFIX = "base_model.model."
+#: What a `task_type` may be: each has an `AutoPeftModelFor...`.
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _LARGEST = 2**24
 
 #: Fields that say how an adapter was made or found its modules, and do not change what its tensors compute.
@@ -36,7 +44,7 @@ class Config:
     """What a configuration says of the numbers, under peft's own names.
 
     Attributes:
-      target_modules: names of modules or their last parts; None where a pattern or a keyword says it.
+      target_modules: names of modules or their last parts; a pattern or a keyword, for peft alone; None.
     """
 
     r: int = 8
@@ -49,29 +57,41 @@ class Config:
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    target_modules: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] | str | None = None
     modules_to_save: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def _alphas(self) -> Patterns:
+        return Patterns(self.alpha_pattern)
+
+    @functools.cached_property
+    def _targets(self) -> frozenset[str]:
+        return frozenset(self.target_modules if isinstance(self.target_modules, tuple) else ())
 
     def scale(self, module: str, rank: int) -> np.float32:
         """s: alpha / r, or alpha / sqrt(r), of one module."""
-        alpha = matched(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self._alphas.value(module, self.lora_alpha)
         return np.float32(alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
     def targets(self, module: str) -> bool:
         """Whether `target_modules` names this module, where it is a list of names."""
-        names = self.target_modules
-        return names is None or any(module == name or module.endswith("." + name) for name in names)
+        return not isinstance(self.target_modules, tuple) or any(n in self._targets for n in endings(module))
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names this module, or one that it is a part of."""
         steps = module.split(".")
         parents = [".".join(steps[:n]) for n in range(1, len(steps) + 1)]
-        return any(parent.endswith(name) for parent in parents for name in self.modules_to_save)
+        return any(parent.endswith(self.modules_to_save) for parent in parents)
 
 
 def matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that is the module's name or its last parts."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+    return Patterns(patterns).value(module, default)
+
+
+def endings(module: str) -> list[str]:
+    """A module's name, and what is behind each of its dots."""
+    return [module, *(module[n + 1 :] for n, letter in enumerate(module) if letter == ".")]
 
 
 # --- read ---------------------------------------------------------------------------------------------------------
@@ -170,9 +190,9 @@ def _modules(name: str, value: Any, bad: list[str]) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _target_modules(name: str, value: Any, bad: list[str]) -> tuple[str, ...] | None:
+def _target_modules(name: str, value: Any, bad: list[str]) -> tuple[str, ...] | str | None:
     if value is None or isinstance(value, str):  # a pattern over the torch model's modules: the tensors say the rest
-        return None
+        return value
     return _modules(name, value, bad)
 
 
@@ -185,7 +205,7 @@ def _alphas(name: str, value: Any, bad: list[str]) -> dict[str, float]:
 
 
 def _patterns(name: str, value: Any, bad: list[str]) -> dict[str, Any]:
-    """A dictionary whose keys are regular expressions that end in reasonable time."""
+    """A dictionary whose keys are regular expressions."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -193,11 +213,9 @@ def _patterns(name: str, value: Any, bad: list[str]) -> dict[str, Any]:
         return {}
     for key in value:
         try:
-            re.compile(rf"(.*\.)?({key})$")
-        except (re.error, RecursionError, OverflowError) as error:
-            bad.append(f"{name} has the key {key!r:.60}, which is no regular expression: {error}")
-        if len(key) > 1000 or len(re.findall(r"[*+{]", key)) > 4 or re.search(r"\)[*+{]", key):
-            bad.append(f"{name} has the key {key!r:.60}, a pattern that might not end; write the modules' names")
+            _pattern.read(key)
+        except ValueError as error:
+            bad.append(f"{name} has the key {key!r:.60}; {error}; write the modules' names")
     return value
 
 
@@ -220,8 +238,8 @@ _CHECKS = {
 # --- write --------------------------------------------------------------------------------------------------------
 
 
-def describe(scales: Mapping[str, tuple[int, np.float32]], **rest: Any) -> Config:
-    """The configuration of some modules, `{module: (rank, s)}`.
+def describe(scales: Mapping[str, tuple[int, np.float32]], known: Collection[str] = (), **rest: Any) -> Config:
+    """The configuration of some modules, `{module: (rank, s)}`, of a model of which these names are known.
 
     An adapter keeps s alone. rsLoRA is said where every alpha is then a whole number, and not otherwise.
     """
@@ -238,9 +256,23 @@ def describe(scales: Mapping[str, tuple[int, np.float32]], **rest: Any) -> Confi
         use_rslora=sqrt,
         rank_pattern=_exceptions(ranks, r),
         alpha_pattern=_exceptions(alphas, lora_alpha),
-        target_modules=tuple(sorted(scales)),
+        target_modules=_targets(scales, known),
         **rest,
     )
+
+
+def _targets(scales: Collection[str], known: Collection[str]) -> tuple[str, ...] | str:
+    """The modules with factors: a list, or a pattern where another module of the model ends in one of the names."""
+    numbered = lambda name: ".".join("0" if step.isdecimal() else step for step in name.split("."))  # noqa: E731
+    names = set(map(numbered, scales))
+    if any(end in names for other in known if other not in scales for end in endings(numbered(other))[1:]):
+        return "|".join(map(re.escape, sorted(scales)))
+    return tuple(sorted(scales))
+
+
+def taken(saved: str, known: Collection[str]) -> list[str]:
+    """The other modules that peft would take for one that is saved whole: it looks at the last letters alone."""
+    return sorted(other for other in known if other != saved and other.endswith(saved))
 
 
 def _alpha(s: np.float32, divisor: float) -> float:
@@ -261,25 +293,38 @@ def _usual(values: Any) -> Any:
 def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     """The patterns of the modules whose value is not the usual one.
 
-    A pattern takes every module that ends in it, and the first one wins: where that would take a wrong one, every
-    module gets a pattern, the longer names first.
+    A pattern takes every module that ends in it, and the first one wins. Where it would take another module too, it
+    says that the name begins there: so no module has two, and no order is wrong (peft, where it saves, sorts them).
     """
-    literal = lambda module: module if re.fullmatch(r"[\w.-]+", module) else re.escape(module)  # noqa: E731
-    longest = {literal(m): values[m] for m in sorted(values, key=lambda m: (-len(m), m))}
-    odd = {name: value for name, value in longest.items() if value != usual}
-    return odd if all(matched(odd, m, usual) == v for m, v in values.items()) else longest
+    odd = {module: value for module, value in sorted(values.items()) if value != usual}
+    common = collections.Counter(end for module in values for end in endings(module))
+    exact = {module: "^" + re.escape(module) for module in odd}
+    names = {m: m if re.fullmatch(r"[\w.-]+", m) and common[m] == 1 else exact[m] for m in odd}
+    many = len(odd) * len(values) > 10**6
+    if many or any(_pattern.read(key).matches(other) for m, key in names.items() for other in values if other != m):
+        names = exact  # its dots are any letter
+    return {names[module]: value for module, value in odd.items()}
 
 
-def write(config: Config) -> bytes:
-    """A configuration as the bytes of its file."""
+def write(config: Config, task_type: str | None = None, base_model: Any = None) -> bytes:
+    """A configuration as the bytes of its file.
+
+    Raises:
+      TypeError: a base model that is no name.
+      ValueError: a task that peft has not.
+    """
+    if task_type is not None and task_type not in TASKS:
+        raise ValueError(f"task_type={task_type!r:.60}: peft has {', '.join(TASKS)}")
+    if base_model is not None and not (isinstance(base_model, (str, os.PathLike)) and str(base_model)):
+        raise TypeError(f"base_model={base_model!r:.60}: write the model's name on the hub, or its folder")
     fields: dict[str, Sequence[Any] | Any] = dataclasses.asdict(config)
     content = {
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base_model if base_model is None else os.fspath(base_model),
         "inference_mode": True,
         "init_lora_weights": True,
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type,
         **fields,
         "modules_to_save": fields["modules_to_save"] or None,
     }
-    return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    return (json.dumps(dict(sorted(content.items())), indent=2, allow_nan=False) + "\n").encode()

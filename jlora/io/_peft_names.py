@@ -4,7 +4,9 @@ A torch model has one module a layer, where a scanned Flax model has one stacked
 path and an index into the stack axes there, a `Slot`.
 """
 
+import contextlib
 import dataclasses
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -71,10 +73,24 @@ class Template:
 
 def plain_name(path: str) -> str | None:
     """The module that has the same steps as a path: `model/layers/0/q_proj/kernel` is `model.layers.0.q_proj`."""
-    *steps, last = path.split("/")
-    steps = steps[1:] if steps[:1] == ["params"] else steps  # Linen's name of the collection
-    unescape = lambda step: step.replace("%2F", "/").replace("%25", "%")  # noqa: E731
-    return ".".join(map(unescape, steps)) if steps and last in WEIGHTS else None
+    *steps, last = _steps(path)
+    return ".".join(steps) if steps and last in WEIGHTS else None
+
+
+def _steps(path: str) -> list[str]:
+    """The steps of a path as torch would have them, without Linen's name of the collection."""
+    steps = [step.replace("%2F", "/").replace("%25", "%") for step in path.split("/")]
+    return steps[1:] if len(steps) > 1 and steps[0] == "params" else steps
+
+
+def _answer(answer: Any, module: str) -> list[Slot]:
+    """What a function said that a module is."""
+    if answer is None or isinstance(answer, str):
+        return [] if answer is None else [(answer, ())]
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str):
+        with contextlib.suppress(TypeError, ValueError):
+            return [(answer[0], tuple(map(operator.index, answer[1])))]
+    raise TypeError(f"names({module!r:.100}) returned {answer!r:.100}: write a path, (path, (index, ...)) or None")
 
 
 class Book:
@@ -92,6 +108,7 @@ class Book:
         self.function = names if callable(names) else None
         self.templates = [Template(*pair) for pair in names.items()] if isinstance(names, Mapping) else []
         self.modules: dict[str, list[str]] = {}
+        self.missed = 0
         for path in paths:
             name = plain_name(path)
             if name is not None:
@@ -101,18 +118,30 @@ class Book:
         """The path of a module's weight, and an index into its stack axes; ValueError in words."""
         said = [s for s in (t.slot(module) for t in self.templates) if s is not None]
         if self.function is not None:
-            answer = self.function(module)
-            answer = (answer, ()) if isinstance(answer, str) else answer
-            said = [] if answer is None else [(answer[0], tuple(answer[1]))]
+            said = _answer(self.function(module), module)
         said = list(dict.fromkeys(said)) or [(path, ()) for path in self.modules.get(module, ())]
         if len(said) == 1 and said[0][0] in self.paths:
-            path, index = said[0]
-            return path, tuple(map(int, index))
+            return said[0]
         if len(said) > 1:
             raise ValueError(f"{module!r} could be any of {sorted(path for path, _ in said)}: say which with names=")
         wanted = said[0][0] if said else module.replace(".", "/") + "/kernel"
-        near = ", ".join(_tree.nearest(wanted, tuple(self.paths), 3))
+        self.missed += 1  # looking is slow, and no more than eight are shown
+        near = ", ".join(_tree.nearest(wanted, tuple(self.paths), 3) if self.missed <= 8 else ())
         raise ValueError(f"{module!r} is not in params: no {wanted!r}; the nearest paths are {near}; use names=")
+
+    def known(self) -> set[str]:
+        """Every module of the tree, and every one that holds others, as far as their names are known.
+
+        A number that is an index into stack axes is 0 here.
+        """
+        found = set()
+        for path in self.paths:
+            names = {t.name(path, (0,) * len(t.indices)) for t in self.templates} - {None}
+            steps = _steps(path)[:-1]
+            for name in names or {".".join(steps)}:
+                parts = str(name).split(".")
+                found.update(".".join(parts[:n]) for n in range(1, len(parts) + 1))
+        return found - {""}
 
     def depth(self, path: str) -> int | None:
         """The number of stack axes that the templates give a path; None where none has it."""
@@ -125,6 +154,8 @@ class Book:
         """The module of a slot; ValueError in words."""
         if self.function is not None:
             answers = [self.function(path, index)]
+            if not isinstance(answers[0], (str, type(None))):
+                raise TypeError(f"names({path!r}, {index}) returned {answers[0]!r:.100}: write a module's name or None")
         else:
             answers = [t.name(path, index) for t in self.templates]
         said = {name for name in answers if name is not None}

@@ -15,7 +15,7 @@ from jlora import _axes, _tree
 from jlora._axes import Leaf
 from jlora.adapted import Adapted
 from jlora.io import _peft_layout as layout
-from jlora.io._peft_config import Config
+from jlora.io._peft_config import PREFIX, Config
 from jlora.io._peft_names import Book
 from jlora.methods.base import Method
 from jlora.methods.bitfit import BitFit
@@ -23,10 +23,12 @@ from jlora.methods.dora import DoRA
 from jlora.methods.full import Full
 from jlora.methods.lora import LoRA
 
-PREFIX = "base_model.model."
 _LOW_RANK = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _BIAS_OF_B = "lora_B.bias"
 _WHOLE = ("base_layer.weight", "base_layer.bias", "weight", "bias")
+
+#: Of the names of tensors: a model's are a tenth of it.
+LONGEST = 1000
 
 Index = tuple[int, ...]
 
@@ -37,7 +39,9 @@ def modules(tensors: Mapping[str, np.ndarray], bad: list[str]) -> dict[str, dict
     for key, tensor in sorted(tensors.items()):
         name = key.removeprefix(PREFIX)
         kind = next((x for x in (*_LOW_RANK, _BIAS_OF_B, *_WHOLE) if name.endswith("." + x)), None)
-        if name == key or kind is None:
+        if len(key) > LONGEST:
+            bad.append(f"{key[:60]!r}... has {len(key):,} letters, which is no name of a tensor")
+        elif name == key or kind is None:
             bad.append(f"{key!r} of shape {tensor.shape} is no tensor of a LoRA or DoRA adapter")
         else:
             found.setdefault(name.removesuffix("." + kind), {})[kind] = tensor

@@ -12,9 +12,9 @@ from jlora._plan import Site
 from jlora.adapted import Adapted
 from jlora.io import _peft_config as config
 from jlora.io import _peft_layout as layout
-from jlora.io._manifest import several
+from jlora.io._peft_config import PREFIX
 from jlora.io._peft_names import Book
-from jlora.io._peft_read import PREFIX
+from jlora.io._record import several
 from jlora.methods.bitfit import BitFit
 from jlora.methods.dora import DoRA
 from jlora.methods.full import Full
@@ -51,6 +51,13 @@ class Writer:
         biases = [site for site in wholes if self._is_bias(site)]
         saved = {self._attempt(self._save_module, site, index) for site, index in _slots(self, wholes, biases)}
         bias = self._attempt(self._biases, biases) if not self.bad else {}
+        known = self.book.known() | set(self.scales)
+        for name, others in ((name, config.taken(name, known)) for name in saved if name):
+            if others:
+                self.bad.append(
+                    f"{name!r} is saved whole, and peft saves every module whose name ends in these letters, so also "
+                    f"{', '.join(map(repr, others[:3]))}; if the torch model has longer names, names= gives them"
+                )
         doras = {isinstance(site.method, DoRA) for site in low}
         if len(doras) > 1:
             self.bad.append("some weights are LoRA's and some DoRA's; use_dora of a file is for all of them")
@@ -61,7 +68,7 @@ class Writer:
         rate = max(getattr(s.method, "inner", s.method).dropout for s in low)
         modules = tuple(sorted(name for name in saved if name))
         rest = {"use_dora": doras == {True}, "lora_dropout": rate, "modules_to_save": modules, **(bias or {})}
-        return self.tensors, config.describe(self.scales, **rest)
+        return self.tensors, config.describe(self.scales, known, **rest)
 
     def _attempt(self, fn: Any, *args: Any) -> Any:
         try:
@@ -85,6 +92,8 @@ class Writer:
         for name, array in found.items():
             if array.dtype not in layout.DTYPES.values():
                 raise ValueError(f"{path!r}: {name} is of dtype {array.dtype}, not float32, float16 or bfloat16")
+            if name != "s" and not np.all(np.isfinite(array.astype(np.float32))):
+                raise ValueError(f"{path!r}: {name} holds NaN or infinity: an adapter that diverged is of no use there")
         if not np.all(np.isfinite(found["s"].astype(np.float32))):
             raise ValueError(f"{path!r}: its scale s is {found['s']}, which no alpha gives")
         return found

@@ -10,15 +10,16 @@ import numpy as np
 
 from jlora import _tree
 from jlora.adapted import Adapted, Frozen, adapt, derived, is_adapted, shapes
-from jlora.io import _arrays, _manifest
+from jlora.io import _arrays, _checkpoint, _manifest
+from jlora.io._record import several
 
 
 def load(folder: Path, params: Any, spec: Any) -> Adapted:
     """The adapter in a training checkpoint, its plan and frozen factors made from a spec."""
     if spec is None:
         raise ValueError(
-            f"{folder} holds no {_manifest.NAME}, so jlora.save did not make it. If it is a training checkpoint, say "
-            "what was trained: load(path, params, spec=jlora.LoRA(...))"
+            f"{folder} holds no {_manifest.FORM.name}, so jlora.save did not make it. If it is a training checkpoint, "
+            "say what was trained: load(path, params, spec=jlora.LoRA(...))"
         )
     adapted = _fresh(params, spec, folder)
     item, within, found = _find_trainable(folder)
@@ -44,11 +45,11 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
     frozen = {p: v for p, v in shapes(plan).items() if not v[1]}
     bad = _manifest.misfits(have | frozen, plan)
     if bad:
-        raise ValueError(f"the factors in {item} do not fit the spec:" + _manifest.several(bad))
+        raise ValueError(f"the factors in {item} do not fit the spec:" + several(bad))
     part: Any = node
     for step in reversed(within):
         part = {step: part}
-    value = _arrays.restore_part(item, part) if have else part
+    value = _checkpoint.restore_part(item, part) if have else part
     for step in within:
         value = value[step]
     for group, named in value.items():
@@ -91,7 +92,7 @@ def _find_trainable(folder: Path) -> tuple[Path, tuple[str, ...], dict[str, Any]
     found: list[tuple[Path, tuple[str, ...], dict[str, Any]]] = []
     seen = []
     for item in items:
-        tree = _arrays.tree_of(item)
+        tree = _checkpoint.tree_of(item)
         seen.append(f"{item.name}: {', '.join(sorted(map(str, tree)))[:200]}")
         for name in ("trainable", "params"):
             node = tree.get(name)
@@ -104,7 +105,5 @@ def _find_trainable(folder: Path) -> tuple[Path, tuple[str, ...], dict[str, Any]
                 found.append((item, (), tree))
     if len(found) != 1:
         what = "several items with" if found else "no item with"
-        raise ValueError(
-            f"{step} has {what} a 'trainable' half; it holds" + _manifest.several(seen or ["no Orbax checkpoint"])
-        )
+        raise ValueError(f"{step} has {what} a 'trainable' half; it holds" + several(seen or ["no Orbax checkpoint"]))
     return found[0]

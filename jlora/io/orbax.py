@@ -1,17 +1,13 @@
 """Adapters and merged parameters as Orbax checkpoints.
 
 A saved adapter is a folder of two things: `jlora.json`, the manifest, and the arrays, as an Orbax checkpoint in a
-folder that the manifest names. Saving over an adapter writes new arrays beside the old ones and then replaces the
-manifest, in one step of the file system, so at every moment the folder holds one whole adapter.
+folder that the manifest names (`_store`). Merged parameters are a plain Orbax checkpoint.
 """
 
-import contextlib
 import importlib.metadata
+import math
 import os
 import re
-import secrets
-import shutil
-import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,18 +16,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jlora import _tree
 from jlora._merge import MergeReport, merge, merge_report
 from jlora._packed import is_packed
 from jlora.adapted import Adapted, Frozen, derived, is_adapted, shapes
-from jlora.io import _arrays, _fingerprint, _folder, _manifest, _training
+from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training
+from jlora.io._record import several
 from jlora.methods.base import Method
 from jlora.rank.adalora import check_ran
 
-_DATA = re.compile(r"arrays-[0-9a-f]{16}")
-_LARGEST = 2**30
+#: What stands at the top of an Orbax checkpoint.
+_OF_ORBAX = re.compile(
+    r"_.*METADATA|_sharding|_strings\.json|commit_success\.txt|manifest\.ocdbt|d|ocdbt\.process_\d+|array_metadatas"
+)
 
 
 # --- save ---------------------------------------------------------------------------------------------------------
@@ -48,7 +46,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
       path: a local folder; its parents are made.
       adapted: what `adapt` made, trained or not.
       opt_state: the optimizer's state, if at hand. It is not saved, but asked whether a schedule of ranks ran.
-      overwrite: replace an adapter that was saved there. Nothing else is ever replaced.
+      overwrite: replace an adapter that was saved there. Nothing else is ever replaced, and other files there stay.
 
     Raises:
       FileExistsError: the path exists (with `overwrite`: and holds no saved adapter).
@@ -67,29 +65,17 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
       Adapted(1 weight, 20 trainable)
     """
     check_ran("save", opt_state)
-    target = _folder.local(path)
-    replaces = _folder.check_free(target, overwrite, _manifest.NAME, "adapter")
+    target = _manifest.STORE.place(path, overwrite)
     _arrays.check_concrete(adapted, lambda x: (x.trainable, x.frozen.factors, x.frozen.base), "jlora.save")
     arrays, factors = _arrays.gather(adapted)
     tree = _tree.flatten(adapted.frozen.base)
     content = {
-        "format": _manifest.FORMAT,
         "jlora": _version(),
         "factors": factors,
         **_manifest.write_methods(adapted.frozen.plan),
         "base": _fingerprint.fingerprint(adapted.frozen.base, tree),
     }
-    if not replaces:
-        with _folder.beside(target) as folder:
-            _write(folder, _manifest.NAME, arrays, content)
-            _folder.appear(folder, target)
-        return
-    with _folder.locked(target):
-        pending = _manifest.NAME + "-" + secrets.token_hex(8)
-        _write(target, pending, arrays, content)
-        (target / pending).replace(target / _manifest.NAME)  # the moment at which the new adapter is there
-        _folder.sync(target)
-        _sweep(target)
+    _manifest.STORE.save(target, arrays, content)
 
 
 def _version() -> str:
@@ -97,30 +83,6 @@ def _version() -> str:
         return importlib.metadata.version("jlora")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _write(folder: Path, manifest: str, arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> None:
-    """Writes arrays into a new folder below this one, and the manifest that names it."""
-    place: dict[str, Any] = {"data": None, "files": {}}
-    if arrays:
-        data = folder / ("arrays-" + secrets.token_hex(8))
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(data, args=ocp.args.PyTreeSave(dict(arrays)))
-        _folder.sync_all(data)
-        place = {"data": data.name, "files": {name: list(entry) for name, entry in _folder.files(data).items()}}
-    (folder / manifest).write_bytes(_manifest.seal({**content, **place}))
-    _folder.sync(folder / manifest, folder)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes the arrays that the manifest no longer names, of this save and of ones that were killed."""
-    with contextlib.suppress(OSError, ValueError):
-        current = _read_manifest(folder)["data"]
-        for entry in folder.iterdir():
-            if _DATA.match(entry.name) and entry.name != current:
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name.startswith(_manifest.NAME + "-"):
-                entry.unlink()
 
 
 # --- load ---------------------------------------------------------------------------------------------------------
@@ -171,32 +133,21 @@ def load(
         raise ValueError(f"check={check!r}: write 'values', 'shapes' or 'none'")
     if is_adapted(params):
         raise TypeError("params is an Adapted; load takes the base: load(path, adapted.frozen.base)")
-    folder = _folder.local(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"there is nothing at {folder}")
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; a saved adapter is a folder with {_manifest.NAME} in it")
-    if not os.path.lexists(folder / _manifest.NAME):
-        if any(_DATA.match(entry.name) for entry in folder.iterdir()):
-            raise ValueError(f"{folder} is cut short: its manifest, {_manifest.NAME}, is missing")
+    _manifest.known(methods)
+    folder = _manifest.STORE.find(path)
+    if not _manifest.STORE.is_here(folder):
+        if spec is None:
+            _folder.check_kind(folder, _manifest.FORM.name)
         return _training.load(folder, params, spec)
     if spec is not None:
         raise ValueError(f"{folder} says itself what it is of; spec= is for training checkpoints, leave it out")
-    while True:
-        content = _read_manifest(folder)
-        try:
-            return _open(folder, content, params, check, methods)
-        except (ValueError, OSError):
-            if _read_manifest(folder) == content:
-                raise
-            # else another process has saved over it in the meantime
+    return _manifest.STORE.open(folder, lambda content, size: _open(folder, content, size, params, check, methods))
 
 
 def _open(
-    folder: Path, content: Mapping[str, Any], params: Any, check: str, methods: Sequence[type[Method]]
+    folder: Path, content: Mapping[str, Any], size: int, params: Any, check: str, methods: Sequence[type[Method]]
 ) -> Adapted:
-    """The adapter of a manifest."""
-    _check_files(folder, content)
+    """The adapter of a manifest, whose files have so many bytes."""
     tree = _tree.flatten(params)
     plan = _manifest.read_plan(content, tree, methods, str(folder))
     if check != "none":
@@ -215,7 +166,12 @@ def _open(
         if name in records and not key and records[name]["shape"] != shape:
             bad.append(f"{group!r}: {factor!r} has shape {records[name]['shape']}, not {shape}")
     if bad:
-        raise ValueError(f"the factors in {folder} do not fit its methods:" + _manifest.several(bad))
+        raise ValueError(f"the factors in {folder} do not fit its methods:" + several(bad))
+    asked = [shape for shape, _ in shapes(plan).values()] + [
+        r["shape"] for r in records.values() if r["key"] is not None
+    ]
+    elements = sum(math.prod(_tree.shape_dtype(leaf)[0]) for leaf in tree.leaves)
+    _store.check_size(asked, elements, size, str(folder))
     arrays = _read_arrays(folder, content)
     sides: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
     for name, (group, factor, trained, shape) in want.items():
@@ -226,35 +182,6 @@ def _open(
     for (group, factor), make in made_again.items():
         sides[False].setdefault(group, {})[factor] = make()
     return Adapted(sides[True], Frozen(params, sides[False], None, plan))
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _manifest.NAME
-    info = path.lstat()
-    if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST:
-        raise ValueError(f"{path} is a link, no plain file or too large to be a manifest")
-    content = _manifest.unseal(path.read_bytes(), str(path))
-    data = content["data"]
-    if data is not None and not _DATA.fullmatch(data):
-        raise ValueError(f"{path} is no manifest that jlora wrote: {data!r:.100} is no name of its arrays")
-    return content
-
-
-def _check_files(folder: Path, content: Mapping[str, Any]) -> None:
-    """Compares every file of the arrays with its digest, before Orbax reads any."""
-    if content["data"] is None:
-        return
-    data = folder / content["data"]
-    if data.is_symlink() or not data.is_dir():
-        raise ValueError(f"{folder} is cut short: its arrays, {data.name}, are missing or a link")
-    have, want = _folder.files(data), content["files"]
-    bad = [f"{name} is missing" for name in want if name not in have]
-    bad += [f"{name} was not saved with it" for name in have if name not in want]
-    for name in (n for n in have if n in want and have[n] != want[n]):
-        size, expected = have[name][0], want[name][0]
-        bad.append(f"{name} has " + ("other bytes" if size == expected else f"{size} bytes of {expected}"))
-    if bad:
-        raise ValueError(f"{data} is cut short or damaged:" + _manifest.several(bad))
 
 
 def _read_arrays(folder: Path, content: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -284,8 +211,9 @@ def export(
       path: a local folder; its parents are made.
       adapted: an adapter over a base with values.
       allow_loss: export although less than half of some update survives the cast to its weight's dtype.
-      overwrite: replace an Orbax checkpoint that is there. If the process is killed at that very moment, the old one
-        is `.<name>.jlora-old` beside it, and the next export puts it back.
+      overwrite: replace an Orbax checkpoint that is there, in one step; other files there stay. Where a file system
+        has no such step and the process is killed between two, the old one is `.<name>.jlora-old` beside it, and the
+        next export puts it back.
 
     Warns:
       UserWarning: less than 0.9 of some update survives (`jlora.merge_report`).
@@ -315,13 +243,11 @@ def export(
     _check_loss(merge_report(adapted), allow_loss)
     params = _plain_tree(merge(adapted))
     with _folder.beside(target) as folder:
-        try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                checkpointer.save(folder / "merged", args=ocp.args.StandardSave(jax.tree.map(_portable, params)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"Orbax cannot save these parameters: {str(error)[:500]}") from error
-        _folder.sync_all(folder)
-        _folder.appear(folder / "merged", target, replaces)
+        new = folder / target.name
+        _checkpoint.write_tree(new, jax.tree.map(_portable, params))
+        _folder.sync_all(new)
+        written = {entry.name for entry in new.iterdir()}
+        _folder.appear(new, target, replaces, lambda name: name in written or bool(_OF_ORBAX.fullmatch(name)))
 
 
 def _check_loss(report: MergeReport, allow_loss: bool) -> None:
@@ -369,5 +295,5 @@ def _plain_tree(params: Any) -> dict[str, Any]:
             node = node.setdefault(step, {})
         node[last] = leaf
     if bad or not plain:
-        raise ValueError("these parameters cannot be exported:" + _manifest.several(bad or ["there are none"]))
+        raise ValueError("these parameters cannot be exported:" + several(bad or ["there are none"]))
     return plain

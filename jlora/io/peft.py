@@ -4,9 +4,8 @@ The format as peft 0.21 writes it: https://huggingface.co/docs/peft/developer_gu
 (`pip install 'jlora[peft]'`), not peft and not torch.
 """
 
-import contextlib
 import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import numpy as np
 from jlora import _tree
 from jlora.adapted import Adapted, adapt, is_adapted, join, split
 from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read
-from jlora.io._manifest import several
 from jlora.io._peft_config import Config
 from jlora.io._peft_names import Book, Names
 from jlora.io._peft_write import Writer
+from jlora.io._record import several
 
 _FILES = (_peft_config.NAME, _peft_layout.NAME, "adapter_model.bin")
 
@@ -97,7 +96,7 @@ def load(
 def _read(folder: "str | os.PathLike[str]") -> tuple[Path, Config, dict[str, np.ndarray]]:
     """Both files of one adapter: if another process saved over it in the meantime, both of the new one."""
     while True:
-        where = _find(_place(folder))
+        where = _find(_folder.local(folder))
         was = _inode(where)
         try:
             found = _peft_config.read(where / _peft_config.NAME), _peft_layout.read(where / _peft_layout.NAME)
@@ -109,11 +108,6 @@ def _read(folder: "str | os.PathLike[str]") -> tuple[Path, Config, dict[str, np.
                 return where, *found
 
 
-def _place(folder: "str | os.PathLike[str]") -> Path:
-    """The folder itself, where a link to it is given: a rename would replace the link alone."""
-    return Path(os.path.realpath(_folder.local(folder)))
-
-
 def _inode(folder: Path) -> int | None:
     return folder.stat().st_ino if folder.is_dir() else None
 
@@ -122,6 +116,7 @@ def _find(where: Path) -> Path:
     """The folder with both files; where a save was killed between two renames, the one that it was to replace."""
     if not os.path.lexists(where) and _folder.old(where).is_dir():
         where = _folder.old(where)
+    _folder.check_kind(where, _peft_config.NAME)
     missing = [name for name in _FILES[:2] if not (where / name).is_file()]
     if missing:
         pickled = " (adapter_model.bin is a pickle, which runs code: save it again with a newer peft)"
@@ -132,7 +127,15 @@ def _find(where: Path) -> Path:
     return where
 
 
-def save(folder: "str | os.PathLike[str]", adapted: Adapted, names: Names = None, *, overwrite: bool = False) -> None:
+def save(
+    folder: "str | os.PathLike[str]",
+    adapted: Adapted,
+    names: Names = None,
+    *,
+    task_type: str | None = None,
+    base_model: "str | os.PathLike[str] | None" = None,
+    overwrite: bool = False,
+) -> None:
     """Saves a LoRA or DoRA adapter as peft would: `PeftModel.from_pretrained(model, folder)` reads it.
 
     Factors keep their dtype and their bits. `Full` and `BitFit` are written as values, base plus change, rounded to
@@ -145,6 +148,8 @@ def save(folder: "str | os.PathLike[str]", adapted: Adapted, names: Names = None
       folder: a local folder; its parents are made.
       adapted: LoRA, LoRA-FA, DoRA of these, `Full` and `BitFit`.
       names: as in `load`, read from right to left. A function gets `(path, index)` and returns a module.
+      task_type: of the model, as peft has it ("CAUSAL_LM", "SEQ_CLS", ...), which `AutoPeftModelForCausalLM` asks for.
+      base_model: its name on the hub or its folder, from which `AutoPeftModelFor...` makes it.
       overwrite: replace an adapter of peft that is there. Other files of the folder stay.
 
     Raises:
@@ -152,8 +157,8 @@ def save(folder: "str | os.PathLike[str]", adapted: Adapted, names: Names = None
       NotImplementedError: in one of several processes; the message says how they save together.
       ImportError: safetensors is not installed.
       TypeError: no `Adapted`, or one that is being traced.
-      ValueError: a method that peft's LoRA has no name for, `slices`, LoRA beside DoRA, a stacked kernel or another
-        weight without a name; all of them at once.
+      ValueError: factors with NaN or infinity; a method that peft's LoRA has no name for, `slices`, LoRA beside DoRA,
+        a stacked kernel or another weight without a name; all of them at once. A task that peft has not.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jlora
@@ -166,28 +171,29 @@ def save(folder: "str | os.PathLike[str]", adapted: Adapted, names: Names = None
     References:
       `Hugging Face peft, checkpoint format <https://huggingface.co/docs/peft/developer_guides/checkpoint>`_.
     """
-    target = _place(folder)
+    target = _folder.local(folder)
     _folder.recover(target)
     replaces = _folder.check_free(target, overwrite, _peft_config.NAME, "adapter of peft")
     _arrays.check_concrete(adapted, lambda x: x, "jlora.io.peft.save")
     paths = _tree.flatten(adapted.frozen.base).paths
     tensors, config = Writer(adapted, Book(names, paths)).write()
+    said = _peft_config.write(config, task_type, base_model)
     with _folder.beside(target) as temporary:
         new = temporary / "adapter"
-        if replaces:
-            ours = lambda parent, _: _FILES if Path(parent) == target else ()  # noqa: E731
-            shutil.copytree(target, new, symlinks=True, ignore=ours, copy_function=_link)
-        else:
-            new.mkdir()
+        new.mkdir()
         (new / _peft_layout.NAME).write_bytes(_peft_layout.write(tensors))
-        (new / _peft_config.NAME).write_bytes(_peft_config.write(config))
+        (new / _peft_config.NAME).write_bytes(said)
+        _read_back(new, tensors, config)
         _folder.sync(new / _peft_layout.NAME, new / _peft_config.NAME, new)
-        _folder.appear(new, target, replaces)
+        _folder.appear(new, target, replaces, lambda name: name in _FILES)
 
 
-def _link(source: str, copy: str) -> None:
-    """A second name for a file, where the file system has such; else a copy."""
-    with contextlib.suppress(OSError):
-        os.link(source, copy, follow_symlinks=False)
-        return
-    shutil.copy2(source, copy, follow_symlinks=False)
+def _read_back(folder: Path, tensors: Mapping[str, np.ndarray], config: Config) -> None:
+    """Raises OSError unless both files hold what was to be written."""
+    found = _peft_layout.read(folder / _peft_layout.NAME)
+    same = found.keys() == tensors.keys() and all(
+        found[name].dtype == a.dtype and found[name].shape == a.shape and found[name].tobytes() == a.tobytes()
+        for name, a in tensors.items()
+    )
+    if not same or _peft_config.read(folder / _peft_config.NAME) != config:
+        raise OSError(f"{folder} does not hold what was written to it: the disk, or what is between, lost it")

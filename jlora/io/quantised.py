@@ -4,36 +4,93 @@ A folder with an Orbax checkpoint of the arrays and `jlora_base.json`, which say
 """
 
 import dataclasses
-import json
+import math
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
 
 from jlora import _tree
 from jlora._packed import is_packed, sound
 from jlora.adapted import is_adapted
-from jlora.io import _arrays, _folder, _manifest
+from jlora.io import _arrays, _folder, _record, _store
+from jlora.io._manifest import FACTOR
+from jlora.io._record import several
 from jlora.quant import NF, Int
 from jlora.quant._layout import Layout
 from jlora.quant._leaf import Codec, Quantized
 
-NAME, DATA, FORMAT = "jlora_base.json", "arrays", 1
 _SCHEMES = {"NF": NF, "Int": Int}
+
+#: What the manifest says of a leaf, of how it is quantised, and of the scheme and layout in there.
+_LEAF: dict[str, Any] = {"quantised": dict[str, Any] | None, "arrays": dict[str, dict[str, Any]]}
+_HOW: dict[str, Any] = {"scheme": dict[str, Any], "layout": dict[str, Any], "dtype": str, "kernel": str}
+_SCHEME: dict[str, Any] = {"kind": str, "bits": int, "block": int | None, "double": bool}
+_LAYOUT: dict[str, Any] = {
+    "shape": tuple[int, ...],
+    "order": tuple[int, ...],
+    "block": tuple[int, ...],
+    "pack": int,
+    "flat": bool,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    """A leaf before its arrays are read: what the manifest says of each, and how they are a weight."""
+
+    records: Mapping[str, Mapping[str, Any]]
+    codec: Codec | None
+    kernel: str
+
+    def leaf(self, arrays: Mapping[str, Any]) -> Any:
+        if self.codec is None:
+            return arrays[""]
+        return Quantized(tuple(arrays[name] for name in self.codec.arrays), self.codec, self.kernel)
+
+    def abstract(self) -> Any:
+        """The leaf without values."""
+        of = lambda r: r["shape"] if r["key"] is None else r["shape"][:-1]  # a key is stored as its words
+        return self.leaf({n: jax.ShapeDtypeStruct(of(r), np.uint8) for n, r in self.records.items()})
+
+
+def _check(content: dict[str, Any]) -> dict[str, Any]:
+    described = {path: _read_leaf(leaf, f"{path!r:.200}") for path, leaf in content["leaves"].items()}
+    return {**content, "leaves": described}
+
+
+_FIELDS: dict[str, Any] = {"format": int, "leaves": dict[str, dict[str, Any]]}
+_FORM = _record.Form(
+    "jlora_base.json",
+    1,
+    {**_FIELDS, "data": str | None, "files": dict[str, tuple[int, str]]},
+    _record.line,
+    _check,
+    older=_FIELDS,
+)
+_STORE = _store.Store(_FORM, "base", "quantised base", "jlora.io.quantised.load", before="arrays")
+
+
+# --- save ---------------------------------------------------------------------------------------------------------
 
 
 def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False) -> None:
     """Saves a tree with quantised leaves: codes and scales as they are, other leaves as arrays.
 
+    The folder appears, or changes, in one step: a save that is interrupted leaves what was there before readable.
+
     Args:
       path: a local folder; its parents are made.
       params: a pytree of arrays and quantised leaves; an adapter's is `adapted.frozen.base`.
-      overwrite: replace a folder that this function wrote.
+      overwrite: replace a base that this function wrote. Other files of the folder stay.
 
     Raises:
+      FileExistsError: the path exists (with `overwrite`: and holds no quantised base).
       TypeError: an `Adapted`, whose adapter would be lost; quantised leaves that were cast.
-      ValueError: leaves that Orbax cannot store; a folder that is there.
+      ValueError: leaves that Orbax cannot store, or none.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -45,11 +102,12 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
     """
     if is_adapted(params):
         raise TypeError("save the base, adapted.frozen.base, here, and the adapter with jlora.save")
-    target = _folder.local(path)
-    replaces = _folder.check_free(target, overwrite, NAME, "quantised base")
-    arrays, leaves = {}, {}
+    target = _STORE.place(path, overwrite)
     tree = _tree.flatten(params)
+    if not tree.leaves:
+        raise ValueError("this tree has no leaves to save")
     sound(zip(tree.paths, tree.leaves, strict=True))
+    arrays, leaves = {}, {}
     for leaf_path, leaf in zip(tree.paths, tree.leaves, strict=True):
         how = _described(leaf) if is_packed(leaf) else None
         parts = leaf.arrays if is_packed(leaf) else {"": leaf}
@@ -60,14 +118,16 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
             if array.size:
                 arrays[place] = array
         leaves[leaf_path] = {"quantised": how, "arrays": records}
-    with _folder.beside(target) as folder:
-        inside = folder / "base"
-        inside.mkdir()
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(inside / DATA, args=ocp.args.PyTreeSave(arrays))
-        (inside / NAME).write_text(json.dumps({"format": FORMAT, "leaves": leaves}))
-        _folder.sync_all(inside)
-        _folder.appear(inside, target, replaces)
+    _STORE.save(target, arrays, {"leaves": leaves})
+
+
+def _described(leaf: Quantized) -> dict[str, Any]:
+    scheme = {"kind": type(leaf.scheme).__name__, **dataclasses.asdict(leaf.scheme)}
+    layout = dataclasses.asdict(leaf.codec.layout)
+    return {"scheme": scheme, "layout": layout, "dtype": leaf.codec.dtype, "kernel": leaf.kernel}
+
+
+# --- load ---------------------------------------------------------------------------------------------------------
 
 
 def load(path: "str | os.PathLike[str]", like: Any = None) -> Any:
@@ -79,46 +139,56 @@ def load(path: "str | os.PathLike[str]", like: Any = None) -> Any:
         quantised alike; nested dictionaries under the paths' names by default.
 
     Raises:
+      FileNotFoundError: nothing at the path.
       ValueError: a folder that is none of these, is damaged, is of a newer format, or has other leaves than `like`.
     """
-    target = _folder.local(path)
-    try:
-        content = json.loads((target / NAME).read_text())
-        version, leaves = content["format"], content["leaves"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{target} holds no quantised base that can be read: {str(error)[:200]}") from None
-    if version != FORMAT:
-        raise ValueError(f"{target} is of format {version}, not {FORMAT}; upgrade jlora")
-    want = {
-        _arrays.stored_name("base", where, name): {**record, "shape": tuple(record["shape"])}
+    folder = _STORE.find(path)
+    if not _STORE.is_here(folder):
+        _folder.check_kind(folder, _FORM.name)
+        raise ValueError(f"{folder} holds no {_FORM.name}, so jlora.io.quantised.save did not make it")
+    return _STORE.open(folder, lambda content, size: _open(folder, content, size, like))
+
+
+def _open(folder: Path, content: Mapping[str, Any], size: int, like: Any) -> Any:
+    """The tree of a manifest, whose files have so many bytes."""
+    leaves: dict[str, _Described] = content["leaves"]
+    tree = None if like is None else _tree.flatten(like)
+    if tree is not None:
+        _check_like({path: leaf.abstract() for path, leaf in leaves.items()}, tree, folder)
+    records = {
+        _arrays.stored_name("base", where, name): record
         for where, leaf in leaves.items()
-        for name, record in leaf["arrays"].items()
-        if 0 not in record["shape"]
+        for name, record in leaf.records.items()
     }
-    stored = _arrays.restore(target / DATA, want)
+    elements = sum(math.prod(_tree.shape_dtype(leaf)[0]) for leaf in tree.leaves) if tree is not None else 0
+    _store.check_size([r["shape"] for r in records.values()], elements, size, str(folder))
+    want = {name: record for name, record in records.items() if 0 not in record["shape"]}
+    if content["data"] is None and want:
+        raise ValueError(f"{folder} is cut short: the arrays {next(iter(want))!r:.200} and more are missing")
+    stored = _arrays.restore(folder / content["data"], want) if content["data"] is not None else {}
     made = {}
     for where, leaf in leaves.items():
-        parts = [
-            _arrays.rebuild(stored.get(_arrays.stored_name("base", where, name)), record, f"{target}: {where!r} {name}")
-            for name, record in leaf["arrays"].items()
-        ]
-        try:
-            made[where] = _leaf(parts, leaf["quantised"]) if leaf["quantised"] else parts[0]
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{target} is damaged: {where!r} is not described: {str(error)[:200]}") from None
-    if like is None:
-        return _nested(made)
-    tree = _tree.flatten(like)
+        arrays = {}
+        for name, record in leaf.records.items():
+            place = _arrays.stored_name("base", where, name)
+            arrays[name] = _arrays.rebuild(stored.get(place), record, f"{folder}: {where!r} {name}".rstrip())
+        made[where] = leaf.leaf(arrays)
+    if tree is None:
+        return _nested(made, folder)
+    return jax.tree.unflatten(tree.treedef, [made[p] for p in tree.paths])
+
+
+def _check_like(made: Mapping[str, Any], tree: _tree.Named, folder: Path) -> None:
+    paths = set(tree.paths)
     bad = [f"{p!r} is not in the file" for p in tree.paths if p not in made]
-    bad += [f"{p!r} is in the file alone" for p in made if p not in tree.paths]
+    bad += [f"{p!r} is in the file alone" for p in made if p not in paths]
     for p, leaf in zip(tree.paths, tree.leaves, strict=True):
         if p in made and _tree.shape_dtype(leaf)[0] != tuple(made[p].shape):
             bad.append(f"{p!r} has shape {tuple(made[p].shape)} in the file, {_tree.shape_dtype(leaf)[0]} here")
         elif p in made and is_packed(leaf) and _named(leaf) != _named(made[p]):
             bad.append(f"{p!r} is {_named(made[p])} in the file, {_named(leaf)} here")
     if bad:
-        raise ValueError(f"{target} is not a base of this structure:" + _manifest.several(bad))
-    return jax.tree.unflatten(tree.treedef, [made[p] for p in tree.paths])
+        raise ValueError(f"{folder} is not a base of this structure:" + several(bad))
 
 
 def _named(leaf: Any) -> str:
@@ -126,28 +196,58 @@ def _named(leaf: Any) -> str:
     return leaf.describe() if is_packed(leaf) else "an array"
 
 
-def _described(leaf: Quantized) -> dict[str, Any]:
-    scheme = {"kind": type(leaf.scheme).__name__, **dataclasses.asdict(leaf.scheme)}
-    layout = dataclasses.asdict(leaf.codec.layout)
-    return {"scheme": scheme, "layout": layout, "dtype": leaf.codec.dtype, "kernel": leaf.kernel}
+def _read_leaf(leaf: Mapping[str, Any], where: str) -> _Described:
+    """What a manifest says of a leaf, held against what quantising gives; TypeError in words."""
+    leaf = _record.record(leaf, _LEAF, where)
+    records = {n: _record.record(r, FACTOR, f"{n!r:.60} of {where}") for n, r in leaf["arrays"].items()}
+    how = leaf["quantised"]
+    for name, record in records.items():
+        if not all(0 <= n < 2**63 for n in record["shape"]) or how is not None and record["key"] is not None:
+            raise TypeError(f"{name!r:.60} of {where} is no array of shape {str(record['shape']):.60}")
+    if how is None:
+        if set(records) != {""}:
+            raise TypeError(f"{where} is no one array")
+        return _Described(records, None, "")
+    how = _record.record(how, _HOW, where)
+    scheme, fields = _record.record(how["scheme"], _SCHEME, where), _record.record(how["layout"], _LAYOUT, where)
+    layout, kind = Layout(**fields), scheme.pop("kind")
+    sizes, flat = layout.axes, layout.flat
+    fits = (
+        kind in _SCHEMES
+        and all(0 <= n < 2**63 for n in layout.shape)
+        and sorted(layout.order) == list(range(len(layout.shape)))
+        and len(layout.block) == len(sizes)
+        and 0 <= layout.pack < len(sizes)
+        # a partial block is one run's alone, and its rest is made with it
+        and all(b > 0 and (b < n + 2**20 if flat else n % b == 0) for n, b in zip(sizes, layout.block, strict=True))
+        and set(how["kernel"]) <= set("iosk")
+        and len(how["kernel"].replace("s", "")) == len(layout.shape)
+    )
+    try:
+        codec = Codec(_SCHEMES[kind](**scheme), layout, _arrays.floating(how["dtype"], where)) if fits else None
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{where}: {str(error)[:200]}") from None
+    if codec is None or set(codec.arrays) != set(records):
+        raise TypeError(f"{where} is not described as quantising describes it")
+    stacks = set()
+    for name, (shape, dtype) in codec.arrays.items():
+        has = records[name]["shape"]
+        stacks.add(has[: len(has) - len(shape)])
+        if has[len(has) - len(shape) :] != shape or records[name]["dtype"] != dtype.name:
+            raise TypeError(f"{name} of {where} is not of the shape and dtype that its codes have")
+    if len(stacks) > 1:
+        raise TypeError(f"the arrays of {where} are stacked in unlike ways")
+    return _Described(records, codec, how["kernel"])
 
 
-def _leaf(parts: list[Any], how: dict[str, Any]) -> Quantized:
-    scheme = dict(how["scheme"])
-    made = _SCHEMES[scheme.pop("kind")](**scheme)
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in how["layout"].items()}
-    layout = Layout(**fields)
-    leaf = Quantized(tuple(parts), Codec(made, layout, how["dtype"]), how["kernel"])
-    sound([("", leaf)])
-    return leaf
-
-
-def _nested(made: dict[str, Any]) -> Any:
+def _nested(made: dict[str, Any], folder: Path) -> Any:
     plain: dict[str, Any] = {}
     for path, leaf in made.items():
         *parents, last = (s.replace("%2F", "/").replace("%25", "%") for s in path.split("/"))
         node = plain
         for step in parents:
-            node = node.setdefault(step, {})
+            node = node.setdefault(step, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last in node:
+            raise ValueError(f"{folder}: {path!r} is below another leaf; nested dictionaries cannot hold both")
         node[last] = leaf
     return plain

@@ -276,7 +276,7 @@ def test_a_disk_that_is_full_at_any_step(kind, first, at_once, pairs, remembered
     start, old, new = pairs[kind]
     _, save, load, _ = KINDS[kind]
     save(tmp_path / "first", new)
-    names = lambda folder: sorted(re.sub("[0-9a-f]{16}", "", p.name) for p in folder.rglob("*"))
+    names = lambda folder: {re.sub("[0-9a-f]{16}", "", p.name) for p in folder.iterdir()} - {"ocdbt.process_0"}
     for last in range(300):
         path = tmp_path / str(last) / "deep" / "x"
         if not first:

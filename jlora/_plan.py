@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import _axes, _tree
+from jlora import _axes, _select, _tree
 from jlora._axes import Leaf
 from jlora._network import Recipe
 from jlora._packed import Packed, is_packed
@@ -78,10 +78,6 @@ def named(method: Method) -> Method:
     return dataclasses.replace(method.canonical(), target=(), exclude=())
 
 
-def _hashable(target: Any) -> Any:
-    return tuple(target) if isinstance(target, Sequence) and not isinstance(target, str) else target
-
-
 def resolve(
     tree: _tree.Named, spec: Any, axes: dict[str, str] | None, allow_untied: bool
 ) -> tuple[Plan, list[tuple[Method, Recipe]]]:
@@ -90,28 +86,21 @@ def resolve(
     All bad leaves are reported at once.
 
     Raises:
-      ValueError: a pattern without a match, integer or complex leaves, ties adapted at one end, what a method
-        refuses.
+      ValueError: a pattern without a match, vectors that patterns took, integer or complex leaves, ties adapted at
+        one end, what a method refuses.
     """
-    methods = tuple(
-        dataclasses.replace(m, target=_hashable(m.target), exclude=_hashable(m.exclude)) for m in rules(spec)
-    )
-    hit = [False] * len(methods)
+    methods = rules(spec)
+    selected = [_select.select(m.describe(), m.target, m.exclude, tree) for m in methods]
     sites: list[Site] = []
     given: list[tuple[Method, Recipe]] = []
     notes: list[str] = []
-    bad: list[str] = []
+    bad: list[str] = [text for _, wrong in selected for text in wrong]
+    vectors: dict[int, dict[int, str]] = {}  # of each rule, the leaves without an input side that patterns took
     places: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
     for index, (path, array) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
-        takers = [
-            n
-            for n, m in enumerate(methods)
-            if _tree.matches(m.target, path, array) and not (m.exclude and _tree.matches(m.exclude, path, array))
-        ]
+        takers = [n for n, (taken, _) in enumerate(selected) if taken[index]]
         if not takers:
             continue
-        for n in takers:
-            hit[n] = True
         method = methods[takers[0]]
         if len(takers) > 1:
             others = ", ".join(methods[n].describe() for n in takers[1:])
@@ -143,14 +132,20 @@ def resolve(
                         f"elsewhere and {full} here"
                     )
         except ValueError as error:
-            bad.append(f"{method.describe()} on {path!r} of shape {shape} ({leaf.roles}): {error}")
+            vector = "a vector has no input side; target a matrix, or train it with jlora.BitFit() or jlora.Full()"
+            why = vector if leaf.roles.strip("s") == "o" else error
+            said = f"{method.describe()} on {path!r} of shape {shape} ({leaf.roles}): {why}"
+            if leaf.axes("ik") or 0 in shape:
+                bad.append(said)
+            else:
+                vectors.setdefault(takers[0], {})[index] = said
             continue
         sites.append(Site(leaf, index, named(method), recipe))
         given.append((method, recipe))
-    for n, m in enumerate(methods):
-        if not hit[n]:
-            near = ", ".join(_tree.nearest(m.target, tree.paths)) or "none: the tree has no leaves"
-            bad.append(f"{m.describe()}(target={_show(m.target)}) matches no leaf; the nearest paths are {near}")
+    for n, said in vectors.items():
+        m, (taken, _) = methods[n], selected[n]
+        others = [index for index, it in enumerate(taken) if it and index not in said]
+        bad += [_select.vectors(m.describe(), m.target, tree, tuple(said), others)] if others else said.values()
     for pattern in axes or {}:
         if not any(_tree.search(pattern, p) for p in tree.paths):
             near = ", ".join(_tree.nearest(pattern, tree.paths))
@@ -159,10 +154,6 @@ def resolve(
     if bad:
         raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(bad))
     return intern(tuple(sites), tuple(map(named, methods)), tuple(notes)), given
-
-
-def _show(target: Any) -> str:
-    return getattr(target, "__name__", None) or repr(target)
 
 
 def _ties(tree: _tree.Named, sites: Sequence[Site], allow_untied: bool) -> list[str]:

@@ -6,7 +6,8 @@ name is written `%2F` and a percent sign `%25`, so that two different keys never
 """
 
 import dataclasses
-import difflib
+import functools
+import heapq
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -110,26 +111,28 @@ def search(pattern: str, path: str) -> bool:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
-def matches(target: Target, path: str, leaf: Any) -> bool:
-    """Whether a target (a regular expression searched in the path, several, or a callable) takes this leaf."""
-    if isinstance(target, str):
-        return search(target, path)
-    if callable(target):
-        return bool(target(path, leaf))
-    if isinstance(target, Sequence):
-        return any(matches(t, path, leaf) for t in target)
-    raise TypeError(
-        f"a target is a regular expression, a list of them or a callable (path, leaf) -> bool, not {target!r}"
-    )
+@functools.lru_cache(maxsize=65536)
+def _trigrams(text: str) -> frozenset[str]:
+    padded = f"  {text} "
+    return frozenset(padded[n : n + 3] for n in range(len(padded) - 2))
 
 
-def nearest(target: Target, paths: Sequence[str], count: int = 5) -> list[str]:
-    """The paths that look most like a pattern without a match, for its error message."""
-    wanted = target if isinstance(target, str) else " ".join(map(str, target)) if isinstance(target, Sequence) else ""
-    words = re.sub(r"[^\w/]+", "/", wanted).strip("/")
-    tail = lambda p: "/".join(p.split("/")[-words.count("/") - 1 :])
-    score = {p: difflib.SequenceMatcher(None, words, tail(p)).ratio() for p in paths}
-    return sorted(paths, key=lambda p: -score[p])[:count]
+def nearest(target: Any, paths: Sequence[str], count: int = 5) -> list[str]:
+    """The paths that look most like a pattern without a match, for its error message.
+
+    Likeness is the share of common runs of three characters, at the ends of both and of at most 200 characters: names
+    come from files too, and may be as long as their writer likes.
+    """
+    wanted = target if isinstance(target, str) else ""
+    words = re.sub(r"[^\w/]+", "/", wanted[-200:]).strip("/").lower()
+    depth = words.count("/") + 1
+    mine = _trigrams(words)
+
+    def likeness(path: str) -> float:
+        theirs = _trigrams("/".join(path[-200:].lower().rsplit("/", depth)[-depth:]))
+        return len(mine & theirs) / (len(mine) + len(theirs))
+
+    return heapq.nlargest(count, paths, key=likeness)
 
 
 def shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _packed, _plan, _table, _tree
+from jlora import _kinds, _packed, _plan, _table, _tree
 from jlora._plan import Plan, Site
 from jlora.methods.base import Method
 
@@ -327,6 +327,8 @@ def table(adapted: Adapted) -> str:
         "",
     ]
     lines.append(f"{trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.4f} %)")
+    left = _kinds.left(_tree.flatten(adapted.frozen.base), {site.index for site in plan.sites}, _table.WIDTH)
+    lines += [left] if left else []
     notes = _table.fold([(note, ()) for note in plan.notes])
     lines += [_table.shorten(f"note: {text}" + (f" (x{n})" if n > 1 else ""), _table.WIDTH) for text, n, _ in notes]
     return "\n".join(lines)

@@ -62,8 +62,8 @@ class Method:
     be saved. A `__post_init__` of a subclass begins with `super().__post_init__()`.
 
     Attributes:
-      target: which weights it adapts: a regular expression searched in the path, a list of them, or a callable
-        `(path, leaf) -> bool`.
+      target: which weights it adapts: a regular expression searched in the path, a callable `(path, leaf) -> bool`
+        (such as those of `jlora.targets`), or a list of these, each of which must match a leaf.
       exclude: which of those it leaves alone, said in the same way.
       dtype: of its factors, whatever the base's: a floating point dtype or its name.
 

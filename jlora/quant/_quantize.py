@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import _axes, _tree, targets
+from jlora import _axes, _select, _tree, targets
 from jlora._contract import explicit_mesh
 from jlora._packed import is_packed, sound
 from jlora._tree import Target
@@ -165,15 +165,10 @@ def quantize(
         return Adapted(params.trainable, dataclasses.replace(params.frozen, base=base))
     tree = _tree.flatten(params)
     sound(zip(tree.paths, tree.leaves, strict=True))
-    taken = [
-        n
-        for n, (path, leaf) in enumerate(zip(tree.paths, tree.leaves, strict=True))
-        if _tree.matches(target, path, leaf) and not (exclude and _tree.matches(exclude, path, leaf))
-    ]
-    if not taken:
-        near = ", ".join(_tree.nearest(target, tree.paths)) or "none: the tree has no leaves"
-        shown = getattr(target, "__name__", None) or repr(target)
-        raise ValueError(f"quantize(target={shown}) matches no leaf; the nearest paths are {near}")
+    selected, wrong = _select.select("quantize", target, exclude, tree)
+    if wrong:
+        raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(wrong))
+    taken = [n for n, it in enumerate(selected) if it]
     leaves = list(tree.leaves)
     todo: dict[int, Codec] = {}
     letters: dict[int, str] = {}

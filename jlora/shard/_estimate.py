@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jlora import _network, _table, _tree
+from jlora import _network, _select, _table, _tree
 from jlora._packed import is_packed
 from jlora._plan import Site
 from jlora._tree import Target
@@ -153,8 +153,10 @@ def estimate(
         places = jax.tree.leaves(state_shardings(tx, placed))
         state = sum(_held(a, s.spec, sizes) for a, s in zip(shapes, places, strict=True))
     tree = _tree.flatten(placed.frozen.base)
-    as_said = lambda p, a: bool(quantised) and not is_packed(a) and _tree.matches(quantised[0], p, a)
-    bits = [quantised[1] if quantised and as_said(p, a) else 0 for p, a in _named(tree)]
+    held = _select.taken(quantised[0], tree) if quantised else [False] * len(tree.paths)
+    bits = [
+        quantised[1] if quantised and it and not is_packed(a) else 0 for it, a in zip(held, tree.leaves, strict=True)
+    ]
     share = lambda tree: sum(_held(a, a.sharding.spec, sizes) for a in jax.tree.leaves(tree))
     trainable = share(placed.trainable)
     wide = jnp.dtype(activations)

@@ -1,0 +1,185 @@
+"""Which leaves of a tree a target takes, and what to write instead where it makes no sense."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
+
+from jlora import _tree
+
+_PRESETS = ("attention", "linear", "embeddings", "head", "biases", "norms", "everything")
+
+
+def parts(target: Any, said: str = "target") -> tuple[Any, ...]:
+    """A target as a flat tuple of patterns and callables.
+
+    Raises:
+      TypeError: what is neither a pattern, nor a callable, nor several of them.
+    """
+    if isinstance(target, str) or callable(target):
+        return (target,)
+    if isinstance(target, Set):  # what peft reads from its files; the order of a target says nothing
+        target = sorted(target, key=repr)
+    if isinstance(target, Sequence) and not isinstance(target, (bytes, bytearray)):
+        return tuple(p for t in target for p in parts(t, said))
+    hint = ""
+    if target is None:
+        hint = (
+            "; leave it out for what the method adapts by default, or write "
+            + ("target=jlora.targets.linear for every matrix" if said == "target" else "exclude=()")
+        )  # fmt: skip
+    elif isinstance(target, re.Pattern):
+        hint = f"; write {said}={target.pattern!r}"
+    raise TypeError(
+        f"{said}={_short(target)} is no regular expression (searched in the path), no callable (path, leaf) -> bool, "
+        f"and no list of them{hint}"
+    )
+
+
+def taken(target: Any, tree: _tree.Named, roles: Mapping[str, str] | None = None) -> list[bool]:
+    """For each leaf, whether a target takes it; a pattern that is no regular expression takes none.
+
+    A target of `jlora.targets` sees the whole tree at once, and the roles that a trace found.
+    """
+    columns = [_column(part, tree, roles) for part in parts(target)]
+    return [any(column[n] for column in columns) for n in range(len(tree.paths))]
+
+
+def _column(part: Any, tree: _tree.Named, roles: Mapping[str, str] | None) -> list[bool]:
+    if isinstance(part, str):
+        try:
+            pattern = re.compile(part)
+        except re.error:
+            return [False] * len(tree.paths)
+        return [pattern.search(path) is not None for path in tree.paths]
+    among: Callable[..., list[bool]] | None = getattr(part, "among", None)
+    if among is not None:
+        return among(tree.paths, tree.leaves, roles)
+    return [bool(part(path, leaf)) for path, leaf in zip(tree.paths, tree.leaves, strict=True)]
+
+
+def select(
+    who: str, target: Any, exclude: Any, tree: _tree.Named, roles: Mapping[str, str] | None = None
+) -> tuple[list[bool], list[str]]:
+    """For each leaf whether it is adapted, and what is wrong with the target, in words that begin with `who`.
+
+    Every pattern of a target or an exclude must match a leaf, as must every callable of a target.
+
+    Raises:
+      TypeError: what is no target.
+    """
+    wanted = [(part, _column(part, tree, roles)) for part in parts(target)]
+    spared = [(part, _column(part, tree, roles)) for part in parts(exclude, "exclude")]
+    whole = f"{who}(target={_short(target)})"
+    bad = []
+    for part, column in wanted:
+        if not any(column):
+            alone = len(wanted) == 1
+            bad.append((whole if alone else f"{whole}: {_short(part)}") + f" matches no leaf{_instead(part, tree)}")
+    for part, column in spared:
+        if isinstance(part, str) and not any(column):
+            bad.append(f"{who}(exclude={_short(exclude)}): {_short(part)} matches no leaf{_instead(part, tree)}")
+    if not wanted:
+        bad.append(f"{whole}: an empty list names no leaf; leave it out for the default")
+    both = [
+        any(column[n] for _, column in wanted) and not any(column[n] for _, column in spared)
+        for n in range(len(tree.paths))
+    ]
+    if not bad and not any(both):
+        bad.append(f"{whole} matches no leaf that exclude={_short(exclude)} leaves")
+    return both, bad
+
+
+def _short(value: Any) -> str:
+    """A target in an error message: a name or a repr, at most 200 characters of it."""
+    name = getattr(value, "__name__", None)
+    if isinstance(value, (list, tuple)):
+        text = (
+            "[" + ", ".join(map(_short, value[:8])) + (f", and {len(value) - 8} more" if len(value) > 8 else "") + "]"
+        )
+    else:
+        text = name if isinstance(name, str) and name != "<lambda>" else repr(value)
+    return text if len(text) <= 200 else f"{text[:120]}... ({len(text):,} characters)"
+
+
+def _instead(part: Any, tree: _tree.Named) -> str:
+    """What to write instead of a pattern or callable without a match."""
+    said = ""
+    if not isinstance(part, str):
+        matrices = [p for p, leaf in zip(tree.paths, tree.leaves, strict=True) if len(_tree.shape_dtype(leaf)[0]) > 1]
+        shown = ", ".join(map(_clip, matrices[:5])) or "none"
+        return f"; write a pattern that does (matrices here are {shown}{', ...' * (len(matrices) > 5)})"
+    near = ", ".join(map(_clip, _tree.nearest(part, tree.paths))) or "none: the tree has no leaves"
+    if part:
+        word = re.sub(r"[^a-z]+", "-", part.lower()).strip("-")
+        preset = "linear" if word == "all-linear" else word
+        if preset in _PRESETS:
+            said = f" (a text is a pattern, searched in the path): write jlora.targets.{preset}"
+            return f"{said}; the nearest paths are {near}"
+        try:
+            re.compile(part)
+        except re.error as error:
+            said = f": it is not a regular expression ({error})"
+        glob = _of_glob(part)
+        hits = [n for n, path in enumerate(tree.paths) if glob and re.search(glob, path)]
+        if hits:
+            flat = [n for n in hits if len(_tree.shape_dtype(tree.leaves[n])[0]) < 2]
+            better = flat and _sharpened(glob, tree, flat, [n for n in hits if n not in flat]) or glob
+            said += "; it reads as a glob, and a pattern is a regular expression, searched anywhere in the path: write "
+            said += repr(better)
+    return f"{said}; the nearest paths are {near}"
+
+
+def _of_glob(text: str) -> str:
+    """The regular expression of what was written as a glob, or nothing."""
+    if not re.search(r"[*?]", text) or len(text) > 1000:
+        return ""
+    pieces = [re.escape(p).replace(r"\-", "-") for p in re.split(r"[*?]+", text)]
+    stars = [".*" if "*" in s else "." for s in re.findall(r"[*?]+", text)]
+    body = pieces[0] + "".join(s + p for s, p in zip(stars, pieces[1:], strict=True))
+    body = re.sub(r"^(\.\*)+|(\.\*)+$", "", body)
+    try:
+        re.compile(body)
+    except re.error:
+        return ""
+    return body
+
+
+def _clip(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:120]}..."
+
+
+def vectors(who: str, target: Any, tree: _tree.Named, taken: Sequence[int], left: Sequence[int]) -> str:
+    """What to write where patterns took vectors (`taken`) beside the matrices (`left`) that a method can adapt.
+
+    peft's `["query", "value"]` names modules, whose matrices it means; a pattern is searched in the path of a leaf.
+    """
+    first = tree.paths[taken[0]]
+    more = f" and {len(taken) - 1} more such" if len(taken) > 1 else ""
+    shape = _tree.shape_dtype(tree.leaves[taken[0]])[0]
+    said = f"{who}(target={_short(target)}) takes {_clip(first)!r} of shape {shape}{more} too, which has no input side"
+    instead = [_sharpened(part, tree, taken, left) for part in parts(target)]
+    lines = []
+    if instead and all(instead):
+        lines.append("target=" + (repr(instead) if len(instead) > 1 else repr(instead[0])))
+    from_names = {tree.paths[n].rsplit("/", 1)[-1] for n in taken}
+    keep = {tree.paths[n].rsplit("/", 1)[-1] for n in left}
+    if not from_names & keep and len(from_names) <= 3:
+        ends = sorted(from_names)
+        lines.append("exclude=" + repr("/" + ends[0] + "$" if len(ends) == 1 else [f"/{name}$" for name in ends]))
+    if not lines:
+        lines.append("exclude=lambda path, leaf: leaf.ndim < 2")
+    return f"{said}: a pattern is searched in the path of each leaf; write {', or '.join(lines)}"
+
+
+def _sharpened(part: Any, tree: _tree.Named, taken: Sequence[int], left: Sequence[int]) -> Any:
+    """A pattern that takes the same matrices and no vector: the old one and the name of the leaf after it."""
+    if not isinstance(part, str):
+        return None
+    mine = {n for n in left if _tree.search(part, tree.paths[n])}
+    for name in sorted({tree.paths[n].rsplit("/", 1)[-1] for n in mine}):
+        for glue in ("/", ".*/"):
+            new = part.rstrip("/") + glue + name
+            hits = {n for n in (*taken, *left) if _tree.search(new, tree.paths[n])}
+            if hits == mine:
+                return new
+    return None

@@ -132,7 +132,7 @@ def resolve(
                         f"elsewhere and {full} here"
                     )
         except ValueError as error:
-            vector = "a vector has no input side; target a matrix, or train it with jlora.BitFit() or jlora.Full()"
+            vector = "a vector has no input and output side; target a matrix, or train it by BitFit() or Full()"
             why = vector if leaf.roles.strip("s") == "o" else error
             said = f"{method.describe()} on {path!r} of shape {shape} ({leaf.roles}): {why}"
             if leaf.axes("ik") or 0 in shape:

@@ -144,7 +144,7 @@ def left(tree: Named, taken: Collection[int], width: int) -> str:
     """One line on what was left of the kinds that were taken: how many, by the names of their modules; or nothing."""
     families = [_family(path, kind) for path, kind in zip(tree.paths, kinds(tree.paths, tree.leaves), strict=True)]
     said = []
-    for family in dict.fromkeys(families[n] for n in sorted(taken)):
+    for family in dict.fromkeys(families[n] for n in sorted(taken) if n < len(families)):
         rest = [n for n, it in enumerate(families) if it == family and n not in taken]
         if family and rest:
             names = collections.Counter(owner(tree.paths[n]) for n in rest)

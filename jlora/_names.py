@@ -75,6 +75,7 @@ NAMES = {
         Names(r"(.*_)?(gamma|layer_scale|skip_scale|ls)(_\d+)?|lambda_?\d*", "LayerScale: ConvNeXt, CaiT, HF Beit"),
         Names(r"weight_g|g", "weight normalisation: HF wav2vec2, Haiku"),
         Names(r"scales?|logit_scale|temperature|tau|alpha|gates?_scale", "scales without a module"),
+        Names(r"(.*_)?sinks?(_\d+)?", "attention sinks: gpt-oss in MaxText"),
         Names(r"codevectors|codebook|code_?book_.*|ema_.*", "wav2vec2, VQ-VAE"),
         Names(r"(time|token)_(mix|shift|decay|first|maa|faaaa).*", "RWKV"),
     ),

@@ -81,6 +81,13 @@ def _with_scales(labels: Any, shapes: Any, out: Labels, scales: Any, wide: Any, 
     return tuple(opt_einsum.paths.ssa_to_linear(steps)), flops + len(scales) * size
 
 
+def varying(array: Any) -> frozenset[str]:
+    """The manual mesh axes that an array varies over inside shard_map."""
+    kind = jax.typeof(array)
+    manual = getattr(kind, "manual_axis_type", None)
+    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+
+
 def explicit_mesh(arrays: Sequence[Any]) -> Any:
     """The mesh with explicit axes that some array lives on, or None."""
     for a in arrays:

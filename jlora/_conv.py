@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._contract import elements
+from jlora._dropout import thinned
 from jlora._network import Labels
-from jlora._ops import Note, Refusal, Use, check_real, dropped, product
+from jlora._ops import Note, Refusal, Use, check_real, product
 from jlora._weight import Weight
 
 # --- ragged dots (mixtures of experts) ----------------------------------------------------------------------------
@@ -41,7 +42,6 @@ def ragged(
     params: Mapping[str, Any],
     bind: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     forward_mode: bool,
-    key: Any,
     note: Note,
 ) -> jax.Array:
     """`ragged_dot_general` of rows `x (t, in)` with one matrix a group `W (g, in, out)`."""
@@ -58,6 +58,7 @@ def ragged(
     y = w.given(lambda _: bind, x, group_sizes, forward_mode=forward_mode)
     flops = 0.0
     for t in w.terms:
+        h, t = thinned(w, t, x)
         values, names = w.operands(t)
         runs = t.through([w.axes[wc[0]]])
         out_axis = next(n for n in range(3) if n not in (wc[0], d.rhs_group_dimensions[0]))
@@ -73,7 +74,6 @@ def ragged(
         label, end = runs[0][1][0], ends[0][1][0]
         values, names = _chain([v.astype(x.dtype) for v in values], list(names))
         todo = list(zip(values, names, strict=True))
-        h = dropped(x, t.dropout, key) if t.dropout and key is not None else x
         with jax.named_scope("delta"):
             while todo:
                 found = next((n for n, (_, ls) in enumerate(todo) if label in ls), None)
@@ -104,7 +104,6 @@ def conv(
     params: Mapping[str, Any],
     bind: Callable[[jax.Array, jax.Array], jax.Array],
     forward_mode: bool,
-    key: Any,
     note: Note,
 ) -> jax.Array:
     """`conv_general_dilated` with an adapted kernel: one factor holds the window, the others mix channels."""
@@ -120,6 +119,7 @@ def conv(
     y = w.given(lambda _: bind, x, forward_mode=forward_mode) if w.plain else None
     flops = 0.0
     for t in w.terms:
+        xt, t = thinned(w, t, x)
         if any(k is not None and not t.simple(k) for k in window):
             raise Refusal("a convolution whose window is not labelled")
         runs_in, runs_out = t.through([w.axes[in_axis]]), t.through([w.axes[out_axis]])
@@ -135,7 +135,6 @@ def conv(
             dy = _rescaled(dy, vectors, labels, runs_out[0][1], numbers, forward_mode)
             y = dy if y is None else y + dy
             continue
-        xt = dropped(x, t.dropout, key) if t.dropout and key is not None else x
         with jax.named_scope("delta"):
             dy, cost = _conv_term(
                 xt,

@@ -12,7 +12,7 @@ from jlora._axes import Leaf
 from jlora._lazy import Fed, Lazy
 from jlora._network import Array, Base, Delta, Labels, Recipe
 from jlora._packed import Packed
-from jlora._term import Operand, Term
+from jlora._term import Drop, Operand, Term
 from jlora._weight import Weight
 
 
@@ -23,6 +23,7 @@ def express(
     lookup: Callable[[str, str], Any],
     *,
     key: Any = None,
+    origin: int = -1,
     path: str | None = None,
 ) -> Weight:
     """The expression of one leaf, an array or `Packed`; `lookup(group, name)` gives the arrays of its recipe."""
@@ -55,15 +56,19 @@ def express(
         front = stack if any(stacks) else ()
         return Operand(tuple(a for a, _ in got), fn, stacks, front + labels)
 
+    streams = list(dict.fromkeys(d.s for d in recipe.deltas))
+
     def term(delta: Delta, flat: str, rename: str = "") -> Term:
         parsed = _network.parse(delta, leaf, flat)
         mark = lambda ls: tuple(x if x in names else rename + x for x in ls)
         operands = tuple(word(w, mark(ls)) for w, ls in zip(delta.operands, parsed.operands, strict=True))
-        return Term(operands, tuple((a, mark(m)) for a, m in parsed.blocks), delta.dropout)
+        return Term(operands, tuple((a, mark(m)) for a, m in parsed.blocks), Drop())
 
     def added(delta: Delta) -> Term:
         made = term(delta, "IO")
-        return dataclasses.replace(made, operands=(*made.operands, word(_network.scale_of(delta), ())))
+        drop = Drop(delta.dropout, delta.rank_dropout, delta.module_dropout, streams.index(delta.s))
+        operands = (*made.operands, word(_network.scale_of(delta), ()))
+        return dataclasses.replace(made, operands=operands, dropout=drop)
 
     made = Weight(
         base=w0,
@@ -86,4 +91,5 @@ def express(
         made = made.times(side, t.operands, tuple((x, sizes[x.removeprefix(prefix)]) for x in meets), makes)
     if key is None or not any(t.dropout for t in made.terms):
         return made
-    return made.replace(key=jax.random.split(key, leaf.stack) if leaf.stack else key, key_labels=stack)
+    key = jax.random.split(key, leaf.stack) if leaf.stack else key
+    return made.replace(key=key, key_labels=stack, origin=origin)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._contract import elements
+from jlora._dropout import thinned
 from jlora._ops import Note, Refusal, Use, product
 from jlora._weight import Weight
 
@@ -78,7 +79,9 @@ def lookup(
     others = [g for n, g in enumerate(w.axes) if n != axis]
     y = base if w.plain else jnp.zeros_like(base)
     flops = 0.0
+    lost = w.key is not None and any(t.dropout.rate for t in w.terms)
     for t in w.terms:
+        _, t = thinned(w, t, None)
         values, names = w.operands(t)
         runs = t.through(others)
         if runs is None:
@@ -102,6 +105,6 @@ def lookup(
             order[m] = n
         y = y + lax.transpose(dy, order)
         flops += 2.0 * elements(dy.shape) * (x.shape[-1] if x.ndim > count else 1)
-    # as in loralib, a lookup has no dropout: its input is no activation
-    note(Use("rows of the factors" if w.key is None else "rows of the factors, no dropout", flops, 0.0))
+    # as in loralib, a lookup has no dropout of its input, which is no activation
+    note(Use("rows of the factors, no dropout" if lost else "rows of the factors", flops, 0.0))
     return y

@@ -83,6 +83,8 @@ class Delta:
       scale: the frozen scalar `s` that multiplies it (`alpha/r` and its kin), one a layer in a stack.
       ranks: the letters that rank operations act on.
       dropout: the rate of the activation's dropout on this branch, in [0, 1).
+      rank_dropout: rates at which single values of a letter are dropped, `(("r", 0.1),)`.
+      module_dropout: the rate at which all of it is dropped at once.
       s: the name of the factor that holds the scale; deltas of one scale may share it.
     """
 
@@ -92,7 +94,14 @@ class Delta:
     scale: float = dataclasses.field(default=1.0, compare=False)  # data: it lives in the factor `s`
     ranks: tuple[str, ...] = ()
     dropout: float = 0.0
+    rank_dropout: tuple[tuple[str, float], ...] = ()
+    module_dropout: float = 0.0
     s: str = "s"
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Every rate of dropout."""
+        return (self.dropout, self.module_dropout, *(rate for _, rate in self.rank_dropout))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._contract import contract, elements, explicit_mesh, settled, spread
+from jlora._contract import contract, elements, explicit_mesh, settled, spread, varying
+from jlora._dropout import thinned
 from jlora._network import Labels
 from jlora._rule import Dot, Product, cost, rule
 from jlora._term import Operand, Term
@@ -65,34 +66,14 @@ def check_real(x: Any) -> None:
         raise Refusal(f"an activation of dtype {x.dtype}")
 
 
-def _varying(array: Any) -> frozenset[str]:
-    """The manual mesh axes that an array varies over inside shard_map."""
-    kind = jax.typeof(array)
-    manual = getattr(kind, "manual_axis_type", None)
-    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
-
-
 def _same_varying(arrays: Sequence[Any]) -> list[Any]:
     """Inside shard_map: every array made varying over the mesh axes that any of them varies over."""
-    axes = [_varying(a) for a in arrays]
+    axes = [varying(a) for a in arrays]
     union = frozenset().union(*axes)
     return [
         a if v == union else lax.pcast(a, tuple(sorted(union - v)), to="varying")
         for a, v in zip(arrays, axes, strict=True)
     ]
-
-
-def fold(key: jax.Array, data: Any) -> jax.Array:
-    """`fold_in` for a stack of keys."""
-    f = jax.random.fold_in
-    for _ in range(key.ndim):
-        f = jax.vmap(f, in_axes=(0, None))
-    return f(key, data)
-
-
-def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
 # --- dots ---------------------------------------------------------------------------------------------------------
@@ -254,7 +235,6 @@ def dot(
     preferred_element_type: Any,
     out_sharding: Any,
     forward_mode: bool,
-    key: Any,
     note: Note,
 ) -> jax.Array:
     """`dot_general` of an activation with an adapted weight on either side.
@@ -297,9 +277,10 @@ def dot(
     xs, products, operands, passed = [x], [], [], []
     for term in w.terms:
         branch = 0
-        if term.dropout and key is not None:
+        x_term, term = thinned(w, term, x)
+        if x_term is not x:
             branch = len(xs)
-            xs.append(dropped(x, term.dropout, key))
+            xs.append(x_term)
         met = functools.partial(
             _product,
             w,

@@ -75,6 +75,22 @@ class Operand:
         return dataclasses.replace(self, arrays=arrays, stacks=stacks, labels=without(self.labels))
 
 
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """What is dropped of a product where there is a key: rates on its activation, on letters, on all of it.
+
+    Products of one `stream` draw alike (the slices of a fused projection), others apart (the two of a sum).
+    """
+
+    rate: float = 0.0
+    letters: tuple[tuple[str, float], ...] = ()
+    module: float = 0.0
+    stream: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.rate or self.letters or self.module)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Term:
@@ -82,7 +98,7 @@ class Term:
 
     operands: tuple[Operand, ...]
     blocks: Blocks = _static()
-    dropout: float = _static()
+    dropout: Drop = _static()
 
     def sizes(self) -> dict[str, int]:
         """The size of every label of an operand that is not W0."""

@@ -22,7 +22,7 @@ from jax import lax
 from jlora._contract import View, contract, placed
 from jlora._lazy import Lazy, again
 from jlora._network import Labels
-from jlora._term import Operand, Sides, Term
+from jlora._term import Drop, Operand, Sides, Term
 
 _static = lambda: dataclasses.field(metadata={"static": True})
 
@@ -41,6 +41,7 @@ class Weight:
       plain: whether W0 itself is one of the summands (L and R multiply it into a term).
       path: where it stands in the user's tree; kept only for `explain`, so that equal layers look alike elsewhere.
       gain: what multiplies all of it, element by element, labelled with atoms.
+      origin: which weights with a key are one, moved: their uses are counted together.
     """
 
     base: "jax.Array | Lazy"
@@ -52,6 +53,7 @@ class Weight:
     key_labels: Labels = _static()
     path: str | None = _static()
     gain: tuple[Operand, ...] = ()
+    origin: int = dataclasses.field(default=-1, metadata={"static": True})
 
     @property
     def size(self) -> Mapping[str, int]:
@@ -172,7 +174,8 @@ class Weight:
         """A product as one dense array whose axes are the atoms: what is left when labels no longer suffice."""
         value = self.matrix(term, wide(self.dtype))
         blocks = tuple(((a,), (a,)) for a in self.atoms)
-        return Term((Operand((value,), None, (), self.atoms),), blocks, 0.0)
+        kept = dataclasses.replace(term.dropout, letters=())  # its ranks are summed over
+        return Term((Operand((value,), None, (), self.atoms),), blocks, kept)
 
     def simplified(self, atom: str) -> "Weight":
         """The same weight with `atom` a plain label of every product, so that it can be sliced or split."""
@@ -338,7 +341,7 @@ class Weight:
         """The same weight with W0 inside a product, so that operands can be put beside it."""
         if not self.plain:
             return self
-        w0 = Term((Operand((), None, (), ()),), tuple(((a,), (a,)) for a in self.atoms), 0.0)
+        w0 = Term((Operand((), None, (), ()),), tuple(((a,), (a,)) for a in self.atoms), Drop())
         return self.replace(terms=(w0, *self.terms), plain=False)
 
     def multiplied(self) -> "Weight":

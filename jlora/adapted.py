@@ -112,11 +112,19 @@ def stable_hash(text: str) -> int:
 def _checked_key(key: Any) -> Any:
     if key is None:
         return jax.random.key(0)
-    is_key = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    is_raw = hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
-    if not (is_raw or is_key and key.shape == ()):
-        raise TypeError(f"key must be one PRNG key, not {key!r}; write key=jax.random.key(0)")
-    return key
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_raw = dtype == jnp.uint32 and shape is not None and shape[-1:] in ((2,), (4,))
+    if is_key and shape == ():
+        return key
+    if is_raw and len(shape) == 1:  # of jax.random.PRNGKey: it does not say its implementation, but its length does
+        ours = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+        impl = None if ours == shape else {(2,): "threefry2x32", (4,): "rbg"}[shape]
+        return jax.random.wrap_key_data(jnp.asarray(key), impl=impl)
+    if is_key or is_raw and len(shape) > 1:
+        count = shape if is_key else shape[:-1]
+        raise TypeError(f"key must be one PRNG key, not keys of shape {count}; write key=keys[0], or vmap over them")
+    raise TypeError(f"key must be one PRNG key, not {key!r:.200}; write key=jax.random.key(0)")
 
 
 def adapt(
@@ -251,7 +259,16 @@ def derived(plan: Plan) -> dict[tuple[str, str], Any]:
 def with_dropout(adapted: Adapted, key: Any) -> Adapted:
     """The same adapter with a key for the dropout of its branches; without one there is none.
 
-    Called inside the loss, with a key that differs from step to step. `save` and `merge` ignore it.
+    Called inside the loss, with a key that differs from step to step, and not called in evaluation. A draw depends on
+    the key, the weight's path, its layer and the number of the use in the order of the program: not on `jit`,
+    `remat`, or how a loop is unrolled. `save`, `merge` and `lift(dense=True)` ignore the key.
+
+    Args:
+      adapted: an adapter whose methods have a dropout.
+      key: one PRNG key, of `jax.random.key` or of `jax.random.PRNGKey`.
+
+    Raises:
+      TypeError: no `Adapted`, no key, or several.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora
@@ -259,7 +276,27 @@ def with_dropout(adapted: Adapted, key: Any) -> Adapted:
       >>> jlora.with_dropout(adapted, jax.random.key(1))
       Adapted(1 weight, 20 trainable)
     """
+    if not is_adapted(adapted):
+        raise TypeError(
+            f"with_dropout takes an Adapted, as adapt or join returned it, not {type(adapted).__name__}: "
+            "{'params': jlora.with_dropout(adapted, key)}"
+        )
     return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, key=_checked_key(key)))
+
+
+def dropouts(plan: Plan) -> dict[str, float]:
+    """`{path: the largest rate}` of the weights that have a dropout."""
+    rates = {site.leaf.path: max((r for d in site.recipe.deltas for r in d.rates), default=0.0) for site in plan.sites}
+    return {path: rate for path, rate in rates.items() if rate}
+
+
+def without_key(adapted: Adapted) -> str:
+    """What to say of dropout that is off for want of a key; nothing where there is none, or a key."""
+    rates = dropouts(adapted.frozen.plan) if adapted.frozen.key is None else {}
+    if not rates:
+        return ""
+    shown = ", ".join(f"{rate:g}" for rate in sorted(set(rates.values())))
+    return f"dropout {shown} is off without a key: jlora.with_dropout(adapted, key), in the loss"
 
 
 # --- looking at it ------------------------------------------------------------------------------------------------
@@ -329,7 +366,8 @@ def table(adapted: Adapted) -> str:
     lines.append(f"{trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.4f} %)")
     left = _kinds.left(_tree.flatten(adapted.frozen.base), {site.index for site in plan.sites}, _table.WIDTH)
     lines += [left] if left else []
-    notes = _table.fold([(note, ()) for note in plan.notes])
+    off = without_key(adapted)
+    notes = _table.fold([(note, ()) for note in plan.notes] + [(off, ())] * bool(off))
     lines += [_table.shorten(f"note: {text}" + (f" (x{n})" if n > 1 else ""), _table.WIDTH) for text, n, _ in notes]
     return "\n".join(lines)
 

@@ -7,8 +7,10 @@ read in one place (`jaxpr`).
 """
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,16 @@ from jax.extend import core, source_info_util
 
 from jlora import _merge, _ops, _tree
 from jlora._contract import typed
+from jlora._dropout import fold
 from jlora._express import express
 from jlora._interpret import contractions, control, moves
 from jlora._interpret.jaxpr import bind_params, live, source
 from jlora._interpret.moments import moment
 from jlora._ops import Refusal, Use
 from jlora._weight import Operand, Weight, is_weight
-from jlora.adapted import Adapted, stable_hash
+from jlora.adapted import Adapted, stable_hash, without_key
 
+Counted: TypeAlias = dict[int, Any]
 RULES = {**moves.RULES, **contractions.RULES, **control.RULES}
 
 
@@ -48,6 +52,7 @@ class Interpreter:
       rows: where `explain` collects its rows; None when nobody asked.
       roles: where `infer_axes` collects `{path: {atom: letter}}`; None when nobody asked.
       moments: where `init.activations` collects `{path: X^T X}` (`moment`); None when nobody asked.
+      numbers: of each weight with a dropout key, by its origin, the number of its next use in the order of the program.
     """
 
     forward_mode: bool = False
@@ -55,7 +60,7 @@ class Interpreter:
     roles: dict[str, dict[str, str]] | None = None
     moments: dict[str, Operand] | None = None
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    uses: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
+    numbers: Counted = dataclasses.field(default_factory=dict)
     around: list[Any] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
 
     @property
@@ -141,30 +146,48 @@ class Interpreter:
                 raise ValueError(f"{path!r} meets its inputs in unlike parts, of shapes {shapes}; exclude it")
             self.moments[path] = made if known is None else jax.tree.map(jnp.add, known, made)
 
-    def apart(self, f: Callable[[], Any]) -> tuple[Any, dict[str, Operand] | None]:
+    def apart(self, numbers: Counted, f: Callable[[], Any]) -> tuple[Any, dict[str, Operand] | None, Counted]:
         """`f()` and what was collected meanwhile: a sub-jaxpr returns it, as its arrays must not leak out."""
         outer, self.moments = self.moments, None if self.moments is None else {}
         try:
-            return f(), self.moments
+            outs, numbers = self.counted(numbers, f)
+            return outs, self.moments, numbers
         finally:
             self.moments = outer
 
-    def key(self, w: Weight) -> Any:
-        """This use's dropout keys: folded with the number of the use, so that two uses draw two masks."""
+    # -- numbers of uses --
+
+    def used(self, w: Weight) -> Weight:
+        """A weight with this use's dropout key: two uses draw two masks."""
         if w.key is None:
-            return None
-        held, count = self.uses.get(id(w.key), (w.key, 0))
-        self.uses[id(w.key)] = (held, count + 1)
-        return _ops.fold(w.key, count)
+            return w
+        number = self.numbers.get(w.origin, 0)
+        self.numbers[w.origin] = number + 1
+        return w.replace(key=fold(w.key, number))
 
-    def mask_key(self, w: Weight) -> Any:
-        """The one key of a contraction: a mask over the whole activation tells experts and layers apart itself."""
-        key = self.key(w)
-        return key if key is None or key.ndim == 0 else key.reshape(-1)[0]
+    def entering(self, values: Sequence[Any]) -> tuple[list[Any], Counted, list[int]]:
+        """Expressions on their way into a sub-jaxpr, and the numbers of their next uses, which go along as arrays.
 
-    def entering(self, value: Any) -> Any:
-        """An expression on its way into a sub-jaxpr: that counts as one use of its key."""
-        return value.replace(key=self.key(value)) if is_weight(value) and value.key is not None else value
+        Origins are renamed in the order in which they come, so that equal layers look alike; the last result has them.
+        """
+        keyed = lambda v: is_weight(v) and v.key is not None
+        origins = list(dict.fromkeys(v.origin for v in values if keyed(v)))
+        inside = [v.replace(origin=origins.index(v.origin)) if keyed(v) else v for v in values]
+        return inside, {n: jnp.int32(self.numbers.get(o, 0)) for n, o in enumerate(origins)}, origins
+
+    def counted(self, numbers: Counted, f: Callable[[], Any]) -> tuple[Any, Counted]:
+        """`f()` and the numbers after it, which a sub-jaxpr returns: no array of its trace is kept here."""
+        outer, self.numbers = self.numbers, dict(numbers)
+        try:
+            return f(), {n: jnp.int32(self.numbers[n]) for n in numbers}
+        finally:
+            self.numbers = outer
+
+    def left(self, outs: Sequence[Any], numbers: Counted, origins: Sequence[int]) -> list[Any]:
+        """What a sub-jaxpr returned, under the names outside, and its uses counted."""
+        self.numbers.update({o: numbers[n] for n, o in enumerate(origins)})
+        keyed = lambda v: is_weight(v) and v.key is not None
+        return [v.replace(origin=origins[v.origin]) if keyed(v) else v for v in outs]
 
     def arrays(self, values: Sequence[Any], eqn: Any, reason: str) -> list[Any]:
         return [self.dense(v, eqn, reason) for v in values]
@@ -176,6 +199,26 @@ def names(found: list[Adapted]) -> list[list[str]]:
     every = [path for each in paths for path in each]
     alone = len(set(every)) == len(every)
     return [[path if alone else f"{k}:{path}" for path in each] for k, each in enumerate(paths)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _told(words: str, factors: Any) -> Any:
+    """The same factors; where a gradient is taken with respect to them, and only there, a warning."""
+    return factors
+
+
+def _tell(words: str, factors: Any) -> Any:
+    warnings.warn(words, stacklevel=1)  # one place: so Python says it once
+    return factors, None
+
+
+_told.defvjp(_tell, lambda words, _, cotangent: (cotangent,))
+
+
+def noticed(adapted: Adapted) -> Adapted:
+    """The same adapter; one that has dropout and no key says so where it is trained."""
+    words = without_key(adapted)
+    return Adapted(_told(words, adapted.trainable), adapted.frozen) if words else adapted
 
 
 def call(
@@ -201,6 +244,8 @@ def call(
         beside[:] = [treedef, inside, [None if i else o for o, i in zip(outs, inside, strict=True)]]
         return [o for o, i in zip(outs, inside, strict=True) if i]
 
+    if not forward_mode:  # which has no backward pass to notice
+        found = [noticed(a) for a in found]
     closed = jax.make_jaxpr(traced)(*map(typed, bases))
     expressions: list[Weight] = []
     for a, paths in zip(found, names(found), strict=True):
@@ -210,8 +255,10 @@ def call(
             if key is not None:
                 key = jax.random.fold_in(key, stable_hash(s.leaf.path))
             base = bases[len(expressions)]
-            expressions.append(express(s.leaf, s.recipe, base, get, key=key, path=path if me.watched else None))
-    outs = me.run(closed.jaxpr, closed.consts, expressions, [True] * len(closed.jaxpr.outvars))
+            shown = path if me.watched else None
+            expressions.append(express(s.leaf, s.recipe, base, get, key=key, origin=len(expressions), path=shown))
+    want = [True] * len(closed.jaxpr.outvars)
+    outs, _ = me.counted({}, lambda: me.run(closed.jaxpr, closed.consts, expressions, want))
     treedef, inside, others = beside
     results = iter(me.dense(o, "output", "returned by the function") for o in outs)
     filled = [jnp.asarray(next(results)) if i else o for i, o in zip(inside, others, strict=True)]

@@ -35,19 +35,17 @@ def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
         me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
         bind = lambda w, x, _: me.bind(eqn, [w.dense(), x] if left else [x, w.dense()])[0]
         return [_met(me, bind, w, x)]
-    key = me.mask_key(w)
     keep = ("precision", "preferred_element_type", "out_sharding")
     dot = lambda w, x, mode: _ops.dot(
-        w.replace(key=None),
+        w,
         x,
         left,
         eqn.params["dimension_numbers"],
         forward_mode=mode,
-        key=w.key,
         note=functools.partial(me.record, w, eqn.primitive.name),
         **{k: eqn.params.get(k) for k in keep},
     )
-    return [_met(me, dot, w.replace(key=key), x)]
+    return [_met(me, dot, me.used(w), x)]
 
 
 def _met(me: Interpreter, use: Callable[[Weight, Any, bool], Any], w: Weight, x: Any) -> Any:
@@ -67,7 +65,7 @@ def _gather(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
         raise Refusal("a vector")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base: me.bind(eqn, [base, indices])[0]
-    return [_lookup.lookup(w, indices, eqn.params, bind, me.forward_mode, note)]
+    return [_lookup.lookup(me.used(w), indices, eqn.params, bind, me.forward_mode, note)]
 
 
 def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -80,7 +78,7 @@ def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
     me.role(w, range(len(w.axes)), "o")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base, x, sizes: me.bind(eqn, [x, base, sizes])[0]
-    return [_conv.ragged(w, x, sizes, eqn.params, bind, me.forward_mode, me.mask_key(w), note)]
+    return [_conv.ragged(me.used(w), x, sizes, eqn.params, bind, me.forward_mode, note)]
 
 
 def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -96,7 +94,7 @@ def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool])
         return [_met(me, lambda w, x, _: me.bind(eqn, [x, w.dense()])[0], w, x)]
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base, x: me.bind(eqn, [x, base])[0]
-    return [_conv.conv(w, x, eqn.params, bind, me.forward_mode, me.mask_key(w), note)]
+    return [_conv.conv(me.used(w), x, eqn.params, bind, me.forward_mode, note)]
 
 
 RULES = {

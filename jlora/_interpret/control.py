@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _ops
+from jlora._dropout import fold
 from jlora._interpret.jaxpr import CALLS, CHECKPOINTS, open_jaxpr, scan_counts, unchanged
 from jlora._ops import Refusal
 from jlora._weight import Weight, is_weight
@@ -40,22 +40,22 @@ def _jit(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
     if not any(compute) and not eqn.effects:
         return outs
     jaxpr, consts = open_jaxpr(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
-    values = [me.entering(v) for v in values]
     if eqn.params.get("inline") is True:
         return _filled(outs, compute, _chosen(me.run(jaxpr, consts, values, compute), compute))
+    values, numbers, origins = me.entering(values)
     # one function a jaxpr: blocks under nn.jit share it, and would be traced and compiled one by one without
     place = (id(jaxpr), tuple(compute))
     if place not in me.memo or me.watched:
         name = eqn.params.get("name", "call")
 
-        def inner(*args: Any) -> Any:
-            return me.apart(lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
+        def inner(numbers: Any, *args: Any) -> Any:
+            return me.apart(numbers, lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
 
         inner.__name__ = inner.__qualname__ = name
         me.memo[place] = (jax.jit(inner), jaxpr)  # the jaxpr is held so that its id stays its own
-    results, seen = me.memo[place][0](*values)
+    results, seen, numbers = me.memo[place][0](numbers, *values)
     me.seen(seen)
-    return _filled(outs, compute, results)
+    return _filled(outs, compute, me.left(results, numbers, origins))
 
 
 def _checkpoint(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -64,13 +64,14 @@ def _checkpoint(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) 
         return outs
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
 
-    def inner(*args: Any) -> Any:
-        return me.apart(lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
+    def inner(numbers: Any, *args: Any) -> Any:
+        return me.apart(numbers, lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
 
+    values, numbers, origins = me.entering(values)
     again = jax.checkpoint(inner, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    results, seen = again(*[me.entering(v) for v in values])
+    results, seen, numbers = again(numbers, *values)
     me.seen(seen)
-    return _filled(outs, compute, results)
+    return _filled(outs, compute, me.left(results, numbers, origins))
 
 
 def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
@@ -82,7 +83,7 @@ def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
     compute = [c if n >= n_carry else not hoisted[n] for n, c in enumerate(compute)]
     if not any(compute) and not eqn.effects:
         return outs
-    values = [me.entering(v) for v in values]
+    values, numbers, origins = me.entering(values)
     consts, carry, xs = (
         values[:n_consts],
         values[n_consts : n_consts + n_carry],
@@ -90,24 +91,21 @@ def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
     )
     init = me.arrays(_chosen(carry, [not h for h in hoisted]), eqn, "a loop carry that changes")
     sliced = [_Sliced(me, x, eqn) if is_weight(x) else None for x in xs]
-    counted = any(is_weight(v) and v.key is not None for v in (*consts, *carry))
 
-    def body(state: list[Any], x: Any) -> Any:
-        turn, slices = x
-        fold = lambda v: v.replace(key=_ops.fold(v.key, turn)) if is_weight(v) and v.key is not None else v
+    def body(state: Any, slices: list[Any]) -> Any:
+        numbers, state = state
         rest = iter(state)
-        carries = [fold(v) if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
+        carries = [v if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
         items = [s.rebuilt(x) if s else x for s, x in zip(sliced, slices, strict=True)]
-        ys, seen = me.apart(lambda: me.run(jaxpr, closed, [*map(fold, consts), *carries, *items], compute))
+        ys, seen, numbers = me.apart(numbers, lambda: me.run(jaxpr, closed, [*consts, *carries, *items], compute))
         ys = [me.dense(y, eqn, "an output of the loop's body") for y in ys]
-        return _chosen(ys[:n_carry], compute[:n_carry]), (_chosen(ys[n_carry:], compute[n_carry:]), seen)
+        return (numbers, _chosen(ys[:n_carry], compute[:n_carry])), (_chosen(ys[n_carry:], compute[n_carry:]), seen)
 
     slices = [s.arrays if s else x for s, x in zip(sliced, xs, strict=True)]
-    turns = jnp.arange(length) if counted else None
-    state, (ys, seen) = lax.scan(
+    (numbers, state), (ys, seen) = lax.scan(
         body,
-        init,
-        (turns, slices),
+        (numbers, init),
+        slices,
         length,
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
@@ -117,7 +115,7 @@ def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
         total = lambda made: jax.tree.map(lambda a: a.sum(0), made)
         stack = lambda made, atom: dataclasses.replace(made, labels=atom + made.labels)
         me.seen({p: stack(made, atoms[p]) if p in atoms else total(made) for p, made in seen.items()})
-    return _filled(outs, compute, [*state, *ys])
+    return _filled(outs, compute, me.left([*state, *ys], numbers, origins))
 
 
 class _Sliced:
@@ -162,7 +160,7 @@ class _Marked:
 def _while(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    values = [me.entering(v) for v in values]
+    values, numbers, origins = me.entering(values)
     cond_consts, body_consts, carry = (
         values[:n_cond],
         values[n_cond : n_cond + n_body],
@@ -180,39 +178,43 @@ def _while(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> li
         rest = iter(state)
         return [v if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
 
+    # the condition counts nothing, so it draws from keys that the body never has
+    other = lambda v: v.replace(key=fold(v.key, 2**31 - 1)) if is_weight(v) and v.key is not None else v
+
     def go_on(state: Any) -> Any:
-        (more,), _ = me.apart(lambda: me.run(cond, cond_closed, [*cond_consts, *carries(state[1])], [True]))
+        numbers, state = state
+        args = [*map(other, cond_consts), *map(other, carries(state))]
+        (more,), *_ = me.apart(numbers, lambda: me.run(cond, cond_closed, args, [True]))
         return more
 
     def step(state: Any) -> Any:
-        turn, state = state
-        fold = lambda v: v.replace(key=_ops.fold(v.key, turn)) if is_weight(v) and v.key is not None else v
-        args = [*map(fold, body_consts), *map(fold, carries(state))]
-        new, _ = me.apart(lambda: _chosen(me.run(body, body_closed, args, moving), moving))
-        return (None if turn is None else turn + 1), me.arrays(new, eqn, "an output of the loop's body")
+        numbers, state = state
+        args = [*body_consts, *carries(state)]
+        new, _, numbers = me.apart(numbers, lambda: _chosen(me.run(body, body_closed, args, moving), moving))
+        return numbers, me.arrays(new, eqn, "an output of the loop's body")
 
-    counted = any(is_weight(v) and v.key is not None for v in (*body_consts, *carry))
-    _, state = lax.while_loop(go_on, step, (jnp.zeros((), jnp.int32) if counted else None, init))
-    return _filled(outs, moving, state)
+    numbers, state = lax.while_loop(go_on, step, (numbers, init))
+    return _filled(outs, moving, me.left(state, numbers, origins))
 
 
 def _cond(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     outs, compute = _forwarded(eqn, values, want)
     if not any(compute) and not eqn.effects:
         return outs
-    index, *operands = values
-    if is_weight(index):
+    if is_weight(values[0]):
         raise Refusal("a branch chosen by a weight")
+    (index, *operands), numbers, origins = me.entering(values)
     branches = []
     for branch in eqn.params["branches"]:
         jaxpr, consts = open_jaxpr(branch)
 
-        def inner(*args: Any, jaxpr: Any = jaxpr, consts: Any = consts) -> list[Any]:
-            ys, _ = me.apart(lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
-            return [jnp.asarray(y) for y in me.arrays(ys, eqn, "an output of a branch")]
+        def inner(numbers: Any, *args: Any, jaxpr: Any = jaxpr, consts: Any = consts) -> Any:
+            ys, _, numbers = me.apart(numbers, lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
+            return [jnp.asarray(y) for y in me.arrays(ys, eqn, "an output of a branch")], numbers
 
         branches.append(inner)
-    return _filled(outs, compute, lax.switch(index, branches, *[me.entering(v) for v in operands]))
+    results, numbers = lax.switch(index, branches, numbers, *operands)
+    return _filled(outs, compute, me.left(results, numbers, origins))
 
 
 RULES = {

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from jlora._contract import View, contract, placed
+from jlora._contract import View, automatic, contract, explicit_mesh, placed
 from jlora._lazy import Lazy, again
 from jlora._network import Labels
 from jlora._term import Drop, Operand, Sides, Term
@@ -137,10 +138,19 @@ class Weight:
         values, labels = self.operands(term)
         runs = [b for b in term.blocks if b[0]]
         out = tuple(x for _, made in runs for x in made)
-        dense = contract([v.astype(dtype) for v in values], labels, out, precision=lax.Precision.HIGHEST)
         order = [a for atoms, _ in runs for a in atoms]
-        dense = dense.reshape([self.size[a] for a in order])
-        return lax.transpose(dense, [order.index(a) for a in self.atoms])
+
+        def made(*values: jax.Array) -> jax.Array:
+            dense = contract([v.astype(dtype) for v in values], labels, out, precision=lax.Precision.HIGHEST)
+            dense = dense.reshape([self.size[a] for a in order])
+            return lax.transpose(dense, [order.index(a) for a in self.atoms])
+
+        if all(atoms == labels for atoms, labels in runs) or explicit_mesh(values) is None:
+            return made(*values)
+        # a flat side is cut where W0 is, which no factor of it knows
+        at = jax.typeof(self.base).sharding.spec if self.lazy is None else jax.eval_shape(self.w0).sharding.spec
+        first = {g[0]: entry for g, entry in zip(self.axes, (*at, *[None] * len(self.axes)), strict=False) if g}
+        return automatic(made, values, PartitionSpec(*(first.get(a) for a in self.atoms)))
 
     def delta(self) -> jax.Array:
         """What is added to W0, dense and in at least float32, in the shape of `base`."""

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from methods import CHOSEN, METHODS, assert_close, cotangents, moved
+from methods import CHOSEN, METHODS, alone, assert_close, cotangents, moved
 
 WIDE, INNER, HEADS, WORDS, LAYERS = 16, 24, 4, 32, 2
 
@@ -426,3 +426,24 @@ def test_the_lines_of_the_model_are_kept():
     text = jax.jit(jlora.lift(here)).lower(ad, X).as_text(debug_info=True)
     line = here.__code__.co_firstlineno + 1
     assert re.search(rf'test_sharding.py":{line}\b', text)
+
+
+# Merging ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", alone([row for row in METHODS if row.on != "vectors"]))
+def test_merge_on_an_explicit_mesh(row):
+    """Merged weights live where the base does, and are those of one device."""
+    draw = lambda n, *shape: jnp.asarray(np.random.default_rng(n).standard_normal(shape), jnp.float32)
+    params = {"one": {"kernel": draw(0, 16, 16)}, "stack": {"kernel": draw(1, 4, 16, 16)}}
+    places = {"one": {"kernel": P("data", "model")}, "stack": {"kernel": P("data", None, "model")}}
+    single = jlora.adapt(params, row.spec("kernel"), axes={"stack": "sio"})
+    trainable = moved(single.trainable)
+    want = jlora.merge(jlora.join(trainable, single.frozen))
+    mesh = mesh_of("Explicit")
+    specs = [(path, spec["kernel"]) for path, spec in places.items()]
+    held = jlora.shard.init(params, row.spec("kernel"), mesh, specs, axes={"stack": "sio"})
+    put = lambda a, like: jax.device_put(a, like.sharding)
+    got = jlora.merge(jlora.join(jax.tree.map(put, trainable, held.trainable), held.frozen))
+    assert jax.tree.map(lambda a: a.sharding.spec, got) == places
+    assert_close(got, want)

@@ -31,6 +31,13 @@ class Gain:
     deltas: tuple[Delta, ...]
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
+        if all(atoms == made for d in self.deltas for atoms, made in _network.parse(d, self.leaf).blocks):
+            return self._gain(*arrays)
+        # of a side that is flat no array says how a mesh cuts its parts; the gain lives where m does
+        *rest, m, t, w0 = arrays
+        return automatic(lambda m, *others: self._gain(*others[:-2], m, *others[-2:]), (m, *rest, t, w0))
+
+    def _gain(self, *arrays: jax.Array) -> jax.Array:
         *factors, n0, m, t, w0 = arrays
         w0 = w0.astype(jnp.float32)
         out = tuple(_network.atoms(self.leaf)[n] for n in self.leaf.axes("o"))

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jlora import targets
 from jlora._axes import Leaf
+from jlora._contract import automatic
 from jlora._network import Array, Delta, Function, Recipe
 from jlora._tree import Target
 from jlora.methods._fields import Alpha, Holds, Rank, Rate
@@ -33,7 +35,11 @@ class Place:
     start: int
     side: tuple[int, ...]
 
-    def __call__(self, b: jnp.ndarray) -> jnp.ndarray:
+    def __call__(self, b: jax.Array) -> jax.Array:
+        # JAX asks where the result of a scatter lives: whole, as only a part of it is b
+        return automatic(self._placed, (b,), PartitionSpec(*jax.typeof(b).sharding.spec[:-1]))
+
+    def _placed(self, b: jax.Array) -> jax.Array:
         full = jnp.zeros((*b.shape[:-1], math.prod(self.side)), b.dtype)
         return full.at[..., self.start : self.start + b.shape[-1]].set(b).reshape(*b.shape[:-1], *self.side)
 

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
-from jlora import _packed, _plan, _table, _tree
+from jlora import _answers, _packed, _plan, _table, _tree
 from jlora._axes import Leaf
 from jlora._express import express
 from jlora._network import Recipe
 from jlora._packed import is_packed
 from jlora._plan import Site
 from jlora._weight import Weight
-from jlora.adapted import Adapted, Frozen
+from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted
 from jlora.methods.base import Method
 
 
@@ -88,7 +89,7 @@ def merge(adapted: Adapted) -> Any:
       >>> bool((merged["query"]["kernel"] == params["query"]["kernel"]).all())
       True
     """
-    leaves = _tree.leaves(adapted.frozen.base)
+    leaves = _tree.leaves(check_adapted("merge", adapted).frozen.base)
     merged = replaced(adapted, [w.dense() for w in weights(adapted, leaves)])
     return jax.tree.map(_packed.dense, merged, is_leaf=is_packed)
 
@@ -123,6 +124,14 @@ class MergeReport:
         return _table.render(("path", "survives", "relative error"), rows, right=(1, 2))
 
 
+def outside(caller: str, tree: Any) -> None:
+    """TypeError where values are read and there are none, since the call is traced."""
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"{caller} reads values, so it is called outside of jit, grad and vmap; jlora.merge works inside"
+        )
+
+
 @jax.jit
 def _survival(w: Weight) -> tuple[jax.Array, jax.Array]:
     delta = w.delta()
@@ -148,6 +157,7 @@ def merge_report(adapted: Adapted) -> MergeReport:
       >>> jlora.merge_report(adapted).worst
       1.0
     """
+    outside("merge_report", check_adapted("merge_report", adapted))
     rows = []
     for site, w in zip(
         adapted.frozen.plan.sites,
@@ -185,6 +195,10 @@ def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
       >>> drift
       {'query/kernel': 0.0}
     """
+    check_adapted("unmerge", adapted)
+    if is_adapted(merged):
+        raise TypeError("unmerge(merged, adapted) takes merged parameters first, not an Adapted: jlora.merge(adapted)")
+    outside("unmerge", (merged, adapted))
     bad = [s.leaf.path for s in adapted.frozen.plan.sites if not s.recipe.additive]
     if bad:
         raise ValueError(f"the update of {bad[:5]} depends on W0 itself and cannot be subtracted; keep the base")
@@ -216,6 +230,9 @@ def scale(adapted: Adapted, x: Any) -> Adapted:
       >>> float(jlora.scale(adapted, 0.5).frozen.factors["query/kernel"]["s"])
       1.0
     """
+    check_adapted("scale", adapted)
+    if not isinstance(x, (int, float)) and not hasattr(x, "dtype"):
+        raise TypeError(f"scale(adapted, x) takes a scalar x, such as 0.5, not {_answers.kind(x)}")
     if jnp.ndim(x) != 0:
         raise ValueError(f"scale takes a scalar, not an array of shape {jnp.shape(x)}; vmap over adapters instead")
     scales = {

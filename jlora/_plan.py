@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import _axes, _select, _tree
+from jlora import _answers, _axes, _select, _tree
 from jlora._axes import Leaf
 from jlora._network import Recipe
 from jlora._packed import Packed, is_packed
@@ -89,6 +89,7 @@ def resolve(
       ValueError: a pattern without a match, vectors that patterns took, integer or complex leaves, ties adapted at
         one end, what a method refuses.
     """
+    _answers.check_axes(axes)
     methods = rules(spec)
     selected = [_select.select(m.describe(), m.target, m.exclude, tree) for m in methods]
     sites: list[Site] = []
@@ -106,6 +107,9 @@ def resolve(
             others = ", ".join(methods[n].describe() for n in takers[1:])
             notes.append(f"{path}: rule {takers[0] + 1} ({method.describe()}) takes it before {others}")
         shape, dtype = _tree.shape_dtype(array)
+        if _answers.no_array(array):
+            bad.append(f"{path!r} is {_answers.no_array(array)}")
+            continue
         if not _axes.is_trainable_dtype(dtype):
             bad.append(f"{path!r} of dtype {dtype}: only real floating point leaves can be adapted; exclude it")
             continue

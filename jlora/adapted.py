@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _kinds, _packed, _plan, _table, _tree
+from jlora import _answers, _kinds, _packed, _plan, _table, _tree
 from jlora._plan import Plan, Site
 from jlora.methods.base import Method
 
@@ -52,7 +52,7 @@ class Frozen:
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class Adapted(_answers.Mistaken):
     """A base and its adapter. A registered pytree with two children.
 
     Attributes:
@@ -99,6 +99,13 @@ class Adapted:
 def is_adapted(x: Any) -> bool:
     """Whether `x` is an `Adapted`."""
     return isinstance(x, Adapted)
+
+
+def check_adapted(caller: str, x: Any) -> Adapted:
+    """`x`; TypeError, in words, unless it is an `Adapted` with a plan."""
+    if isinstance(x, Adapted) and isinstance(x.frozen, Frozen):
+        return x
+    raise TypeError(_answers.no_adapter(caller, x, is_adapted, lambda x: isinstance(x, Frozen)))
 
 
 # --- making one ---------------------------------------------------------------------------------------------------
@@ -169,19 +176,31 @@ def adapt(
     key = _checked_key(key)
     if is_adapted(params):
         raise TypeError("params is already an Adapted; adapt(adapted.frozen.base, [method, ...]) takes several methods")
+    _answers.check_params("adapt", params)
     tree = _tree.flatten(params)
     _packed.sound(zip(tree.paths, tree.leaves, strict=True))
     plan, given = _plan.resolve(tree, spec, axes, allow_untied)
     trainable: dict[str, dict[str, Any]] = {}
     factors: dict[str, dict[str, Any]] = {}
     named = lambda group, name: jax.random.fold_in(jax.random.fold_in(key, stable_hash(group)), stable_hash(name))
+    bad = []
     for site, (method, recipe) in zip(plan.sites, given, strict=True):
-        arrays = recipe.arrays(site.leaf)
-        for (group, name), value in method.initial(
-            site.leaf, recipe, named, _packed.dense(tree.leaves[site.index])
-        ).items():
+        arrays, weight = recipe.arrays(site.leaf), tree.leaves[site.index]
+        try:
+            if any(map(_answers.is_gone, jax.tree.leaves(weight))):
+                raise ValueError(
+                    f"{site.leaf.path!r} of shape {site.leaf.shape} was donated or deleted: it has no values"
+                )
+            made = method.initial(site.leaf, recipe, named, _packed.dense(weight))
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        for (group, name), value in made.items():
             side = trainable if arrays[group, name][0].trained else factors
             side.setdefault(group, {}).setdefault(name, value)
+    if bad:
+        more = f"\n  and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(bad[:8]) + more)
     return Adapted(trainable, Frozen(params, factors, None, plan))
 
 
@@ -197,7 +216,7 @@ def split(adapted: Adapted) -> tuple[Any, Frozen]:
       >>> sorted(trainable)
       ['query/kernel']
     """
-    return adapted.trainable, adapted.frozen
+    return check_adapted("split", adapted).trainable, adapted.frozen
 
 
 def join(trainable: Any, frozen: Frozen) -> Adapted:
@@ -229,6 +248,8 @@ def check_trainable(trainable: Any, plan: Plan) -> None:
     bad = [f"missing {g!r}: {n!r}" for g, n in want if (g, n) not in have]
     bad += [f"extra {g!r}: {n!r}" for g, n in have if (g, n) not in want]
     for (g, n), a in have.items():
+        if a is None or isinstance(a, (list, tuple, dict, str)):
+            bad.append(f"{g!r}: {n!r} is {_answers.kind(a)}, not an array")
         shape = getattr(a, "shape", None)
         if (g, n) in want and shape is not None and tuple(shape) != want[g, n]:
             bad.append(f"{g!r}: {n!r} has shape {tuple(shape)}, not {want[g, n]}")
@@ -276,11 +297,7 @@ def with_dropout(adapted: Adapted, key: Any) -> Adapted:
       >>> jlora.with_dropout(adapted, jax.random.key(1))
       Adapted(1 weight, 20 trainable)
     """
-    if not is_adapted(adapted):
-        raise TypeError(
-            f"with_dropout takes an Adapted, as adapt or join returned it, not {type(adapted).__name__}: "
-            "{'params': jlora.with_dropout(adapted, key)}"
-        )
+    check_adapted("with_dropout", adapted)
     return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, key=_checked_key(key)))
 
 
@@ -320,7 +337,7 @@ def count(adapted: Adapted) -> tuple[int, int]:
       >>> jlora.count(jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2)))
       (20, 44)
     """
-    trainable = trainable_size(adapted.frozen.plan)
+    trainable = trainable_size(check_adapted("count", adapted).frozen.plan)
     return trainable, trainable + base_size(adapted.frozen)
 
 
@@ -347,7 +364,7 @@ def table(adapted: Adapted) -> str:
       <BLANKLINE>
       20 trainable of 44 parameters (45.4545 %)
     """
-    plan = adapted.frozen.plan
+    plan = check_adapted("table", adapted).frozen.plan
     rows, seen = [], set()
     for site in plan.sites:
         arrays = {p: v for p, v in site.recipe.arrays(site.leaf).items() if v[0].trained and p not in seen}

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from jlora import _axes, _interpret, _network, _table, _tree
+from jlora import _answers, _axes, _interpret, _network, _table, _tree
 from jlora._interpret import Row
 from jlora._plan import Site, intern
-from jlora.adapted import Adapted, Frozen
+from jlora.adapted import Adapted, Frozen, is_adapted
 from jlora.lift import completed, find, is_ours
 from jlora.methods import Full
 
@@ -68,6 +68,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
       >>> report.rows[0].path, report.rows[0].use, report.dense, report.unused
       ('query/kernel', 'dot_general', (), ())
     """
+    _answers.check_function("explain", fn)
     found, where, _ = find(args, kwargs)
     if not found:
         raise ValueError("explain is called like the lifted function, with an Adapted among its arguments")
@@ -100,6 +101,10 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       >>> jlora.infer_axes(f, params, jnp.ones((5, 2, 3)))
       {'^out/kernel$': 'iio'}
     """
+    _answers.check_function("infer_axes", fn)
+    if is_adapted(params):
+        raise TypeError("infer_axes takes plain parameters, not an Adapted: infer_axes(fn, adapted.frozen.base, x)")
+    _answers.check_params("infer_axes", params)
     tree = _tree.flatten(params)
     sites = []
     for n, (path, array) in enumerate(zip(tree.paths, tree.leaves, strict=True)):

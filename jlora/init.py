@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _express, _interpret, _merge, _network, _plan, _tree
+from jlora import _answers, _express, _interpret, _merge, _network, _plan, _tree
 from jlora._interpret import moments as _moments
 from jlora._plan import Plan, Site
-from jlora.adapted import Adapted, Frozen
+from jlora.adapted import Adapted, Frozen, check_adapted
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import EVA as EVA
 from jlora.methods.starts import GA as GA
@@ -43,6 +43,7 @@ Axes = dict[str, str] | None
 
 def _sites(params: Any, spec: Any, axes: Axes) -> tuple[Site, ...]:
     """The weights that a spec takes, with nothing added to them."""
+    _answers.check_params("jlora.init", params)
     plan, _ = _plan.resolve(_tree.flatten(params), spec, axes, True)
     return tuple(dataclasses.replace(s, recipe=_network.Recipe()) for s in plan.sites)
 
@@ -54,6 +55,8 @@ def _bare(params: Any, sites: tuple[Site, ...]) -> Adapted:
 def _summed(batches: Iterable[Any], f: Callable[[Any], dict[str, Any]], name: str) -> tuple[dict[str, Any], int]:
     total: dict[str, Any] = {}
     count = 0
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"jlora.init.{name} takes an iterable of batches, such as a list, not {_answers.kind(batches)}")
     for batch in batches:
         part = f(batch)
         total = {path: total[path] + x for path, x in part.items()} if total else part
@@ -92,6 +95,7 @@ def gradients(
     References:
       Wang, Yu and Li, `LoRA-GA <https://arxiv.org/abs/2407.05000>`_, 2024.
     """
+    _answers.check_function("jlora.init.gradients", loss)
     sites = _sites(params, spec, axes)
     bare = _bare(params, sites)
 
@@ -143,6 +147,7 @@ def activations(
     References:
       Paischer et al, `EVA <https://arxiv.org/abs/2410.07170>`_, 2024.
     """
+    _answers.check_function("jlora.init.activations", fn)
     sites = _sites(params, spec, axes)
     bare = _bare(params, sites)
 
@@ -194,8 +199,13 @@ def redistributed(method: LoRA, moments: Mapping[str, Any], *, rho: float = 2.0)
     References:
       Paischer et al, `EVA <https://arxiv.org/abs/2410.07170>`_, 2024.
     """
-    if rho < 1:
-        raise ValueError(f"redistributed(rho={rho}): a weight gets at most rho * rank, with rho of at least 1")
+    if not isinstance(method, LoRA) or not isinstance(moments, Mapping):
+        given = f"({_answers.kind(method)}, {_answers.kind(moments)})"
+        raise TypeError(
+            f"redistributed(method, moments) takes a LoRA and what jlora.init.activations returned, not {given}"
+        )
+    words = "a weight gets at most rho * rank, with rho of at least 1"
+    _answers.check_number("redistributed(rho", rho, lambda x: 1 <= x < math.inf, words)
     shares: list[tuple[float, str]] = []
     layers: dict[str, int] = {}
     for path, moment in moments.items():
@@ -234,7 +244,7 @@ def plain(adapted: Adapted) -> Adapted:
     References:
       Meng et al, `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, appendix on converting it to LoRA.
     """
-    base = _tree.leaves(adapted.frozen.base)
+    base = _tree.leaves(check_adapted("init.plain", adapted).frozen.base)
     get = _merge.lookup(adapted)
     trainable, factors = dict(adapted.trainable), dict(adapted.frozen.factors)
     sites = []

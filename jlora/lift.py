@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _merge, _tree
+from jlora import _answers, _merge, _tree
 from jlora._modules import check_stateless, watched
 from jlora._packed import is_packed
 from jlora.adapted import Adapted, is_adapted
@@ -105,11 +105,13 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
       Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
     """
 
+    _answers.check_function("jlora.lift", fn)
+
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
         found, paths, fill = find(args, kwargs)
         if not found:
-            return fn(*args, **kwargs)
+            return _plainly(fn, args, kwargs)
         found = [_stopped(a) for a in completed(found, paths)]
         called, filled, touched = watched(fn, fill)
         if dense:
@@ -118,9 +120,32 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
         else:
             from jlora import _interpret
 
-            out = _interpret.call(called, found, filled, forward_mode=forward_mode)
+            try:
+                out = _interpret.call(called, found, filled, forward_mode=forward_mode)
+            except TypeError as error:
+                if forward_mode or "forward-mode autodiff (jvp) to a custom_vjp" not in str(error):
+                    raise
+                raise TypeError(
+                    "forward mode (jvp, jacfwd) does not go through the gradients that jlora writes by hand: write "
+                    "jlora.lift(fn, forward_mode=True). (jvp of grad, a Hessian, needs no flag; a custom_vjp of the "
+                    "model's own stays in the way.)"
+                ) from error
         if touched():
             check_stateless(fn, found, fill)
         return out
 
     return lifted
+
+
+def _plainly(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A call without an adapter, which is a call of `fn`; where that fails over a trainable half, so it is said."""
+    try:
+        return fn(*args, **kwargs)
+    except Exception as error:
+        if not _holds((args, kwargs), _answers.is_half):
+            raise
+        raise TypeError(
+            "this lifted function was called without an Adapted, and one of its arguments looks like the trainable "
+            "half alone: write jlora.join(trainable, frozen) in its place. The function itself said: "
+            f"{type(error).__name__}: {str(error)[:300]}"
+        ) from error

@@ -251,7 +251,7 @@ def test_steps_that_cannot_be(given, words):
     options = {"batch": P("data"), **{k: v for k, v in given.items() if k != "mesh"}}
     with pytest.raises(ValueError, match=f"(?s){words}"):
         jlora.shard.train_step(lambda ad, x: 0.0, optax.adam(1e-3), other, adapted, **options)
-    with pytest.raises(TypeError, match="takes an Adapted, not dict"):
+    with pytest.raises(TypeError, match="takes an Adapted, not a dict"):
         jlora.shard.state_shardings(optax.adam(1e-3), adapted.trainable)
 
 

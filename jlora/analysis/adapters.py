@@ -18,7 +18,7 @@ from jlora._network import Labels
 from jlora._plan import Site
 from jlora._term import Term
 from jlora._weight import Weight, wide
-from jlora.adapted import Adapted, Frozen, is_adapted
+from jlora.adapted import Adapted, check_adapted
 from jlora.analysis.decompositions import SVD, factored_svd, svd
 from jlora.methods.starts import sides
 
@@ -39,7 +39,7 @@ def weights(adapted: Adapted) -> dict[str, jax.Array]:
       >>> jlora.analysis.weights(adapted)["query/kernel"].shape
       (8, 4)
     """
-    leaves = _tree.leaves(_checked(adapted).frozen.base)
+    leaves = _tree.leaves(check_adapted("analysis.weights", adapted).frozen.base)
     return {s.leaf.path: sides(leaves[s.index], s.leaf) for s in adapted.frozen.plan.sites if _is_matrix(s)}
 
 
@@ -57,7 +57,7 @@ def factors(adapted: Adapted) -> dict[str, Factors]:
       >>> a.shape, b.shape
       ((2, 6), (2, 4))
     """
-    made = ((site.leaf.path, _factored(site, weight)) for site, weight in _matrices(adapted))
+    made = ((site.leaf.path, _factored(site, weight)) for site, weight in _matrices("analysis.factors", adapted))
     return {path: pair for path, pair in made if pair is not None}
 
 
@@ -75,24 +75,18 @@ def updates(adapted: Adapted) -> dict[str, SVD]:
       Array([3., 3.], dtype=float32)
     """
     found = {}
-    for site, weight in _matrices(adapted):
+    for site, weight in _matrices("analysis.updates", adapted):
         pair = _factored(site, weight)
         found[site.leaf.path] = svd(sides(weight.delta(), site.leaf)) if pair is None else factored_svd(*pair)
     return found
-
-
-def _checked(adapted: Any) -> Adapted:
-    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
-        raise TypeError(f"not an Adapted but {type(adapted).__name__}; write jlora.join(trainable, frozen)")
-    return adapted
 
 
 def _is_matrix(site: Site) -> bool:
     return bool(site.leaf.axes("ik")) and bool(site.leaf.axes("o"))
 
 
-def _matrices(adapted: Adapted) -> Iterator[tuple[Site, Weight]]:
-    every = _merge.weights(_checked(adapted), _tree.leaves(adapted.frozen.base))
+def _matrices(caller: str, adapted: Adapted) -> Iterator[tuple[Site, Weight]]:
+    every = _merge.weights(check_adapted(caller, adapted), _tree.leaves(adapted.frozen.base))
     return ((s, w) for s, w in zip(adapted.frozen.plan.sites, every, strict=True) if _is_matrix(s))
 
 

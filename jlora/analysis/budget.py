@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora import _contract, _merge, _ops, _plan, _table, _tree
+from jlora import _answers, _contract, _merge, _ops, _plan, _table, _tree
 from jlora._plan import Plan, Site
 from jlora._weight import Weight
-from jlora.adapted import Adapted, Frozen
+from jlora.adapted import Adapted, Frozen, is_adapted
 from jlora.analysis.adapters import side_labels
 
 
@@ -138,8 +138,12 @@ def cost(
       Kaplan et al, `Scaling Laws for Neural Language Models <https://arxiv.org/abs/2001.08361>`_, 2020, section 2.1,
       for two FLOPs a parameter and token.
     """
-    if tokens < 1:
-        raise ValueError(f"cost(tokens={tokens}): a batch has at least one token")
+    if is_adapted(params):
+        raise TypeError("cost takes plain parameters, not an Adapted: cost(adapted.frozen.base, spec)")
+    _answers.check_params("cost", params)
+    if optimizer is not None:
+        _answers.check_optimizer("cost(optimizer=)", optimizer)
+    _answers.check_integer("cost(tokens", tokens, 1, "a batch has at least one token")
     tree = _tree.flatten(params)
     plan, given = _plan.resolve(tree, spec, axes, True)
     arrays: dict[tuple[str, str], Any] = {}

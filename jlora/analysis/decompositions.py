@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _answers
+
 
 class SVD(NamedTuple):
     """D = u diag(s) v^T: `u (stack..., in, k)`, `s (stack..., k)` from the largest down, `v (stack..., out, k)`."""
@@ -44,8 +46,19 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
+def check_array(x: Any, what: str) -> None:
+    """Raises TypeError unless `x` is an array, or numbers that make one."""
+    if isinstance(x, SVD):
+        raise TypeError(
+            f"{what} is an SVD (u, s, v): give its matrix, x.matrix, or its singular values, x.s, or a weight"
+        )
+    if not hasattr(x, "dtype") and not isinstance(x, (list, tuple, int, float)):
+        raise TypeError(f"{what} is {_answers.kind(x)}, not an array")
+
+
 def check_matrix(x: Any, what: str) -> None:
     """Raises unless `x` has two axes beside its stack."""
+    check_array(x, what)
     if jnp.ndim(x) < 2:
         raise ValueError(f"{what} of shape {jnp.shape(x)} is no matrix; give (stack..., rows, columns)")
 
@@ -114,6 +127,7 @@ def effective_rank(s: Any) -> jax.Array:
       Roy and Vetterli, `The effective rank: a measure of effective dimensionality
       <https://infoscience.epfl.ch/record/110188>`_, 2007.
     """
+    check_array(s, "effective_rank: the spectrum s")
     s = wide(s)
     total = jnp.sum(s, -1, keepdims=True)
     p = s / jnp.where(total == 0, 1, total)
@@ -132,6 +146,7 @@ def stable_rank(s: Any) -> jax.Array:
     References:
       Rudelson and Vershynin, `Sampling from large matrices <https://arxiv.org/abs/math/0503442>`_, 2007.
     """
+    check_array(s, "stable_rank: the spectrum s")
     s = wide(s)
     largest = jnp.max(s, -1, keepdims=True)
     return jnp.sum((s / jnp.where(largest > 0, largest, 1)) ** 2, -1)
@@ -160,8 +175,8 @@ def truncate(whole: SVD, rank: int) -> Truncation:
     """
     check_svd(whole)
     size = whole.s.shape[-1]
-    if not 0 <= rank <= size:
-        raise ValueError(f"truncate(rank={rank}): there are {size} singular values; write a rank of 0 to {size}")
+    words = f"there are {size} singular values; write a rank of 0 to {size}"
+    _answers.check_integer("truncate(rank", rank, 0, words, most=size)
     rest = whole.s[..., rank:]
     kept = SVD(whole.u[..., :rank], whole.s[..., :rank], whole.v[..., :rank])
     spectral = rest[..., 0] if rank < size else jnp.zeros(rest.shape[:-1], rest.dtype)

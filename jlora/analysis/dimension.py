@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jlora import _plan, _tree
+from jlora import _answers, _plan, _tree
 from jlora.adapted import Adapted, adapt
 from jlora.methods.intrinsic import IntrinsicDimension
 
@@ -76,14 +76,23 @@ def intrinsic_dimension(
       Fine-Tuning <https://arxiv.org/abs/2012.13255>`_, 2020.
     """
     method = IntrinsicDimension(1) if method is None else method
-    if not dimensions:
-        raise ValueError("intrinsic_dimension was given no dimensions; write for example [10, 100, 1000]")
-    if not ratio > 1:
-        raise ValueError(f"intrinsic_dimension(ratio={ratio}): above 1, or bisection has no end")
-    if not 0 < share <= 1:
-        raise ValueError(f"intrinsic_dimension(share={share}): a share of the baseline, above 0 and at most 1")
-    if math.isnan(baseline):
-        raise ValueError("intrinsic_dimension(baseline=nan): training everything has no score to be reached")
+    _answers.check_function("intrinsic_dimension", train)
+    _answers.check_params("intrinsic_dimension", params)
+    if not isinstance(method, IntrinsicDimension):
+        kind = _answers.kind(method)
+        raise TypeError(f"intrinsic_dimension(method=...) takes a jlora.IntrinsicDimension(1, ...), not {kind}")
+    if isinstance(dimensions, (int, str)) or not len(dimensions):
+        raise ValueError(
+            f"intrinsic_dimension was given no dimensions ({dimensions!r}); write for example [10, 100, 1000]"
+        )
+    for d in dimensions:
+        _answers.check_integer("intrinsic_dimension(dimensions: d", d, 1, "an integer of at least 1")
+    words = "above 1, or bisection has no end"
+    _answers.check_number("intrinsic_dimension(ratio", ratio, lambda x: x > 1, words)
+    words = "a share of the baseline, above 0 and at most 1"
+    _answers.check_number("intrinsic_dimension(share", share, lambda x: 0 < x <= 1, words)
+    words = "the score of training everything, a number to be reached"
+    _answers.check_number("intrinsic_dimension(baseline", baseline, math.isfinite, words)
     rules = lambda d: (*also, dataclasses.replace(method, d=d))
     plan, _ = _plan.resolve(_tree.flatten(params), rules(1), axes, True)
     sites = [s for s in plan.sites if isinstance(s.method, IntrinsicDimension)]

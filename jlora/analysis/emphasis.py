@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlora import _answers
 from jlora.analysis.decompositions import SVD, check_matrix, product, svd, wide
 from jlora.analysis.subspaces import basis, check_space
 
@@ -87,8 +88,8 @@ def amplification(update: SVD, weight: Any, rank: int | None = None) -> Amplific
     _check_shapes(update, *weight.shape[-2:])
     size = update.s.shape[-1]
     rank = size if rank is None else rank
-    if not 1 <= rank <= size:
-        raise ValueError(f"amplification(rank={rank}): the update has {size} terms; write a rank of 1 to {size}")
+    words = f"the update has {size} terms; write a rank of 1 to {size}"
+    _answers.check_integer("amplification(rank", rank, 1, words, most=size)
     own = jnp.linalg.svd(weight, compute_uv=False)
     u, v = update.u[..., :rank], update.v[..., :rank]
     onto = _norm(product(product(u.mT, weight), v))
@@ -158,10 +159,15 @@ def intruders(
       Shuttleworth et al, `LoRA vs Full Fine-tuning: An Illusion of Equivalence
       <https://arxiv.org/abs/2410.21228>`_, 2024.
     """
+    for x, name in ((before, "before"), (after, "after")):
+        if isinstance(x, SVD):
+            raise TypeError(f"intruders compares weights, and {name} is an SVD: give it the weight, or {name}.matrix")
+        check_matrix(x, f"intruders: {name}")
     if jnp.shape(before) != jnp.shape(after):
         raise ValueError(f"weights of shapes {jnp.shape(before)} and {jnp.shape(after)} cannot be compared")
     old, new = basis(svd(before), side), basis(svd(after), side)
     check_space(old, new)
-    if not 1 <= k <= new.shape[-1]:
-        raise ValueError(f"intruders(k={k}): there are {new.shape[-1]} singular vectors; write k of 1 to that")
+    words = f"there are {new.shape[-1]} singular vectors; write k of 1 to that"
+    _answers.check_integer("intruders(k", k, 1, words, most=new.shape[-1])
+    _answers.check_number("intruders(epsilon", epsilon, lambda x: 0 < x <= 1, "a bound on |cos|, above 0 and at most 1")
     return jnp.max(jnp.abs(product(old.mT, new[..., :k])), -2) < epsilon

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlora import _answers
 from jlora.analysis.decompositions import SVD, check_matrix, check_svd, product, wide
 
 
@@ -92,6 +93,8 @@ def random_similarity(d: int, i: int, j: int) -> jax.Array:
       >>> jlora.analysis.random_similarity(4, 1, 2)
       Array([[0.25, 0.5 ]], dtype=float32)
     """
+    for name, n in (("d", d), ("i", i), ("j", j)):
+        _answers.check_integer(f"random_similarity({name}", n, 1, "a number of dimensions, an integer of at least 1")
     if max(i, j) > d:
         raise ValueError(f"random_similarity(d={d}, i={i}, j={j}): a subspace has at most d dimensions")
     i_, j_ = jnp.arange(1, i + 1), jnp.arange(1, j + 1)

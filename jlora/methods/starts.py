@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _answers
 from jlora._axes import Leaf
 
 Factors = tuple[jax.Array, jax.Array]
@@ -64,13 +65,24 @@ def values(weight: Any, leaf: Leaf) -> jax.Array:
             f"this start of {leaf.path!r} of shape {leaf.shape} is made from the values of the weight, and it has "
             "none; give arrays, or write init='kaiming'"
         )
+    _check_finite(weight, leaf, "values")
     return sides(weight, leaf)
 
 
 def _known(data: Mapping[str, Any], leaf: Leaf, what: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a start takes {{path: {what}}}, a dictionary, not {_answers.kind(data)}")
     if leaf.path not in data:
         raise ValueError(f"no {what} for {leaf.path!r}; there are some for {sorted(data)[:5]}")
+    _check_finite(data[leaf.path], leaf, what)
     return data[leaf.path]
+
+
+def _check_finite(arrays: Any, leaf: Leaf, what: str) -> None:
+    """A decomposition of NaN is NaN: an adapter that is none from the start. Traced values cannot be looked at."""
+    for x in jax.tree.leaves(arrays):
+        if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(jnp.asarray(x)).all()):
+            raise ValueError(f"{leaf.path!r} of shape {leaf.shape}: its {what} hold NaN or infinities")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +303,10 @@ class Given(Start):
     pairs: Mapping[str, tuple[Any, Any]] = dataclasses.field(repr=False)
 
     def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
-        a, b = (jnp.asarray(x) for x in _known(self.pairs, leaf, "pair (a, b)"))
+        pair = _known(self.pairs, leaf, "pair (a, b)")
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"Given for {leaf.path!r} takes a pair (a, b) of arrays, not {_answers.kind(pair)}")
+        a, b = map(jnp.asarray, pair)
         for name, x, side in (("a", a, "ik"), ("b", b, "o")):
             want = (*leaf.stack, rank, leaf.size(side))
             if x.shape != want:

@@ -9,7 +9,7 @@ import optax
 from jlora import _ranks
 from jlora._plan import Plan
 from jlora._ranks import Pair
-from jlora.adapted import Adapted, Frozen, is_adapted, shapes
+from jlora.adapted import Adapted, check_adapted, is_adapted, shapes
 
 Places: TypeAlias = dict[tuple[str, str], Any]
 Rule: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
@@ -17,9 +17,7 @@ Rule: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
 
 def chosen(caller: str, adapted: Any, wanted: Callable[[Pair], bool], what: str) -> Plan:
     """The plan of `adapted`, which must hold a pair that `wanted` takes: a transformation of nothing is a mistake."""
-    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
-        kind = type(adapted).__name__
-        raise TypeError(f"{caller} takes the Adapted that is trained (jlora.join(trainable, frozen)), not {kind}")
+    check_adapted(caller, adapted)
     if not any(map(wanted, _ranks.pairs(adapted.frozen.plan))):
         methods = ", ".join(dict.fromkeys(m.describe() for m in adapted.frozen.plan.methods))
         raise ValueError(f"{caller} would do nothing: no weight under {methods} has {what}")

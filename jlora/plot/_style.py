@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from jlora import _table
+from jlora import _answers, _table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,6 +64,8 @@ def panels(rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: flo
       >>> axes.shape
       (1, 2)
     """
+    for name, n in (("rows", rows), ("columns", columns)):
+        _answers.check_integer(f"plot.panels({name}", n, 1, "how many axes there are, an integer of at least 1")
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=150)
@@ -80,6 +84,12 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
       >>> [path.name for path in jlora.plot.save(jlora.plot.spectra({"query": [3.0, 1.0]}), "spectra")]
       ['spectra.png', 'spectra.svg']
     """
+    if not hasattr(figure, "savefig"):
+        raise TypeError(
+            f"plot.save(figure, path) takes a figure first, as plots return it, not {_answers.kind(figure)}"
+        )
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"plot.save(figure, path) takes a path second, not {_answers.kind(path)}")
     matplotlib = imported()
     stem = Path(path)
     png, svg = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg"))
@@ -106,6 +116,10 @@ def imported() -> Any:
 
 def axis_of(ax: Axes | None, width: float = WIDTH, height: float = HEIGHT) -> Any:
     """The axis that was given, or the one of a new figure."""
+    if ax is not None and not hasattr(ax, "get_figure"):
+        raise TypeError(
+            f"ax= takes an axis of matplotlib, such as jlora.plot.panels()[1][0, 0], not {_answers.kind(ax)}"
+        )
     return panels(width=width, height=height)[1][0, 0] if ax is None else ax
 
 
@@ -119,15 +133,49 @@ def line(n: int) -> dict[str, Any]:
     return {"color": COLOURS[n % 7], "marker": MARKERS[(n + n // 7) % 7]}
 
 
-def given(name: str, found: Mapping[str, Any]) -> None:
-    """Raises unless there is something to draw."""
+def given(name: str, found: Any, form: str, hint: str = "") -> None:
+    """Raises unless `found` is a dictionary of what is to be drawn, in this form; `hint` says what makes one."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"plot.{name} takes {form}, not {_answers.kind(found)}{hint and '; write ' + hint}")
     if not len(found):
-        raise ValueError(f"plot.{name}: nothing to draw; give it at least one label")
+        raise ValueError(f"plot.{name}: nothing to draw; give it at least one label, {form}{hint and ', ' + hint}")
+
+
+def numbers(name: str, label: str, x: Any, what: str) -> np.ndarray:
+    """An array of numbers, in float64; ValueError in words for anything else."""
+    try:
+        if isinstance(x, (str, bytes)) or hasattr(x, "_fields"):  # NumPy reads texts as numbers, and tuples by place
+            raise TypeError
+        array = np.asarray(x)
+        if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError
+        return array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"plot.{name}: {label!r} is {_answers.kind(x)}; {what} are numbers") from None
+
+
+def pairs(name: str, found: Any, form: str) -> None:
+    """Raises unless `found` is a dictionary of pairs."""
+    given(name, found, form)
+    for label, pair in found.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or hasattr(pair, "_fields"):
+            raise ValueError(f"plot.{name}: {label!r} is {_answers.kind(pair)}; plot.{name} takes {form}")
+
+
+def levelled(name: str, levels: Any) -> dict[str, float]:
+    """The levels of a figure, `{label: score}`, or none."""
+    if levels is None:
+        return {}
+    if not isinstance(levels, Mapping):
+        raise TypeError(f"plot.{name}(levels=) takes {{label: score}}, not {_answers.kind(levels)}")
+    for label, level in levels.items():
+        _answers.check_number(f"plot.{name}(levels: {label!r}", level, lambda x: True, "a level is a number")
+    return dict(levels)
 
 
 def positive(name: str, label: str, sizes: Any) -> None:
     """Raises unless all sizes have a place on a logarithmic axis."""
-    bad = [x for x in np.atleast_1d(sizes).tolist() if not x > 0]
+    bad = [x for x in np.atleast_1d(numbers(name, label, sizes, "sizes")).tolist() if not x > 0]
     if bad:
         raise ValueError(f"plot.{name}: {label!r} has a size of {bad[0]}, for which a logarithmic axis has no place")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora import _table
+from jlora import _answers, _table
 from jlora.plot._style import (
     COLOURS,
     HEIGHT,
@@ -17,8 +17,10 @@ from jlora.plot._style import (
     axis_of,
     distinct,
     figure_of,
+    given,
     imported,
     line,
+    numbers,
     panels,
     written,
 )
@@ -50,6 +52,7 @@ def allocation(ranks: Mapping[str, Any], *, title: str = "", ax: Axes | None = N
     References:
       Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023, figure 3.
     """
+    given("allocation", ranks, "{path: rank}", "jlora.rank.ranks(adapted)")
     modules, layers, grid = _grid(ranks)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
@@ -107,9 +110,16 @@ def ranks(
       >>> [len(ax.lines) for ax in jlora.plot.ranks(history, budget=budget.at).axes[:2]]
       [0, 2]
     """
+    form = "a history {step: {path: ranks}}"
+    given("ranks", history, form, "history[step] = jlora.rank.ranks(adapted) while training")
+    for step, found in history.items():
+        given("ranks", found, f"{form}, and at step {step!r} {{path: ranks}}", "jlora.rank.ranks(adapted)")
+        _answers.check_number("plot.ranks(history: step", step, lambda x: x == int(x), "a step is an integer")
+    if budget is not None and not callable(budget):
+        raise TypeError(
+            f"plot.ranks(budget=) takes b(t), such as jlora.rank.Budget(...).at, not {_answers.kind(budget)}"
+        )
     steps = sorted(history)
-    if not steps:
-        raise ValueError("plot.ranks: an empty history; write history[step] = jlora.rank.ranks(adapted) while training")
     matplotlib = imported()
     modules, layers, _ = _grid(history[steps[-1]])
     with matplotlib.rc_context(STYLE):
@@ -135,12 +145,12 @@ def _grid(ranks: Mapping[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
     """Modules, layers, and the rank of each; NaN where there is no such weight."""
     cells: dict[tuple[str, tuple[int, ...]], float] = {}
     for path, stacked in ranks.items():
-        numbers = tuple(int(n) for n in re.findall(r"\d+", path))
+        layer = tuple(int(n) for n in re.findall(r"\d+", path))
         module = re.sub(r"[_.]?\d+", "", path).replace("//", "/").strip("/")
-        for index, r in np.ndenumerate(np.asarray(stacked)):
-            cells[module, (*numbers, *index)] = float(r)
+        for index, r in np.ndenumerate(numbers("allocation", path, stacked, "ranks")):
+            cells[module, (*layer, *index)] = float(r)
     if not cells:
-        raise ValueError("plot.allocation: no weight; give it jlora.rank.ranks(adapted)")
+        raise ValueError("plot.allocation: stacks of no layers")
     modules = list(dict.fromkeys(module for module, _ in cells))
     layers = sorted({layer for _, layer in cells})
     grid = np.full((len(modules), len(layers)), np.nan)

@@ -21,7 +21,10 @@ from jlora.plot._style import (
     given,
     imported,
     legend_of,
+    levelled,
     line,
+    numbers,
+    pairs,
     positive,
     written,
 )
@@ -55,7 +58,7 @@ def pareto(
       >>> figure.axes[0].get_xscale(), figure.axes[0].get_ylabel()
       ('log', 'accuracy (%)')
     """
-    given("pareto", points)
+    pairs("pareto", points, "{label: (parameters, score)}")
     for label, (parameters, _) in points.items():
         positive("pareto", label, parameters)
     matplotlib = imported()
@@ -64,7 +67,7 @@ def pareto(
         times = 100 if percent else 1
         means = {}
         for n, (label, (parameters, value)) in enumerate(points.items()):
-            scores = times * np.atleast_1d(np.asarray(value, np.float64))
+            scores = times * np.atleast_1d(numbers("pareto", label, value, "scores"))
             means[parameters, scores.mean()] = None
             spread = [[scores.mean() - scores.min()], [scores.max() - scores.mean()]]
             style = line(n) | {"linestyle": "none"}
@@ -104,12 +107,13 @@ def curves(
       >>> jlora.plot.curves({"LoRA": ([0, 10, 20], [[0.7, 0.5, 0.4], [0.7, 0.6, 0.4]])}).axes[0].get_ylabel()
       'loss (nats)'
     """
-    given("curves", series)
+    pairs("curves", series, "{label: (steps, values)}")
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax)
         for n, (label, (steps, values)) in enumerate(series.items()):
-            values = np.atleast_2d(np.asarray(values, np.float64))
+            steps = numbers("curves", label, steps, "steps")
+            values = np.atleast_2d(numbers("curves", label, values, "values"))
             if values.shape[1:] != np.shape(steps):
                 raise ValueError(f"plot.curves: {label!r} has {np.shape(steps)} steps and values {values.shape}")
             style = line(n)
@@ -149,13 +153,14 @@ def sweep(
       >>> [tick.get_text() for tick in drawn.get_xticklabels()]
       ['1', '8', '64']
     """
-    given("sweep", series)
+    pairs("sweep", series, "{label: (sizes, scores)}")
+    levels = levelled("sweep", levels)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax)
         times = 100 if percent else 1
         for n, (label, (sizes, values)) in enumerate(series.items()):
-            values = times * np.atleast_2d(np.asarray(values, np.float64))
+            values = times * np.atleast_2d(numbers("sweep", label, values, "scores"))
             if values.shape[1:] != np.shape(sizes):
                 raise ValueError(f"plot.sweep: {label!r} has {np.shape(sizes)} sizes and scores {values.shape}")
             positive("sweep", label, sizes)
@@ -163,7 +168,7 @@ def sweep(
             on.plot(sizes, values.mean(0), label=label, **style)
             if len(values) > 1:
                 on.fill_between(sizes, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
-        for n, (label, level) in enumerate((levels or {}).items(), len(series)):
+        for n, (label, level) in enumerate(levels.items(), len(series)):
             on.axhline(
                 times * level, label=label, color=COLOURS[n % 7], linestyle=("--", ":", "-.")[n % 3], linewidth=1
             )
@@ -202,18 +207,19 @@ def scores(
       >>> [tick.get_text() for tick in drawn.get_yticklabels()]
       ['query', 'value']
     """
-    given("scores", found)
+    given("scores", found, "{label: scores}")
+    levels = levelled("scores", levels)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax, width=WIDTH + 1.0, height=max(HEIGHT / 2, 1.0 + 0.24 * len(found)))
         times = 100 if percent else 1
         for place, (label, value) in enumerate(found.items()):
-            each = times * np.atleast_1d(np.asarray(value, np.float64))
+            each = times * np.atleast_1d(numbers("scores", label, value, "scores"))
             if not each.size:
                 raise ValueError(f"plot.scores: {label!r} has no scores")
             on.plot(each, [place] * len(each), color=COLOURS[0], marker="o", linestyle="none", fillstyle="none")
             on.plot([each.mean()], [place], color=COLOURS[1], marker="|", markersize=11, markeredgewidth=2)
-        for n, (label, level) in enumerate((levels or {}).items()):
+        for n, (label, level) in enumerate(levels.items()):
             on.axvline(times * level, label=label, color=COLOURS[(n + 2) % 7], linestyle=("--", ":", "-.")[n % 3])
         on.set_yticks(range(len(found)), [_table.shorten(label, NAME + 12) for label in found])
         on.set_ylim(len(found) - 0.4, -0.6)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora import _table
-from jlora.analysis import Amplification
+from jlora import _answers, _table
+from jlora.analysis import SVD, Amplification
 from jlora.plot._style import (
     COLOURS,
     HATCHES,
@@ -22,6 +22,7 @@ from jlora.plot._style import (
     imported,
     legend_of,
     line,
+    numbers,
     written,
 )
 
@@ -56,7 +57,10 @@ def similarity(
     References:
       Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, figure 3.
     """
-    grid = np.asarray(grid, np.float64)
+    if isinstance(grid, (Mapping, SVD)):
+        want = "jlora.analysis.similarity(one, other)"
+        raise TypeError(f"plot.similarity draws one grid (i, j), not {_answers.kind(grid)}; write {want}")
+    grid = numbers("similarity", "grid", grid, "phi(i, j)")
     if grid.ndim != 2:
         raise ValueError(f"plot.similarity draws one grid (i, j), not an array of shape {grid.shape}; index its layer")
     if not grid.size:
@@ -87,12 +91,18 @@ def spectra(series: Mapping[str, Any], *, title: str = "", ax: Axes | None = Non
       >>> jlora.plot.spectra({"query": [3.0, 1.0, 0.5]}).axes[0].get_yscale()
       'log'
     """
-    given("spectra", series)
+    given("spectra", series, "{label: s (k,)}", "{path: x.s for path, x in jlora.analysis.updates(adapted).items()}")
+    for label, values in series.items():
+        if isinstance(values, SVD):
+            raise TypeError(
+                f"plot.spectra draws singular values, and {label!r} is an SVD (u, s, v); write "
+                "{path: x.s for path, x in jlora.analysis.updates(adapted).items()}"
+            )
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax)
         for n, (label, values) in enumerate(series.items()):
-            s = np.asarray(values, np.float64)
+            s = numbers("spectra", label, values, "singular values")
             if s.ndim != 1:
                 raise ValueError(f"plot.spectra draws one spectrum (k,) a label; {label!r} has shape {s.shape}")
             if np.any(s < 0):
@@ -134,7 +144,13 @@ def amplification(
         "W on random r": "onto_random",
         "ΔW": "update",
     }
-    given("amplification", found)
+    given("amplification", found, "{label: Amplification}", "{label: jlora.analysis.amplification(update, weight)}")
+    for label, x in found.items():
+        if not isinstance(x, Amplification):
+            raise TypeError(
+                f"plot.amplification: {label!r} is {_answers.kind(x)}; write "
+                "{label: jlora.analysis.amplification(update, weight)}"
+            )
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax, width=max(WIDTH, 1.2 + 0.9 * len(found)) + 1.4 * legend)

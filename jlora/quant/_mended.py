@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _packed, _plan, _tree
+from jlora import _answers, _packed, _plan, _tree
 from jlora._packed import is_packed
+from jlora.adapted import is_adapted
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import Given, best, sides, unsided
 from jlora.quant._quantize import codec, not_finite, quantized
@@ -126,8 +127,13 @@ def _quantised(
     name: str, params: Any, method: LoRA, quantise: Any, steps: int, axes: Axes, pair: Callable[..., Any]
 ) -> tuple[Any, LoRA]:
     """Each weight quantised less the pair that it comes with."""
-    if steps < 1:
-        raise ValueError(f"{name}(steps={steps}): at least one step")
+    if not isinstance(method, LoRA):
+        hint = ": give the LoRA inside, and wrap the one that comes back" if hasattr(method, "inner") else ""
+        raise TypeError(f"{name} takes one LoRA, whose factors mend the codes, not {_answers.kind(method)}{hint}")
+    if is_adapted(params):
+        raise TypeError(f"{name} takes plain parameters, not an Adapted: adapted.frozen.base")
+    _answers.check_params(name, params)
+    _answers.check_integer(f"{name}(steps", steps, 1, "at least one step, an integer")
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_packed)
     pairs = {}
     scheme = None if callable(quantise) else resolve(quantise)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import _axes, _select, _tree, targets
+from jlora import _answers, _axes, _select, _tree, targets
 from jlora._contract import explicit_mesh
 from jlora._packed import is_packed, sound
 from jlora._tree import Target
@@ -145,6 +145,10 @@ def quantize(
       Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023.
     """
     scheme = resolve(scheme)
+    _answers.check_params("quantize", params)
+    _answers.check_axes(axes)
+    if not isinstance(donate, bool):
+        raise ValueError(f"quantize(donate={donate!r}): True frees each plain weight as soon as it is quantised")
     if parity not in (None, "torch"):
         raise ValueError(f"quantize(parity={parity!r}): 'torch', or None")
     if init is not None:

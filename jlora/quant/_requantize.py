@@ -4,12 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jlora import _merge, _tree
 from jlora._merge import MergeReport, MergeRow
 from jlora._packed import is_packed
-from jlora.adapted import Adapted, is_adapted
+from jlora.adapted import Adapted, check_adapted
 from jlora.quant._leaf import Quantized
 from jlora.quant._quantize import not_finite, quantized
 
@@ -49,10 +48,7 @@ def requantize(adapted: Adapted, *, allow_loss: bool = False) -> tuple[Any, Merg
       >>> params["query"]["kernel"], report.worst
       (Quantized((64, 64), float32, nf4), 1.0)
     """
-    if not is_adapted(adapted):
-        raise TypeError(f"requantize takes an Adapted, not a {type(adapted).__name__}: jlora.join(trainable, frozen)")
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(adapted)):
-        raise TypeError("requantize reads values, so it is called outside of jit; jlora.merge works inside")
+    _merge.outside("requantize", check_adapted("requantize", adapted))
     leaves = _tree.leaves(adapted.frozen.base)
     out, rows, bad = list(leaves), [], []
     for site, w in zip(adapted.frozen.plan.sites, _merge.weights(adapted, leaves), strict=True):

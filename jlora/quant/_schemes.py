@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import _answers
+
 POINTS = 2**16
 TINY = np.finfo(np.float32).tiny  # what a block of zeros is divided by
 
@@ -126,10 +128,13 @@ class Scheme:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.bits not in self.allowed:
+        if type(self.bits) is not int or self.bits not in self.allowed:
             raise ValueError(f"{name}(bits={self.bits!r}): {name} has codes of {self.allowed} bits")
-        if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
-            raise ValueError(f"{name}(block={self.block!r}): a block is a number of inputs, or None for all of them")
+        if self.block is not None:
+            words = "a block is a number of inputs, or None for all of them"
+            _answers.check_integer(f"{name}(block", self.block, 1, words)
+        if not isinstance(self.double, bool):
+            raise ValueError(f"{name}(double={self.double!r}): write True to quantise the scales too, or False")
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -240,6 +245,9 @@ def resolve(scheme: "Scheme | str") -> Scheme:
     """A scheme, or its name."""
     if isinstance(scheme, Scheme):
         return scheme
+    if not isinstance(scheme, str):
+        hint = f"; write {scheme.__name__}()" if isinstance(scheme, type) and issubclass(scheme, Scheme) else ""
+        raise TypeError(f"a scheme is a name such as 'nf4', or jlora.quant.NF(4), not {_answers.kind(scheme)}{hint}")
     if scheme not in NAMES:
         raise ValueError(f"no scheme is called {scheme!r}; there are {', '.join(NAMES)}, and jlora.quant.NF and Int")
     return NAMES[scheme]

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jlora import _network, _select, _table, _tree
+from jlora import _answers, _network, _select, _table, _tree
 from jlora._packed import is_packed
 from jlora._plan import Site
 from jlora._tree import Target
 from jlora.adapted import Adapted, adapt
 from jlora.shard import _rules
-from jlora.shard._specs import abstract, operands, roles_of, state_shardings
+from jlora.shard._specs import abstract, check_mesh, operands, roles_of, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,17 @@ def estimate(
       Rajbhandari et al, `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020: what is gathered and scattered under fsdp.
       Shoeybi et al, `Megatron-LM <https://arxiv.org/abs/1909.08053>`_, 2019: which activations are summed.
     """
+    check_mesh("shard.estimate", mesh)
+    _answers.check_params("shard.estimate", params)
+    if not isinstance(batch, PartitionSpec):
+        raise TypeError(f"shard.estimate(batch={batch!r}): the PartitionSpec of a batch, such as PartitionSpec('data')")
+    strange = [n for entry in batch for n in _rules.names(entry) if n not in mesh.shape]
+    if strange:
+        raise ValueError(f"shard.estimate(batch={batch}): the mesh has the axes {tuple(mesh.shape)}, not {strange}")
+    if tx is not None:
+        _answers.check_optimizer("shard.estimate", tx)
+    _answers.check_integer("shard.estimate(tokens", tokens, 0, "how many tokens a batch has; 0 leaves activations out")
+    _answers.check_integer("shard.estimate(passes", passes, 1, "how often a step gathers a weight: 1, 2 or 3")
     made = jax.eval_shape(lambda p: adapt(p, spec, axes=axes), params)
     sizes = dict(mesh.shape)
     bare = _tree.flatten(made.frozen.base)

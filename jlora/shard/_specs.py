@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jlora import _axes, _network, _plan, _tree
+from jlora import _answers, _axes, _network, _plan, _tree
 from jlora._network import Function, Parsed
 from jlora._packed import is_packed
 from jlora._plan import Plan, Site
-from jlora.adapted import Adapted, Frozen, is_adapted
+from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted
 from jlora.shard import _rules
 from jlora.shard._rules import Entries, Sizes
 
@@ -54,7 +54,10 @@ def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
       >>> specs.trainable["query/kernel"]
       {'a': P(None, 'fsdp'), 'b': P(None, 'tensor')}
     """
+    if mesh is not None:
+        check_mesh("shard.partition_specs", mesh)
     if not is_adapted(adapted):
+        _answers.check_params("shard.partition_specs", adapted)
         bare = Adapted({}, Frozen(adapted, {}, None, _plan.intern((), (), ())))
         return partition_specs(bare, base_specs, mesh).frozen.base
     frozen = adapted.frozen
@@ -178,8 +181,17 @@ def shardings(mesh: Any, adapted: Any, base_specs: Any) -> Any:
       >>> adapted.trainable["query/kernel"]["a"].sharding.spec
       P(None, 'fsdp')
     """
+    check_mesh("shard.shardings", mesh)
     specs = partition_specs(adapted, base_specs, mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def check_mesh(caller: str, mesh: Any) -> None:
+    """Raises TypeError unless `mesh` has named axes with sizes."""
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise TypeError(
+            f"{caller} takes a mesh, such as jax.make_mesh((8,), ('fsdp',)), as its mesh, not {_answers.kind(mesh)}"
+        )
 
 
 def _is_spec(x: Any) -> bool:
@@ -232,10 +244,8 @@ def state_shardings(tx: Any, adapted: Adapted) -> Any:
       >>> places[0].mu["query/kernel"]["a"].spec, places[0].count.spec
       (P(None, 'fsdp'), P())
     """
-    if not is_adapted(adapted):
-        raise TypeError(
-            f"state_shardings takes an Adapted, not {type(adapted).__name__}: jlora.join(trainable, frozen)"
-        )
+    check_adapted("shard.state_shardings", adapted)
+    _answers.check_optimizer("shard.state_shardings", tx)
     everywhere = NamedSharding(mesh_of(adapted), PartitionSpec())
     leaves = jax.tree_util.tree_leaves_with_path(adapted.trainable)
     known = {(path, tuple(a.shape)): a.sharding for path, a in leaves}

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jlora import _tree
 from jlora.adapted import Adapted, Frozen, adapt
-from jlora.shard._specs import shardings
+from jlora.shard._specs import check_mesh, shardings
 
 
 def init(
@@ -57,6 +57,7 @@ def init(
       >>> adapted.frozen.base["query"]["kernel"].sharding.spec
       P('fsdp',)
     """
+    check_mesh("shard.init", mesh)
     # a module of NNX can be called too, but is a tree; a function is a leaf
     made = callable(make_params) and jax.tree.structure(make_params) == jax.tree.structure(0)
     options = {"key": key, "axes": axes}

@@ -9,10 +9,11 @@ import optax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jlora.adapted import Adapted, join
+from jlora import _answers
+from jlora.adapted import Adapted, check_adapted, is_adapted, join
 from jlora.shard._gather import gathered
 from jlora.shard._rules import sayable
-from jlora.shard._specs import mesh_of, sharding_of, state_shardings
+from jlora.shard._specs import check_mesh, mesh_of, sharding_of, state_shardings
 
 
 def train_step(
@@ -66,10 +67,14 @@ def train_step(
       >>> sorted(metrics)
       ['grad_norm', 'loss']
     """
-    if accumulate < 1:
-        raise ValueError(f"train_step(accumulate={accumulate}): at least one microbatch")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"train_step(clip={clip}): a norm above 0, or None for any")
+    if not callable(loss) or is_adapted(loss):
+        raise TypeError(f"train_step takes loss(adapted, batch) -> scalar first, not {_answers.kind(loss)}")
+    _answers.check_optimizer("train_step", tx)
+    check_mesh("train_step", mesh)
+    check_adapted("train_step", adapted)
+    _answers.check_integer("train_step(accumulate", accumulate, 1, "at least one microbatch")
+    if clip is not None:
+        _answers.check_number("train_step(clip", clip, lambda x: x > 0, "a norm above 0, or None for any")
     strange = [s for s in jax.tree.leaves(batch, is_leaf=_is_spec) if not _is_spec(s)]
     if strange or batch is None:
         raise ValueError(f"train_step(batch={batch!r}): a PartitionSpec for all arrays of a batch, or a tree of them")

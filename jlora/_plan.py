@@ -1,6 +1,8 @@
 """Which weight gets which recipe: the static half of an adapter, resolved from a spec and a tree."""
 
 import dataclasses
+import functools
+import math
 import threading
 import weakref
 import zlib
@@ -8,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import _answers, _axes, _select, _tree
@@ -189,3 +192,33 @@ def describe_rank(site: Site) -> str:
     """The rank of a site, for tables: the sizes of its rank letters."""
     ranks = [dict(d.sizes)[x] for d in site.recipe.deltas for x in d.ranks]
     return "+".join(map(str, ranks)) or "-"
+
+
+def shapes(plan: Plan) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
+    """`{(group, factor): (shape, trained)}` of every array of a plan."""
+    found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
+    for site in plan.sites:
+        for place, (array, shape) in site.recipe.arrays(site.leaf).items():
+            found[place] = (shape, array.trained)
+    return found
+
+
+def derived(plan: Plan) -> dict[tuple[str, str], Any]:
+    """`{(group, factor): make()}` of the frozen factors that need not be saved: they are made again."""
+    return {
+        place: functools.partial(array.init, None, shape, jnp.dtype(site.method.dtype))
+        for site in plan.sites
+        for place, (array, shape) in site.recipe.arrays(site.leaf).items()
+        if array.derived
+    }
+
+
+def trainable_size(plan: Plan) -> int:
+    """The number of trainable parameters of a plan."""
+    return sum(math.prod(shape) for shape, trained in shapes(plan).values() if trained)
+
+
+def dropouts(plan: Plan) -> dict[str, float]:
+    """`{path: the largest rate}` of the weights that have a dropout."""
+    rates = {site.leaf.path: max((r for d in site.recipe.deltas for r in d.rates), default=0.0) for site in plan.sites}
+    return {path: rate for path, rate in rates.items() if rate}

@@ -1,7 +1,6 @@
 """An adapter and its base, as one pytree: made by `adapt`, taken apart by `split`, put together by `join`."""
 
 import dataclasses
-import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _answers, _kinds, _packed, _plan, _table, _tree
-from jlora._plan import Plan, Site
+from jlora._plan import Plan, Site, dropouts, shapes, trainable_size
+from jlora._plan import derived as derived
 from jlora.methods.base import Method
 
 Factors = Mapping[str, Mapping[str, Any]]
@@ -258,25 +258,6 @@ def check_trainable(trainable: Any, plan: Plan) -> None:
         raise ValueError("these trainable factors do not fit the plan:\n  " + "\n  ".join(bad[:8]) + more)
 
 
-def shapes(plan: Plan) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
-    """`{(group, factor): (shape, trained)}` of every array of a plan."""
-    found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
-    for site in plan.sites:
-        for place, (array, shape) in site.recipe.arrays(site.leaf).items():
-            found[place] = (shape, array.trained)
-    return found
-
-
-def derived(plan: Plan) -> dict[tuple[str, str], Any]:
-    """`{(group, factor): make()}` of the frozen factors that need not be saved: they are made again."""
-    return {
-        place: functools.partial(array.init, None, shape, jnp.dtype(site.method.dtype))
-        for site in plan.sites
-        for place, (array, shape) in site.recipe.arrays(site.leaf).items()
-        if array.derived
-    }
-
-
 def with_dropout(adapted: Adapted, key: Any) -> Adapted:
     """The same adapter with a key for the dropout of its branches; without one there is none.
 
@@ -301,12 +282,6 @@ def with_dropout(adapted: Adapted, key: Any) -> Adapted:
     return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, key=_checked_key(key)))
 
 
-def dropouts(plan: Plan) -> dict[str, float]:
-    """`{path: the largest rate}` of the weights that have a dropout."""
-    rates = {site.leaf.path: max((r for d in site.recipe.deltas for r in d.rates), default=0.0) for site in plan.sites}
-    return {path: rate for path, rate in rates.items() if rate}
-
-
 def without_key(adapted: Adapted) -> str:
     """What to say of dropout that is off for want of a key; nothing where there is none, or a key."""
     rates = dropouts(adapted.frozen.plan) if adapted.frozen.key is None else {}
@@ -317,11 +292,6 @@ def without_key(adapted: Adapted) -> str:
 
 
 # --- looking at it ------------------------------------------------------------------------------------------------
-
-
-def trainable_size(plan: Plan) -> int:
-    """The number of trainable parameters of a plan."""
-    return sum(math.prod(shape) for shape, trained in shapes(plan).values() if trained)
 
 
 def base_size(frozen: Frozen) -> int:

@@ -73,7 +73,7 @@ def _attention(owner: str, above: tuple[str, ...]) -> str:
         return "qkv"
     said = [w for w in owner.split("_") if w not in _names.BESIDE_QKV and not w.isdigit()]
     letters = [_names.QKV.get(w, "") for w in said]
-    if not said or not all(letters) or owner in _names.NOT_QKV:
+    if not said or not all(letters):
         return ""
     joined = "".join(letters)
     return {"q": "query", "k": "key", "v": "value"}.get(joined, "qkv")
@@ -125,7 +125,11 @@ def owner(path: str) -> str:
 
 
 def kinds(paths: Sequence[str], leaves: Sequence[Any], roles: Mapping[str, str] | None = None) -> list[str]:
-    """One word for each leaf of a tree (see above); what is no real floating point array is `other`."""
+    """One word for each leaf of a tree (see above); what is no real floating point array is `other`.
+
+    `roles` are the letters that a trace found, `{path: letters}`. Then no name makes a matrix of what is never
+    contracted, and no shape keeps what is contracted from being one.
+    """
     described = [shape_dtype(leaf) for leaf in leaves]
     owners = [path.rpartition("/")[0] for path in paths]
     beside: dict[str, dict[str, int]] = {}
@@ -137,7 +141,16 @@ def kinds(paths: Sequence[str], leaves: Sequence[Any], roles: Mapping[str, str] 
     ]
     for n in _last_projections(paths, [shape for shape, _ in described], found):
         found[n] = "head"
-    return found
+    return found if roles is None else [_traced(p, k, roles.get(p, "")) for p, k in zip(paths, found, strict=True)]
+
+
+def _traced(path: str, kind: str, letters: str) -> str:
+    """A kind in the light of a trace's letters, none where the trace contracts and looks up nothing."""
+    contracted = "o" in letters and bool(set("ik") & set(letters))
+    if kind in MATRICES:
+        return kind if contracted else "other"
+    by_shape = kind == "other" and not _is("other", leaf_name(path))
+    return "linear" if contracted and by_shape else kind
 
 
 def left(tree: Named, taken: Collection[int], width: int) -> str:

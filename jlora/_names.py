@@ -35,7 +35,7 @@ NAMES = {
     "norm": (
         Names(_NORM, "Flax LayerNorm_0, norm1; Haiku layer_norm; HF pre_layrnorm; Keras layer_normalization"),
         Names(
-            _NORM + r"_(f|final|out|in|init|root|pre|post|q|k|d|[a-z]*_?attn|embedding|before|after|mlp|ffn)",
+            _NORM + r"_(f|final|out|in|init|root|pre|post|q|k|d|[a-z]*_?attn|embedding|before|after|mlp|ffn|layer)",
             "GPT-2 ln_f, ln_cross_attn; Mamba norm_f; Flax bn_init; ViT gn_root; HF layernorm_before; batch_norm2d",
         ),
     ),
@@ -58,7 +58,7 @@ NAMES = {
             "ViT pos_embedding; Haiku positional_embeddings; T5X relpos_bias; GPT-2 wpe; HF position_embeddings",
         ),
         Names(r"(.*_)?embed(ding)?s?_positions", "HF Bart embed_positions"),
-        Names(r"rel_embedding|(.*_)?relative_(attention|position|pos)(_.*)?bias(_.*)?", "T5X; HF T5, Beit"),
+        Names(r"rel_(embedding|bias|pos)|(.*_)?relative_(attention|position|pos)(_.*)?bias(_.*)?", "T5X; HF T5, Beit"),
         Names(r"embeddings?", "keras-hub T5: self_attention/embeddings", ATTENTION_END),
         Names(r"(.*_)?(r_w|r_r|r_s)_bias", "Transformer-XL"),
     ),
@@ -68,7 +68,7 @@ NAMES = {
             r"null|global|probe)_?(tokens?|embed|embedding|embeddings|queries)",
             "ViT, HF cls_token, mask_token, class_embedding, query_tokens",
         ),
-        Names(r"cls|probe|latents?|query_pos|masked_spec_embed|tokens?|prompts?|queries", "big_vision; wav2vec2"),
+        Names(r"cls|probe|latents?|query_pos|masked_spec_embed|tokens?|prompts?|(.*_)?queries", "big_vision; wav2vec2"),
     ),
     "other": (
         Names(r"(.*_)?lora(_.*)?", "factors of adapters"),
@@ -112,16 +112,15 @@ QKV = {
 }
 BESIDE_QKV = frozenset(
     "proj projection projections projector lin linear dense einsum layer fc to w c x attn attention self cross mha b "
-    "up in add added img txt image text kernel weight mat matrix encoder decoder states heads multi head".split()
+    "up in add added img txt image text fused combined kernel weight mat matrix encoder decoder states heads multi "
+    "head".split()
 )
-NOT_QKV = frozenset({"w_b", "b"})
 FUSED_IN_ATTENTION = r"c_attn|in_proj|in_proj_weight|attn_in|in_projection"
 ATTENTION = (
     r"(^|_)(attn|attention|attentions|attn\d*|mha|mqa|gqa|mla|selfattn|crossattn|selfattention|crossattention)(_|$)"
 )
 ATTENTION_OR_MLP = (
-    ATTENTION
-    + r"|(^|_)(mlp|ffn|ff|feed_forward|feedforward|glu|experts?|mixer|mamba|channel_mix|channel_mixing|moe)(_|$)"
+    ATTENTION + r"|(^|_)(mlp|ffn|ff|feed_forward|feedforward|glu|experts?|mamba|channel_mix|channel_mixing|moe)(_|$)"
 )
 
 # Names that say no more than that a matrix stands there.

@@ -51,7 +51,8 @@ NAMES = {
         self_attention_layer/query_dense/kernel attention/value_dense/kernel attn/to_kv/kernel
         model.layers.0.self_attn.v_proj.weight attention/q_projection/kernel attention/query_projector/kernel
         attn/add_q_proj/kernel linear_attn/in_proj_qkvz/kernel attn/qkvproj/kernel attn/proj_v/kernel
-        txt_attn_qkv/kernel""",
+        txt_attn_qkv/kernel mixer/Wqkv/kernel attn/fused_qkv/kernel attn/W_q attn/query_layer/kernel
+        CrossAttention_0/to_q/kernel attn/q_kernel EncDecAttention/v/kernel attn/q_up_proj/kernel""",
     "linear": """
         layer_0/mlp/gating_einsum layer_0/mlp/linear embedder/mm_input_projection/w
         encoder/pos_conv_embed/conv/weight_v encoder/embedding_hidden_mapping_in/kernel embeddings_project/kernel
@@ -89,7 +90,8 @@ NAMES = {
         layers/attn/q_norm/w q_proj/bias layers/attn/q_bias q_proj/lora_a query/lora_b/kernel_lora
         relative_position_bias_table positional_embeddings batch_stats/BatchNorm_0/mean rms_norm/kernel
         post_attention_layernorm/w register_tokens layer_scale inv_freq mixer/D
-        temporal_position_embedding/embedding""",
+        temporal_position_embedding/embedding
+        rel_bias/embedding object_queries norm_layer/weight norms/0/weight layernorm/gamma rel_pos_h ema_mean""",
 }  # fmt: skip
 CASES = [(path, kinds.split()) for kinds, paths in NAMES.items() for path in paths.split()]
 
@@ -113,6 +115,18 @@ def test_a_leaf_is_read_by_what_stands_beside_it():
     tree = {"linear": {"w": jnp.ones((2, 8, 8)), "b": jnp.ones((2, 8))}, "routed": {"b": jnp.ones((8, 8))}}
     assert _select.taken(targets.linear, _tree.flatten(tree)) == [False, True, True]
     assert _select.taken(targets.biases, _tree.flatten(tree)) == [True, False, False]
+
+
+def test_a_trace_decides_what_is_contracted():
+    """Given a trace's letters, what no dot takes is no matrix, and a shape that looks like a token's keeps none out."""
+    tree = _tree.flatten(
+        {"a": {"theta": jnp.ones((8, 8)), "mix": jnp.ones((1, 8, 8))}, "wq": {"kernel": jnp.ones((8, 8))}}
+    )
+    assert tree.paths == ("a/mix", "a/theta", "wq/kernel")
+    assert _select.taken(targets.linear, tree) == [False, True, True]
+    traced = {"a/mix": "sio", "a/theta": "oo", "wq/kernel": "io"}
+    assert _select.taken(targets.linear, tree, traced) == [True, False, True]
+    assert _select.taken(targets.attention, tree, traced) == [False, False, True]
 
 
 def test_quantize_takes_attention_whose_name_holds_a_head():

@@ -100,7 +100,8 @@ class MergeRow:
 
     Attributes:
       path: where it stands.
-      survives: the share of the delta that is left after the cast, 1 where nothing is lost.
+      survives: the share of the delta that is left after the cast, 1 where nothing is lost; 0 where the merged
+        weight overflows its dtype, NaN where the factors themselves are not finite.
       relative_error: the norm of what the cast changed over the norm of the delta.
     """
 
@@ -134,22 +135,31 @@ def outside(caller: str, tree: Any) -> None:
 
 @jax.jit
 def _survival(w: Weight) -> tuple[jax.Array, jax.Array]:
-    delta = w.delta()
+    delta, w0 = w.delta(), w.w0()
     # a barrier, or XLA drops the cast and its inverse together and finds that nothing is lost
     merged = lax.optimization_barrier(w.dense())
-    kept = merged.astype(delta.dtype) - w.w0().astype(delta.dtype)
+    kept = merged.astype(delta.dtype) - w0.astype(delta.dtype)
+    there = jnp.isfinite(w0)  # an infinity in the base itself is none of the merge's
+    delta, kept = jnp.where(there, delta, 0), jnp.where(there, kept, 0)
+    largest = jnp.max(jnp.abs(delta), initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    delta, kept = delta / unit, kept / unit  # squares neither overflow nor vanish
     square = jnp.sum(delta * delta)
     empty = square == 0
     square = jnp.where(empty, 1.0, square)
     share = jnp.where(empty, 1.0, jnp.sum(kept * delta) / square)
-    return share, jnp.sqrt(jnp.sum((kept - delta) ** 2) / square)
+    error = jnp.sqrt(jnp.sum((kept - delta) ** 2) / square)
+    # float16 overflows to infinity, float8 to NaN: nothing is left of such a weight, and no share of it is large
+    over = jnp.isfinite(largest) & ~jnp.all(jnp.isfinite(kept))
+    return jnp.where(over, 0.0, share), jnp.where(over, jnp.inf, error)
 
 
 def merge_report(adapted: Adapted) -> MergeReport:
     """For each weight, the share of its delta that survives the cast to the weight's dtype.
 
     In bfloat16 a delta a thousand times smaller than its weight loses half of itself. `survives` is
-    <kept, delta> / <delta, delta>, where `kept` is what the merged weight differs by from the base.
+    <kept, delta> / <delta, delta>, where `kept` is what the merged weight differs by from the base. A weight that
+    overflows to infinity or NaN keeps nothing, and `export` refuses it. For use outside of `jit`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -234,7 +244,9 @@ def scale(adapted: Adapted, x: Any) -> Adapted:
     if not isinstance(x, (int, float)) and not hasattr(x, "dtype"):
         raise TypeError(f"scale(adapted, x) takes a scalar x, such as 0.5, not {_answers.kind(x)}")
     if jnp.ndim(x) != 0:
-        raise ValueError(f"scale takes a scalar, not an array of shape {jnp.shape(x)}; vmap over adapters instead")
+        raise ValueError(
+            f"scale takes a scalar, not an array of shape {jnp.shape(x)}; vmap over adapters (jlora.stack) instead"
+        )
     scales = {
         place
         for site in adapted.frozen.plan.sites

@@ -312,6 +312,29 @@ def test_merge_of_an_adapter_scaled_to_zero():
     assert "100.0 %" in str(jlora.merge_report(off))
 
 
+@pytest.mark.parametrize(
+    "dtype,size", [("float16", 4e4), ("float8_e4m3fn", 400.0), ("float8_e5m2", 5e4), ("float32", 3e38)]
+)
+def test_nothing_survives_a_merge_that_overflows(dtype, size, tmp_path):
+    """float16 overflows to infinity, some float8 to NaN: 0 survives, and export refuses."""
+    ad = jlora.adapt({"q": {"kernel": jnp.full((4, 4), size, dtype)}}, jlora.LoRA(rank=1, target="kernel"))
+    ad = jlora.join({"q/kernel": {"a": jnp.full((1, 4), size), "b": jnp.ones((1, 4))}}, ad.frozen)
+    report = jlora.merge_report(ad)
+    assert report.worst == 0 and report.rows[0].relative_error == np.inf
+    with pytest.raises(ValueError, match="lose most of the update"):
+        jlora.export(tmp_path / "merged", ad)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("size,survives", [(1e30, 1.0), (1e-30, 1.0), (np.nan, np.nan), (np.inf, np.nan)])
+def test_what_survives_is_a_share_at_every_size(size, survives):
+    """Squares neither overflow nor vanish; factors that are not finite have no share; -inf in a base is none of it."""
+    base = {"q": {"kernel": jnp.zeros((4, 4)).at[0, 0].set(-jnp.inf)}}
+    ad = jlora.adapt(base, jlora.LoRA(rank=1, target="kernel"))
+    ad = jlora.join({"q/kernel": {"a": jnp.full((1, 4), size), "b": jnp.ones((1, 4))}}, ad.frozen)
+    np.testing.assert_equal(jlora.merge_report(ad).worst, survives)
+
+
 def test_a_call_without_an_adapter_is_a_call():
     f = lambda p, x, flag: (x @ p["head"]["kernel"], flag)
     lifted = jlora.lift(f)

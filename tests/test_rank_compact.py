@@ -419,3 +419,86 @@ def test_the_table_of_ranks():
     ]
     with pytest.raises(ValueError, match="finds no ranks of a weight's own under VeRA"):
         rank_table(jlora.adapt(params(), jlora.VeRA(rank=3, target="kernel")))
+
+
+# What optimizers hold ---------------------------------------------------------------------------
+
+ENTRYWISE = {
+    "adamw": optax.adamw(0.01), "sgd": optax.sgd(0.01, momentum=0.9, nesterov=True), "lion": optax.lion(0.01),
+    "amsgrad": optax.amsgrad(0.01), "adan": optax.adan(0.01), "adabelief": optax.adabelief(0.01),
+    "yogi": optax.yogi(0.01), "rprop": optax.rprop(0.01), "sm3": optax.sm3(0.01), "adagrad": optax.adagrad(0.01),
+    "rmsprop": optax.rmsprop(0.01, centered=True), "adamax": optax.adamax(0.01),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.01), "ademamix": optax.contrib.ademamix(0.01),
+    "adafactor, entry by entry": optax.adafactor(0.01, multiply_by_parameter_scale=False, clipping_threshold=None),
+    "multisteps": optax.MultiSteps(optax.adam(0.01), 3), "if finite": optax.apply_if_finite(optax.adam(0.01), 3),
+}  # fmt: skip
+BY_FACTORS = {
+    "muon": optax.contrib.muon(0.01), "prodigy": optax.contrib.prodigy(), "novograd": optax.novograd(0.01),
+    "dog": optax.contrib.dog(), "dadapt": optax.contrib.dadapt_adamw(), "momo": optax.contrib.momo_adam(),
+    "factored": optax.adafactor(0.01, min_dim_size_to_factor=2), "lbfgs": optax.scale_by_lbfgs(),
+}  # fmt: skip
+
+
+def half_dead():
+    """An adapter of rank 4 that has been trained, and the same with two dead ranks."""
+    adapted = jlora.adapt({"w": {"kernel": jnp.ones((8, 6))}}, jlora.LoRA(rank=4, target="kernel"))
+    draw = lambda n: jax.tree.map(lambda x: jax.random.normal(jax.random.key(n + x.size), x.shape), adapted.trainable)
+    whole = jlora.join(draw(0), adapted.frozen)
+    return whole, jlora.rank.at_rank(whole, 2), draw
+
+
+@pytest.mark.parametrize("name", ENTRYWISE)
+def test_the_step_after_is_that_of_the_living_ranks(name):
+    """The uncut optimizer, on the rows that live, is the oracle."""
+    whole, dead, draw = half_dead()
+    tx, state = ENTRYWISE[name], ENTRYWISE[name].init(whole.trainable)
+    for n in (1, 2):
+        _, state = tx.update(draw(n), state, whole.trainable)
+    small, cut = jlora.rank.compact(dead, state)
+    rows = lambda tree: jax.tree.map(lambda x: x[:2], tree)
+    grads = jax.tree.map(lambda x, p: jnp.where(p != 0, x, 0), draw(3), dead.trainable)
+    want, _ = tx.update(grads, state, dead.trainable)
+    got, _ = tx.update(rows(grads), cut, small.trainable)
+    assert_close(got, rows(want))
+
+
+def test_what_a_default_adafactor_holds_is_cut():
+    """Its placeholders of shape (1,) stay; the step goes by the root mean square of a factor, as documented."""
+    whole, dead, draw = half_dead()
+    tx = optax.adafactor(0.01)
+    _, state = tx.update(draw(1), tx.init(whole.trainable), whole.trainable)
+    small, cut = jlora.rank.compact(dead, state)
+    assert {x.shape for x in jax.tree.leaves(cut)} == {(), (1,), (2, 8), (2, 6)}
+    tx.update(small.trainable, cut, small.trainable)
+
+
+@pytest.mark.parametrize("name", BY_FACTORS)
+def test_a_state_of_whole_factors_is_refused(name):
+    """A sum over a factor has the dead ranks in it."""
+    whole, dead, _ = half_dead()
+    with pytest.raises(ValueError, match="compact the adapter alone, and begin its state anew"):
+        jlora.rank.compact(dead, BY_FACTORS[name].init(whole.trainable))
+
+
+@pytest.mark.parametrize("scores", [[[4, 3, 2, 1], [4, 3, 2, 1]], [[4, 3, 2, 1], [1, 2, 3, 4]]])
+def test_sm3_keeps_one_row_for_all_layers(scores):
+    """Layers that keep the same ranks share the cut; layers that do not are refused."""
+    adapted = jlora.adapt({"w": {"kernel": jnp.ones((2, 8, 6))}}, jlora.LoRA(rank=4, target="kernel"),
+                          axes={"w/kernel": "sio"})  # fmt: skip
+    adapted = jlora.join(jax.tree.map(jnp.ones_like, adapted.trainable), adapted.frozen)
+    tx = optax.sm3(0.01)
+    _, state = tx.update(adapted.trainable, tx.init(adapted.trainable), adapted.trainable)
+    dead = jlora.rank.prune(adapted, {"w/kernel": {"b": jnp.array(scores, jnp.float32)}}, 4)
+    if scores[0] == scores[1]:
+        small, cut = jlora.rank.compact(dead, state)
+        tx.update(small.trainable, cut, small.trainable)
+        return
+    with pytest.raises(ValueError, match="one row of ranks for all layers.*sm3"):
+        jlora.rank.compact(dead, state)
+
+
+def test_a_state_of_the_frozen_half_is_refused():
+    """A state that moves the base, made of a whole Adapted without `masked`."""
+    whole, dead, _ = half_dead()
+    with pytest.raises(ValueError, match=r"holds the frozen half.*jlora.masked"):
+        jlora.rank.compact(dead, optax.adam(0.01).init(whole))

@@ -35,6 +35,23 @@ def _put(half: Any, values: Places) -> Any:
     return jax.tree_util.tree_map_with_path(lambda p, x: values.get((name(p[0]), name(p[-1])), x), half)
 
 
+def check_masked(caller: str, opt_state: Any) -> None:
+    """Raises where an optimizer's state has arrays for a frozen half: it was made without `masked`, and moves the base.
+
+    What `optax.MultiSteps` gathers is of all that passes, and moves nothing.
+    """
+    gathers = lambda x: isinstance(x, optax.MultiStepsState)
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda x: is_adapted(x) or gathers(x)):
+        if gathers(state):
+            check_masked(caller, state.inner_opt_state)
+        elif is_adapted(state) and jax.tree.leaves(state.frozen):
+            raise ValueError(
+                f"{caller}: the optimizer's state holds the frozen half: it was made of the whole Adapted, and its "
+                "momentum and weight decay move the base and the scales s. Write jlora.masked(tx), as in state = "
+                "jlora.masked(optax.adamw(1e-3)).init(adapted), or split: tx.init(adapted.trainable)"
+            )
+
+
 class Halves:
     """The trainable half of a plan inside the trees that optax hands round, wherever it stands there."""
 

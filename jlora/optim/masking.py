@@ -8,6 +8,7 @@ import optax
 
 from jlora._tree import shape_dtype
 from jlora.adapted import is_adapted, trainable_mask
+from jlora.optim._checks import transformation_of
 
 
 def masked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -21,7 +22,7 @@ def masked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     `tx` gets the frozen half of `params` as the extra argument `frozen`, for those that read it (`lora_fa`).
 
     Raises:
-      TypeError: a base with integer leaves, which has no whole form: split it.
+      TypeError: no optax transformation; a base with integer leaves, which has no whole form: split it.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax
@@ -29,7 +30,7 @@ def masked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
       >>> tx = jlora.masked(optax.adamw(1e-3))
       >>> state = tx.init(adapted)
     """
-    inner = optax.with_extra_args_support(optax.masked(tx, trainable_mask))
+    inner = optax.masked(transformation_of("masked", tx), trainable_mask)
 
     def init(params: Any) -> Any:
         _check_floating(params)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.optim._checks import number, transformation_of
+
 
 def offload(tx: optax.GradientTransformation, *, size: int = 100_000) -> optax.GradientTransformationExtraArgs:
     """`tx`, its large arrays of state kept in pinned host memory: they visit the device during the update.
@@ -33,7 +35,8 @@ def offload(tx: optax.GradientTransformation, *, size: int = 100_000) -> optax.G
       A transformation with the state of `tx`.
 
     Raises:
-      ValueError: a negative size.
+      TypeError: no optax transformation.
+      ValueError: a size that is no number or negative.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax
@@ -47,9 +50,8 @@ def offload(tx: optax.GradientTransformation, *, size: int = 100_000) -> optax.G
     References:
       Dettmers et al, `QLoRA: Efficient Finetuning of Quantized LLMs <https://arxiv.org/abs/2305.14314>`_, 2023.
     """
-    if size < 0:
-        raise ValueError(f"offload(size={size}): a number of elements is not negative")
-    inner = optax.with_extra_args_support(tx)
+    number("offload", "size", size, "a number of elements is not negative", lambda n: n >= 0)
+    inner = transformation_of("offload", tx)
     large = lambda x: jnp.size(x) >= size
 
     def init(params: Any) -> Any:

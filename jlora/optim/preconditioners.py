@@ -10,6 +10,7 @@ from jax import lax
 
 from jlora._inverse import inverse
 from jlora._ranks import Member, Pair
+from jlora.optim._checks import number
 from jlora.optim._halves import Places, chosen, transformation
 
 
@@ -134,8 +135,8 @@ def lora_fa(adapted: Any, eps: float = 1e-8) -> optax.GradientTransformationExtr
 
 
 def _check_eps(caller: str, eps: Any) -> None:
-    if isinstance(eps, (int, float)) and not eps > 0:
-        raise ValueError(f"{caller}(eps={eps}): eps is positive, or a factor of zeros has no inverse")
+    wanted = "eps is positive, or a factor of zeros has no inverse"
+    number(caller, "eps", eps, wanted, lambda x: 0 < x < float("inf"))
 
 
 def _partner(params: Places, own: Member, other: Member) -> Any:
@@ -175,7 +176,7 @@ def _solve(metric: jax.Array, g: jax.Array, stack: int, eps: Any) -> jax.Array:
     """(metric + eps I)^-1 g over the rank axis."""
     rank, dtype = metric.shape[-1], metric.dtype
     rounding = 4 * rank * jnp.finfo(dtype).eps * jnp.max(jnp.diagonal(metric, axis1=-2, axis2=-1), -1)
-    damped = metric + (eps + rounding).astype(dtype)[..., None, None] * jnp.eye(rank, dtype=dtype)
+    damped = metric + jnp.asarray(eps + rounding).astype(dtype)[..., None, None] * jnp.eye(rank, dtype=dtype)
     flat = g.reshape(*g.shape[: stack + 1], math.prod(g.shape[stack + 1 :])).astype(dtype)
     solved = jnp.matmul(inverse(damped), flat, precision=lax.Precision.HIGHEST)
     return solved.reshape(g.shape).astype(g.dtype)

@@ -6,6 +6,7 @@ import optax
 
 from jlora._ranks import Member, Pair
 from jlora.methods.base import zeros
+from jlora.optim._checks import number
 from jlora.optim._halves import Places, chosen, transformation
 
 
@@ -45,8 +46,7 @@ def lora_plus(adapted: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
     """
     both = lambda pair: pair.trained == 2
     plan = chosen("lora_plus", adapted, both, "two trained factors that share a rank")
-    if isinstance(ratio, (int, float)) and not ratio > 0:
-        raise ValueError(f"lora_plus(ratio={ratio}): a ratio is positive; 1 changes nothing")
+    number("lora_plus", "ratio", ratio, "a ratio is positive; 1 changes nothing", lambda x: 0 < x < float("inf"))
 
     def rule(pairs: tuple[Pair, ...], updates: Places, params: Places, frozen: Places) -> Places:
         fast = {_fast(pair).place for pair in pairs} & updates.keys()

@@ -15,7 +15,9 @@ from jax import lax
 from jlora._plan import Plan
 from jlora._ranks import Member, Pair, pairs
 from jlora.adapted import shapes
-from jlora.optim._halves import Halves, chosen
+from jlora.optim._checks import number, transformation_of, whole
+from jlora.optim._halves import Halves, check_masked, chosen
+from jlora.rank._steps import begun, finite, flat, gathered, nested, stepped, wide
 from jlora.rank.budget import Budget
 from jlora.rank.prune import Places, Ties, check_ties, top
 
@@ -26,11 +28,12 @@ class AdaLoRAState(NamedTuple):
     """What `adalora` carries, all of it arrays `{group: {factor: ...}}` beside the count.
 
     Attributes:
-      count: updates made.
+      count: real updates made.
       sensitivity: the smoothed |w grad| of every p, lam and q, in their shapes.
       uncertainty: the smoothed distance of |w grad| from it.
       mask: of every lam, (stack..., r): which triplets are alive.
       inner: the wrapped optimizer's.
+      gathered: the mean gradient of the microbatches that `optax.MultiSteps` inside has gathered; else ().
     """
 
     count: jax.Array
@@ -38,6 +41,7 @@ class AdaLoRAState(NamedTuple):
     uncertainty: Any
     mask: Any
     inner: Any
+    gathered: Any = ()
 
 
 def check_ran(caller: str, opt_state: Any) -> None:
@@ -79,8 +83,9 @@ def adalora(
 
     It wraps the whole optimizer, since it needs the gradients, and the parameters after the step:
     `chain(clip, adalora(adamw(...), adapted, ...))`. Nothing that changes updates may stand behind it, or zeros would
-    be none. Inside `jlora.masked` and `optax.MultiSteps` too, where steps are real updates. The penalty
-    `orthogonality` belongs to the loss.
+    be none. `jlora.masked`, `optax.MultiSteps` and `optax.apply_if_finite` may stand around it or inside: only real
+    updates count and score, by the mean gradient of their microbatches, and a gradient that is not finite leaves count,
+    scores and masks as they were. The penalty `orthogonality` belongs to the loss.
 
     Args:
       inner: the optimizer of all parameters.
@@ -102,7 +107,7 @@ def adalora(
       A transformation whose update needs `params`; its state is an `AdaLoRAState`.
 
     Raises:
-      TypeError: `adapted` is no `Adapted`.
+      TypeError: `inner` is no optax transformation, or `adapted` no `Adapted`.
       ValueError: no weight with triplets; a budget that cannot be reached; a schedule that does not fit; betas
         outside [0, 1); no `params`, or another adapter's.
 
@@ -126,11 +131,11 @@ def adalora(
     budget = _budget(triplets, target_rank, target_budget, total_steps, init_warmup, final_warmup, interval)
     if importance not in ("sensitivity", "magnitude"):
         raise ValueError(f"adalora(importance={importance!r}): write 'sensitivity' or 'magnitude'")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"adalora(beta1={beta1}, beta2={beta2}): both lie in [0, 1)")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        number("adalora", name, beta, "it lies in [0, 1)", lambda x: 0 <= x < 1)
     check_ties("adalora", ties)
     halves = Halves(plan)
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation_of("adalora", inner)
     gates = [pair.gates[0].place for pair in triplets]
     factors = list(dict.fromkeys(m.place for pair in triplets for m in _members(pair)))
     scored = factors if importance == "sensitivity" else []
@@ -142,35 +147,43 @@ def adalora(
             raise ValueError(
                 f"adalora sees no {missing[:3]}: it wraps the whole optimizer, and masks or optax.partition go inside"
             )
-        wide = lambda place: jnp.zeros_like(start[place], jnp.promote_types(start[place].dtype, jnp.float32))
-        zeros = lambda: _nested({place: wide(place) for place in scored})
-        mask = _nested({place: jnp.ones_like(start[place], bool) for place in gates})
-        return AdaLoRAState(jnp.zeros((), jnp.int32), zeros(), zeros(), mask, inner.init(params))
+        zeros = lambda: nested({p: jnp.zeros_like(start[p], wide(start[p])) for p in scored})
+        mask = nested({place: jnp.ones_like(start[place], bool) for place in gates})
+        held = inner.init(params)
+        check_masked("adalora", held)
+        return AdaLoRAState(
+            jnp.zeros((), jnp.int32), zeros(), zeros(), mask, held, begun(held, {p: start[p] for p in scored})
+        )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AdaLoRAState]:
         if params is None:
             raise ValueError("adalora needs the parameters: write tx.update(grads, state, params)")
-        step = jnp.asarray(optax.safe_increment(state.count))
         old, given = halves.read(params, "adalora"), halves.read(updates, "adalora")
+        good = finite(updates)
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
+        held, given = gathered(state.gathered, given, good, state.inner, inner_state)
+        real = good & stepped(state.inner, inner_state)
+        step = jnp.where(real, jnp.asarray(optax.safe_increment(state.count)), state.count)
         change = halves.read(updates, "adalora")
         new = {place: (old[place] + change[place]).astype(old[place].dtype) for place in factors}
 
-        mean, spread, mask = map(_flat, (state.sensitivity, state.uncertainty, state.mask))
-        scoring = step < budget.last
+        mean, spread, mask = map(flat, (state.sensitivity, state.uncertainty, state.mask))
+        scoring = real & (step < budget.last)
         for place in scored:
             mean[place], spread[place] = _smoothed(
                 scoring, new[place], given[place], mean[place], spread[place], beta1, beta2
             )
         scores = (lambda: _scores(triplets, mean, spread)) if scored else (lambda: {p: jnp.abs(new[p]) for p in gates})
         mask = lax.cond(
-            budget.masks(step), lambda: _nested(top(scores(), budget.traced(step), ties)), lambda: _nested(mask)
+            real & budget.masks(step),
+            lambda: nested(top(scores(), budget.traced(step), ties)),
+            lambda: nested(mask),
         )
-        held = (budget.masks(step) | (step >= budget.last)) if revive else True
-        kept = _flat(mask)
+        still = (budget.masks(step) | (step >= budget.last)) if revive else True
+        kept = flat(mask)
         # p + (0 - p) is zero exactly
-        ends = {p: jnp.where(kept[p] | ~jnp.asarray(held), change[p], -old[p]) for p in gates}
-        state = AdaLoRAState(step, _nested(mean), _nested(spread), mask, inner_state)
+        ends = {p: jnp.where(kept[p] | ~jnp.asarray(still), change[p], -old[p]) for p in gates}
+        state = AdaLoRAState(step, nested(mean), nested(spread), mask, inner_state, held)
         return halves.write(updates, ends), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -179,6 +192,10 @@ def adalora(
 def _budget(triplets: tuple[Pair, ...], rank: float | None, budget: int | None, *schedule: int) -> Budget:
     if (rank is None) == (budget is None):
         raise ValueError(f"adalora(target_rank={rank}, target_budget={budget}): write one of the two")
+    if rank is None:
+        whole("adalora", "target_budget", budget, 0, float("inf"), "a number of ranks in all")
+    else:
+        number("adalora", "target_rank", rank, "a mean rank", lambda x: 0 <= x < float("inf"))
     initial = sum(pair.rank * pair.layers for pair in triplets)
     matrices = sum(pair.layers for pair in triplets)
     target = int(budget if rank is None else rank * matrices)  # type: ignore[operator]
@@ -203,6 +220,7 @@ def _smoothed(
     size = jnp.abs(w.astype(mean.dtype) * grad.astype(mean.dtype))
     new_mean = beta1 * mean + (1 - beta1) * size
     new_spread = beta2 * spread + (1 - beta2) * jnp.abs(size - new_mean)
+    scoring = scoring & jnp.isfinite(size)  # of finite gradients, still: w g overflows
     return jnp.where(scoring, new_mean, mean), jnp.where(scoring, new_spread, spread)
 
 
@@ -220,14 +238,3 @@ def _scores(triplets: tuple[Pair, ...], mean: Places, spread: Places) -> Places:
         return functools.reduce(jnp.add, (x.reshape(*(1,) * (n - x.ndim), *x.shape) for x in parts))
 
     return {pair.gates[0].place: total(pair) for pair in triplets}
-
-
-def _nested(values: Places) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {}
-    for (group, name), x in values.items():
-        tree.setdefault(group, {})[name] = x
-    return tree
-
-
-def _flat(tree: Any) -> Places:
-    return {(group, name): x for group, named in tree.items() for name, x in named.items()}

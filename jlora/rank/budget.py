@@ -46,6 +46,10 @@ class Budget:
     interval: int
 
     def __post_init__(self) -> None:
+        for name in ("total_steps", "init_warmup", "final_warmup", "interval"):
+            number = getattr(self, name)
+            if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
+                raise ValueError(f"{name}={number!r}: steps are counted in whole numbers")
         if not 1 <= self.target <= self.initial:
             raise ValueError(
                 f"a budget of {self.target} ranks cannot be reached from the {self.initial} that the adapted weights "

@@ -3,39 +3,23 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from jlora import _merge, _plan, _ranks
 from jlora._plan import Plan, Site
 from jlora._ranks import Pair
-from jlora.adapted import Adapted, Frozen, is_adapted, shapes
+from jlora.adapted import Adapted, shapes
 from jlora.methods.base import Method
 from jlora.methods.lora import LoRA
+from jlora.optim._halves import check_masked
+from jlora.rank._carried import Kept, Place, carried
 from jlora.rank.adalora import check_ran
 from jlora.rank.prune import plan_of
-
-Place = tuple[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """Which ranks of a factor stay, and where they go: `order` (stack..., k), `alive` where it is no padding."""
-
-    order: np.ndarray
-    alive: np.ndarray
-
-    def cut(self, x: Any) -> jax.Array:
-        """(stack..., r, side...) -> (stack..., k, side...), zero where it is padding."""
-        more = (1,) * (jnp.ndim(x) - self.order.ndim)
-        x = jax.device_put(x, jax.memory.Space.Device)  # offloaded moments: nothing is computed on the host
-        taken = jnp.take_along_axis(x, self.order.reshape(*self.order.shape, *more), self.order.ndim - 1)
-        return jnp.where(self.alive.reshape(*self.alive.shape, *more), taken, jnp.zeros_like(taken))
 
 
 def compact(
@@ -57,8 +41,12 @@ def compact(
     Args:
       adapted: any adapter, with values.
       opt_state: the state of an optimizer of `adapted`, in either form. Every array that has a factor's name and
-        shape is cut with it; go on with an optimizer made for the smaller adapter. The state under `adalora` or
-        `sora` is their state's `inner`.
+        shape is cut with it, and so are sm3's rows; go on with an optimizer made for the smaller adapter. The state
+        under `adalora` or `sora` is their state's `inner`. The next step is that of the uncut adapter on its living
+        ranks for optimizers whose steps are of one entry each (the Adam family, sgd, rmsprop, lion, sm3, ...). What
+        looks at a whole factor sees fewer rows: adafactor scales by the root mean square of a factor, lamb, lars and
+        clipping by norms go by norms; their state carries over, and their step may change in size. States of muon,
+        prodigy, dog and others that go by a whole factor's history are refused: begin theirs anew.
       plain: p diag(lam) q becomes a plain `LoRA` with a = diag(lam) p and b = q.
       stacks: `"refuse"` raises where the layers of a stack end with unlike ranks.
 
@@ -68,7 +56,8 @@ def compact(
     Raises:
       TypeError: `adapted` is no `Adapted`.
       ValueError: factors without values (inside `jit`); an adapter of which nothing would be left; a schedule that
-        never ran; an optimizer state that does not follow the factors' shapes, or one with `plain`.
+        never ran; an optimizer state that does not follow the factors' shapes, goes by whole factors, or was made
+        of a whole adapter without `jlora.masked`; one with `plain`.
 
     Warns:
       UserWarning: weights made to be pruned, of which no rank is dead.
@@ -121,7 +110,7 @@ def compact(
         return kept[place].cut(get(*place)) if place in kept else get(*place)
 
     made = rebuilt(adapted, small, value)
-    return made if opt_state is None else (made, _carried(opt_state, plan, small, kept))
+    return made if opt_state is None else (made, carried(opt_state, plan, small, kept))
 
 
 def planned(plan: Plan, sites: list[Site], notes: list[str] | None = None) -> Plan:
@@ -176,6 +165,7 @@ def _check(adapted: Adapted, opt_state: Any, plain: bool, stacks: str) -> None:
         raise ValueError("compact: the moments of p, lam and q are none of a plain LoRA's; compact one or the other")
     concrete("compact", adapted)
     check_ran("compact", opt_state)
+    check_masked("compact", opt_state)
 
 
 def concrete(caller: str, adapted: Adapted) -> None:
@@ -246,40 +236,3 @@ def _plain(site: Site, pair: Pair, kept: dict[Place, Kept], get: Any, folded: di
     folded[path, "b"] = q
     folded[path, "s"] = get(*pair.scale)
     return dataclasses.replace(site, method=method, recipe=recipe)
-
-
-def _carried(state: Any, old: Plan, new: Plan, kept: dict[Place, Kept]) -> Any:
-    """An optimizer's state with every copy of the factors cut as they were."""
-    had, have = shapes(old), shapes(new)
-    groups, left = {group for group, _ in had}, {group for group, _ in have}
-    is_part = lambda x: isinstance(x, Mapping) and bool(groups & set(x))
-
-    def leaf(place: Place, x: Any) -> Any:
-        if place not in kept or not hasattr(x, "shape") or x.shape == ():
-            return x
-        if x.shape != had[place][0]:
-            raise ValueError(
-                f"compact: the optimizer holds an array of shape {x.shape} for {place[0]!r}: {place[1]!r} of shape "
-                f"{had[place][0]}, whose ranks cannot be told; compact the adapter alone, and begin its state anew"
-            )
-        return kept[place].cut(x)
-
-    def part(half: Any) -> Any:
-        rows = {g: named for g, named in half.items() if g in left or g not in groups}
-        return {
-            g: {n: leaf((g, n), x) for n, x in named.items() if (g, n) in have} if g in groups else named
-            for g, named in rows.items()
-        }
-
-    def visit(x: Any) -> Any:
-        if is_part(x):
-            return part(x)
-        if not is_adapted(x):
-            return x
-        frozen = x.frozen
-        if isinstance(frozen, Frozen):
-            factors = part(frozen.factors) if is_part(frozen.factors) else frozen.factors
-            frozen = dataclasses.replace(frozen, factors=factors, plan=new)
-        return Adapted(part(x.trainable) if is_part(x.trainable) else x.trainable, frozen)
-
-    return jax.tree.map(visit, state, is_leaf=lambda x: is_part(x) or is_adapted(x))

@@ -5,18 +5,19 @@ Valipour et al, `DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from jlora._ranks import Member, Pair
 from jlora.adapted import Adapted
-from jlora.optim._halves import Halves
+from jlora.optim._checks import transformation_of, whole
+from jlora.optim._halves import Halves, check_masked
 from jlora.rank.prune import Places, ranked
 
 Mode: TypeAlias = Literal["normal", "frozen"]
@@ -51,8 +52,7 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
     _check_mode("at_rank", mode)
     pairs = ranked("at_rank", adapted)
     most = max(pair.rank for pair in pairs)
-    if isinstance(b, (int, np.integer)) and not 1 <= b <= most:
-        raise ValueError(f"at_rank(b={b}): this adapter has ranks from 1 to {most}")
+    whole("at_rank", "b", b, 1, most, f"this adapter has ranks from 1 to {most}")
     trainable = {group: dict(named) for group, named in adapted.trainable.items()}
     factors = {group: dict(named) for group, named in adapted.frozen.factors.items()}
     scales: dict[tuple[str, str], int] = {}
@@ -111,11 +111,12 @@ def dylora(
 
     The gradients of the others are zero, but momentum and weight decay would move them all the same. The moments of a
     rank that rests see a gradient of zero. b comes in with each step: `tx.update(grads, state, params, b=b)`; the
-    `apply_gradients` of a Flax TrainState hands no such argument on.
+    `apply_gradients` of a Flax TrainState hands no such argument on. Under `optax.MultiSteps`, around it or inside, all
+    microbatches of an update have the same b: the last one says what moves.
 
     Raises:
-      TypeError: `adapted` is no `Adapted`.
-      ValueError: an adapter without ranks; an update without b; another adapter's.
+      TypeError: `inner` is no optax transformation, or `adapted` no `Adapted`.
+      ValueError: an adapter without ranks; an update without b, or with a known one out of range; another adapter's.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax
@@ -132,15 +133,22 @@ def dylora(
     _check_mode("dylora", mode)
     pairs = tuple(ranked("dylora", adapted))
     halves = Halves(adapted.frozen.plan)
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation_of("dylora", inner)
+    most = max(pair.rank for pair in pairs)
 
     def update(updates: Any, state: Any, params: Any = None, *, b: Any = None, **extra: Any) -> Any:
         if b is None:
             raise ValueError("dylora needs the rank of the step: write tx.update(grads, state, params, b=b)")
+        whole("dylora", "b", b, 1, most, f"this adapter has ranks from 1 to {most}")
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         return halves.write(updates, _masked(pairs, b, mode, halves.read(updates, "dylora"))), DyLoRAState(inner_state)
 
-    return optax.GradientTransformationExtraArgs(lambda params: DyLoRAState(inner.init(params)), update)
+    def init(params: Any) -> DyLoRAState:
+        state = inner.init(params)
+        check_masked("dylora", state)
+        return DyLoRAState(state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Search(NamedTuple):
@@ -159,6 +167,10 @@ def search(adapted: Adapted, evaluate: Callable[[Adapted], Any], tolerance: floa
       tolerance: how far below the value at the largest rank is good enough. The walk goes on past a rank that is not,
         to the end of the curve, but `rank` is the last before the first such one.
 
+    Raises:
+      TypeError: `adapted` is no `Adapted`; what `evaluate` returns is no number.
+      ValueError: an adapter without ranks; a value of nan.
+
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> adapted = jlora.adapt({"query": {"kernel": jnp.zeros((6, 4))}}, jlora.LoRA(rank=3, alpha=1))
@@ -167,7 +179,14 @@ def search(adapted: Adapted, evaluate: Callable[[Adapted], Any], tolerance: floa
       Search(rank=1, curve={3: 3.0, 2: 4.5, 1: 9.0})
     """
     most = max(pair.rank for pair in ranked("search", adapted))
-    curve = {b: float(evaluate(at_rank(adapted, jnp.asarray(b, jnp.int32)))) for b in range(most, 0, -1)}
+    curve = {}
+    for b in range(most, 0, -1):
+        value = evaluate(at_rank(adapted, jnp.asarray(b, jnp.int32)))
+        if jnp.ndim(value) if hasattr(value, "shape") else not isinstance(value, (int, float)):
+            raise TypeError(f"search: evaluate(adapted) returned {value!r:.100} at rank {b}; it returns one number")
+        curve[b] = float(value)
+        if math.isnan(curve[b]):
+            raise ValueError(f"search: evaluate(adapted) is nan at rank {b}, which no rank can be compared with")
     rank = most
     while rank > 1 and curve[rank - 1] >= curve[most] - tolerance:
         rank -= 1

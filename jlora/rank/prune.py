@@ -1,16 +1,20 @@
 """Which ranks stay: the b best of all weights together."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jlora import _merge, _ranks
 from jlora._plan import Plan
 from jlora._ranks import Member, Pair
 from jlora.adapted import Adapted, Frozen, is_adapted
+from jlora.optim._checks import whole
 
 Places: TypeAlias = dict[tuple[str, str], jax.Array]
 Ties: TypeAlias = Literal["exact", "reference"]
@@ -35,8 +39,9 @@ def prune(adapted: Adapted, scores: Any, b: Any, *, ties: Ties = "exact") -> Ada
       The adapter, its frozen half the same object.
 
     Raises:
-      TypeError: `adapted` is no `Adapted`.
-      ValueError: an adapter without ranks; scores of other names or shapes; an unknown `ties`.
+      TypeError: `adapted` is no `Adapted`; scores of another form.
+      ValueError: an adapter without ranks; scores of other names or shapes, or too many NaN; a b that is no number of
+        ranks; an unknown `ties`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -47,6 +52,9 @@ def prune(adapted: Adapted, scores: Any, b: Any, *, ties: Ties = "exact") -> Ada
     """
     pruned = ranked("prune", adapted)
     check_ties("prune", ties)
+    if not isinstance(scores, Mapping) or not all(isinstance(named, Mapping) for named in scores.values()):
+        raise TypeError(f"prune takes scores in the form of jlora.rank.magnitude(adapted), not {type(scores).__name__}")
+    whole("prune", "b", b, 0, float("inf"), "how many ranks are kept in all, a whole number of at least 0")
     get = lambda place: adapted.trainable[place[0]][place[1]]
     wanted = {m.place: get(m.place).shape[: m.stack + 1] for m in (pair.marks[0] for pair in pruned)}
     given = {(group, name): x for group, named in scores.items() for name, x in named.items()}
@@ -57,6 +65,11 @@ def prune(adapted: Adapted, scores: Any, b: Any, *, ties: Ties = "exact") -> Ada
         for place, shape in wanted.items()
         if place in given and jnp.shape(given[place]) != shape
     ]
+    if not bad and not any(isinstance(x, Tracer) for x in (b, *given.values())):
+        numbers = sum(int(np.sum(~np.isnan(x))) for x in given.values())
+        total = sum(np.size(x) for x in given.values())
+        if numbers < min(int(b), total):
+            raise ValueError(f"prune: {total - numbers} of {total} scores are NaN, so b={b} ranks cannot be told")
     if bad:
         raise ValueError("prune: scores have the form of jlora.rank.magnitude(adapted), but\n  " + "\n  ".join(bad[:8]))
     return Adapted(_prune(adapted.trainable, given, b, adapted.frozen.plan, ties), adapted.frozen)

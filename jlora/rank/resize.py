@@ -11,6 +11,7 @@ from jlora import _merge, _ranks
 from jlora._plan import Site
 from jlora._ranks import Pair
 from jlora.adapted import Adapted
+from jlora.optim._checks import number, whole
 from jlora.rank.compact import concrete, of_rank, planned, rebuilt, simple
 from jlora.rank.prune import plan_of
 
@@ -44,7 +45,7 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
 
     Raises:
       TypeError: `adapted` is no `Adapted`.
-      ValueError: both or neither of rank and energy; factors without values; an update that is zero.
+      ValueError: both or neither of rank and energy; factors without values, or with NaN; an update that is zero.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -61,8 +62,10 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
     plan = plan_of("resize", adapted)
     if (rank is None) == (energy is None):
         raise ValueError(f"resize(rank={rank}, energy={energy}): write one of the two")
-    if rank is not None and rank < 1 or energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"resize(rank={rank}, energy={energy}): a rank is at least 1, an energy in (0, 1]")
+    if rank is not None:
+        whole("resize", "rank", rank, 1, float("inf"), "a rank is at least 1")
+    else:
+        number("resize", "energy", energy, "an energy is in (0, 1]", lambda x: 0 < x <= 1)
     concrete("resize", adapted)
     get = _merge.lookup(adapted)
     by_path: dict[str, list[Pair]] = {}
@@ -78,6 +81,10 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
             continue
         (pair,) = ours
         u, sizes, v = _svd(pair, get)
+        if not bool(jnp.isfinite(sizes).all()):
+            raise ValueError(
+                f"resize: the factors of {site.leaf.path!r} hold NaN or infinities, so no rank is its best"
+            )
         k = min(pair.rank, rank) if rank is not None else _needed(np.asarray(sizes), energy or 1.0, site.leaf.path)
         new = of_rank(site, ours, k)
         if new is None:

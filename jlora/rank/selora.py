@@ -4,6 +4,7 @@ Mao et al, `SeLoRA: Self-Expanding Low-Rank Adaptation of Latent Diffusion Model
 <https://arxiv.org/abs/2408.07196>`_, 2024.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from jax import lax
 
 from jlora._ranks import Member, Pair, pairs
 from jlora.adapted import shapes
-from jlora.optim._halves import Halves, chosen
+from jlora.optim._checks import number, transformation_of, whole
+from jlora.optim._halves import Halves, check_masked, chosen
+from jlora.rank._steps import begun, finite, gathered, nested, stepped
 from jlora.rank.prune import Places
 
 
@@ -21,16 +24,18 @@ class SeLoRAState(NamedTuple):
     """What `selora` carries.
 
     Attributes:
-      count: updates made.
+      count: real updates made.
       ranks: `{group: {factor: (stack...,)}}`, the active ranks of every layer.
       ratio: the last Fisher ratio of each, at least 1.
       inner: the wrapped optimizer's.
+      gathered: the mean gradient of the microbatches that `optax.MultiSteps` inside has gathered; else ().
     """
 
     count: jax.Array
     ranks: Any
     ratio: Any
     inner: Any
+    gathered: Any = ()
 
 
 def selora(
@@ -54,6 +59,9 @@ def selora(
     zero, as its gradients were masked. s does not change: alpha / r with the full rank r; the authors' alpha over the
     first rank is `LoRA(rank=r, alpha=alpha * r / start)`.
 
+    `optax.MultiSteps` and `optax.apply_if_finite` may stand around it or inside: only real updates count, and a
+    gradient that is not finite leaves count, ranks and ratios as they were.
+
     Args:
       inner: the optimizer of all parameters.
       adapted: the `Adapted` that is trained, as `adapt` made it; read for its static plan alone.
@@ -66,8 +74,9 @@ def selora(
       of a second gradient, of another or a larger batch at the same point.
 
     Raises:
-      TypeError: `adapted` is no `Adapted`.
-      ValueError: no weight with plain LoRA factors; a threshold below 1; another adapter's parameters.
+      TypeError: `inner` is no optax transformation, or `adapted` no `Adapted`.
+      ValueError: no weight with plain LoRA factors; a threshold, interval or start out of its range;
+        another adapter's parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax
@@ -84,31 +93,37 @@ def selora(
     wanted = lambda pair: pair.trained == 2 and not pair.gates and pair.others == 0 and len(pair.own) == 2
     plan = chosen("selora", adapted, wanted, "two trained factors of its own that share a rank; adapt with jlora.LoRA")
     growing = tuple(filter(wanted, pairs(plan)))
-    if threshold < 1 or interval < 1 or start < 1:
-        raise ValueError(
-            f"selora(threshold={threshold}, interval={interval}, start={start}): each is at least 1 (the ratio is)"
-        )
+    number("selora", "threshold", threshold, "at least 1, as the ratio is", lambda x: x >= 1)
+    whole("selora", "interval", interval, 1, math.inf, "updates between two probes, at least 1")
+    most = max(pair.rank for pair in growing)
+    whole("selora", "start", start, 1, most, f"the first active rank, from 1 to {most}, the rank that was adapted with")
     halves = Halves(plan)
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation_of("selora", inner)
     layers = {pair.output.place: shapes(plan)[pair.output.place][0][: pair.output.stack] for pair in growing}
 
     def init(params: Any) -> SeLoRAState:
         ranks = {pair.output.place: min(start, pair.rank) for pair in growing}
-        filled = lambda dtype, value: _nested({p: jnp.full(n, value(p), dtype) for p, n in layers.items()})
+        filled = lambda dtype, value: nested({p: jnp.full(n, value(p), dtype) for p, n in layers.items()})
         ratio = filled(jnp.float32, lambda _: 1.0)
-        return SeLoRAState(jnp.zeros((), jnp.int32), filled(jnp.int32, ranks.get), ratio, inner.init(params))
+        held = inner.init(params)
+        check_masked("selora", held)
+        some = {m.place: jnp.zeros(shapes(plan)[m.place][0]) for pair in growing for m in pair.members}
+        return SeLoRAState(jnp.zeros((), jnp.int32), filled(jnp.int32, ranks.get), ratio, held, begun(held, some))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, probe: Any = None, **extra: Any
     ) -> tuple[Any, SeLoRAState]:
-        step = jnp.asarray(optax.safe_increment(state.count))
+        good = finite(updates)
         given = halves.read(updates, "selora")
         seen = given if probe is None else halves.read(probe, "selora")
         updates, inner_state = inner.update(
             halves.write(updates, _active(growing, state.ranks, given)), state.inner, params, **extra
         )
         updates = halves.write(updates, _active(growing, state.ranks, halves.read(updates, "selora")))
-        due = step % interval == 0
+        held, seen = gathered(state.gathered, seen, good, state.inner, inner_state)
+        real = good & stepped(state.inner, inner_state)
+        step = jnp.where(real, jnp.asarray(optax.safe_increment(state.count)), state.count)
+        due = real & (step % interval == 0)
         ranks: Places = {}
         ratios: Places = {}
         for pair in growing:
@@ -117,8 +132,8 @@ def selora(
             n, old = state.ranks[group][name], state.ratio[group][name]
             ratio = fisher_ratio(pair, n, seen)
             ranks[place] = jnp.where(due & (ratio >= threshold) & (n < pair.rank), n + 1, n)
-            ratios[place] = jnp.where(due, ratio, old)
-        return updates, SeLoRAState(step, _nested(ranks), _nested(ratios), inner_state)
+            ratios[place] = jnp.where(due & ~jnp.isnan(ratio), ratio, old)
+        return updates, SeLoRAState(step, nested(ranks), nested(ratios), inner_state, held)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -150,10 +165,3 @@ def _active(growing: tuple[Pair, ...], ranks: Any, values: Places) -> Places:
             keep = rows.reshape(*rows.shape, *(1,) * (x.ndim - rows.ndim))
             made[m.place] = jnp.where(keep, x, jnp.zeros_like(x))
     return made
-
-
-def _nested(values: Places) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {}
-    for (group, name), x in values.items():
-        tree.setdefault(group, {})[name] = x
-    return tree

@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from jlora._ranks import pairs
-from jlora.optim._halves import Halves, chosen
+from jlora.adapted import shapes
+from jlora.optim._checks import number, rate, transformation_of
+from jlora.optim._halves import Halves, check_masked, chosen
+from jlora.rank._steps import begun, finite, gathered, gathering, stepped
+from jlora.rank._steps import chosen as chosen_state
 
 Prox: TypeAlias = Literal["exact", "reference"]
 Rate: TypeAlias = "float | Callable[[Any], Any]"
@@ -21,13 +25,12 @@ Rate: TypeAlias = "float | Callable[[Any], Any]"
 WHAT = "an update a diag(g) b, all trained; adapt with jlora.SoRA(...)"
 
 
-@functools.partial(jax.jit, static_argnames="prox")
 def soft_threshold(x: jax.Array, threshold: Any, prox: Prox = "exact") -> jax.Array:
     """T_xi(x) = sign(x) max(|x| - xi, 0), the proximal step of xi |x|.
 
     Args:
       x: an array.
-      threshold: xi, at least 0; may be traced.
+      threshold: xi, at least 0, one number or an array that fits x; may be traced.
       prox: `"exact"`; or `"reference"`, what the authors' code computes: shrink by xi, then zero what is below xi,
         so that all of |x| < 2 xi but |x| = xi becomes zero.
 
@@ -40,6 +43,13 @@ def soft_threshold(x: jax.Array, threshold: Any, prox: Prox = "exact") -> jax.Ar
     References:
       Ding et al, `SoRA <https://arxiv.org/abs/2311.11696>`_, 2023.
     """
+    if jnp.shape(threshold) == ():
+        number("soft_threshold", "threshold", threshold, "xi is at least 0", lambda xi: xi >= 0)
+    return _soft(x, threshold, prox)
+
+
+@functools.partial(jax.jit, static_argnames="prox")
+def _soft(x: jax.Array, threshold: Any, prox: Prox) -> jax.Array:
     xi = jnp.asarray(threshold, x.dtype)
     zero = jnp.zeros_like(x)
     small = jnp.where(x > xi, x - xi, jnp.where(x < -xi, x + xi, x))
@@ -51,12 +61,14 @@ class SoRAState(NamedTuple):
     """What `sora` carries.
 
     Attributes:
-      count: updates made.
+      count: real updates made.
       inner: the wrapped optimizers', of all but the gates and of the gates.
+      gathered: the mean gradient of the gates where `optax.MultiSteps` inside gathers for the others alone; else ().
     """
 
     count: jax.Array
     inner: Any
+    gathered: Any = ()
 
 
 def sora(
@@ -76,7 +88,9 @@ def sora(
 
     What is below the threshold is zero exactly, and `compact` drops it. A gate at zero comes back when its step
     exceeds the threshold. It wraps the whole optimizer: `chain(clip, sora(adamw(...), adapted, ...))`; clipping
-    inside would not see the gates, and what changes updates behind it would undo the zeros.
+    inside would not see the gates, and what changes updates behind it would undo the zeros. `optax.MultiSteps` and
+    `optax.apply_if_finite` may stand around it or inside: the gates move with real updates, by the mean gradient of
+    their microbatches, and a gradient that is not finite leaves them and their optimizer as they were.
 
     Args:
       inner: the optimizer of all but the gates.
@@ -95,8 +109,8 @@ def sora(
       A transformation whose update needs `params`; its state is a `SoRAState`.
 
     Raises:
-      TypeError: `adapted` is no `Adapted`.
-      ValueError: no weight with gates; a negative sparsity; no `params`, or another adapter's.
+      TypeError: `inner` or `gates` is no optax transformation, or `adapted` no `Adapted`.
+      ValueError: no weight with gates; a rate that is negative or no number; no `params`, or another adapter's.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax
@@ -114,15 +128,18 @@ def sora(
     gated = [pair for pair in pairs(plan) if pair.diagonal]
     places = frozenset(pair.gates[0].place for pair in gated)
     size = sum(pair.rank * pair.layers for pair in gated)
-    if isinstance(sparsity, (int, float)) and not sparsity >= 0:
-        raise ValueError(f"sora(sparsity={sparsity}): lambda is at least 0, or a schedule")
+    rate("sora", "sparsity", sparsity, "lambda is at least 0, or a schedule")
+    rate("sora", "learning_rate", learning_rate, "eta is at least 0, or a schedule")
+    rate("sora", "l1", l1, "a weight of at least 0")
     if prox not in ("exact", "reference"):
         raise ValueError(f"sora(prox={prox!r}): write 'exact' or 'reference'")
     halves = Halves(plan)
-    own = gates if gates is not None else optax.adamw(learning_rate, eps=1e-6, weight_decay=0.0)
+    default = optax.adamw(learning_rate, eps=1e-6, weight_decay=0.0)
+    own = default if gates is None else transformation_of("sora(gates=...)", gates)
     is_gate = lambda tree: _mask(halves, tree, places, True)
     is_other = lambda tree: _mask(halves, tree, places, False)
-    both = optax.chain(optax.masked(inner, is_other), optax.masked(own, is_gate))
+    others = optax.masked(transformation_of("sora", inner), is_other)
+    theirs = optax.masked(own, is_gate)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SoRAState]:
         if params is None:
@@ -131,16 +148,32 @@ def sora(
         if l1:
             given = halves.read(updates, "sora")
             updates = halves.write(updates, {p: given[p] + (l1 / size * jnp.sign(old[p])) for p in places})
-        updates, inner_state = both.update(updates, state.inner, params, **extra)
+        good = finite(updates)
+        updates, one = others.update(updates, state.inner[0], params, **extra)
+        held = state.gathered
+        if held != ():  # the gates' optimizer does not gather: it gets what the other one has gathered
+            raw = halves.read(updates, "sora")
+            held, mean = gathered(held, {p: raw[p] for p in places}, good, state.inner[0], one)
+            updates = halves.write(updates, mean)
+        updates, two = theirs.update(updates, state.inner[1], params, **extra)
+        decides = (state.inner[0], one) if held != () else (state.inner[1], two)
+        real = good & stepped(*decides)
+        two = chosen_state(good if held == () else real, two, state.inner[1])
         change = halves.read(updates, "sora")
         xi = _at(sparsity, state.count) * (_at(learning_rate, state.count) if scale_by_lr else 1.0)
         ends = {}
         for p in places:
             g = soft_threshold((old[p] + change[p]).astype(old[p].dtype), xi, prox)
-            ends[p] = g - old[p]  # old + (0 - old) is zero exactly
-        return halves.write(updates, ends), SoRAState(jnp.asarray(optax.safe_increment(state.count)), inner_state)
+            ends[p] = jnp.where(real, g - old[p], 0)  # old + (0 - old) is zero exactly
+        count = jnp.where(real, jnp.asarray(optax.safe_increment(state.count)), state.count)
+        return halves.write(updates, ends), SoRAState(count, (one, two), held)
 
-    init = lambda params: SoRAState(jnp.zeros((), jnp.int32), both.init(params))
+    def init(params: Any) -> SoRAState:
+        held = others.init(params), theirs.init(params)
+        check_masked("sora", held)
+        some = {p: jnp.zeros(shapes(plan)[p][0]) for p in places}
+        return SoRAState(jnp.zeros((), jnp.int32), held, () if gathering(held[1]) else begun(held[0], some))
+
     return optax.GradientTransformationExtraArgs(init, update)
 
 

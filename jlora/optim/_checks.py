@@ -1,0 +1,45 @@
+"""What optimizers are given: numbers that are numbers, and transformations that are optax's."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+
+
+def number(caller: str, name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
+    """Raises unless `value` is one real number that `fits`; a traced one has no value yet, and passes."""
+    if isinstance(value, Tracer) and value.shape == ():
+        return
+    real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    array = isinstance(value, (jax.Array, np.ndarray)) and value.shape == () and value.dtype.kind in "iuf"
+    if not (real or array) or not fits(float(value)):
+        raise ValueError(f"{caller}({name}={value!r}): {wanted}")
+
+
+def whole(caller: str, name: str, value: Any, low: int, high: float, wanted: str) -> None:
+    """Raises unless `value` is a whole number from `low` to `high`, or traced."""
+    number(caller, name, value, wanted, lambda x: x.is_integer() and low <= x <= high)
+
+
+def rate(caller: str, name: str, value: Any, wanted: str) -> None:
+    """Raises unless `value` is a number of at least 0, a traced one, or a schedule."""
+    if not callable(value):
+        number(caller, name, value, wanted, lambda x: 0 <= x < float("inf"))
+
+
+def transformation_of(caller: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+    """`tx`, which takes extra arguments; also an `optax.MultiSteps`, which is no transformation and hands them on.
+
+    Raises:
+      TypeError: no optax transformation.
+    """
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(f"{caller} takes an optax transformation, such as optax.adamw(1e-3), not {type(tx).__name__}")
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values())
+    if hands_on:  # optax asks for the type alone, and would drop them
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)

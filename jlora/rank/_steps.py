@@ -1,0 +1,85 @@
+"""Which calls of an optimizer are real updates, and the gradient that such an update is of.
+
+A gradient that is not finite makes no update: `optax.apply_if_finite` skips it, and one NaN in a running mean would
+stay there. Nor does a call under `optax.MultiSteps` that only gathers: the update is of the mean of the microbatches.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jlora.adapted import is_adapted
+from jlora.rank.prune import Places
+
+
+class Gathered(NamedTuple):
+    """The mean of the gradients since the last real update, `{group: {factor: array}}`, and how many they were."""
+
+    count: jax.Array
+    mean: Any
+
+
+def finite(updates: Any) -> jax.Array:
+    """Whether every gradient is finite; those of a frozen half are not looked at."""
+    halves = [x.trainable if is_adapted(x) else x for x in jax.tree.leaves(updates, is_leaf=is_adapted)]
+    leaves = [x for x in jax.tree.leaves(halves) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.array(True)
+
+
+def gathering(state: Any) -> list[optax.MultiStepsState]:
+    """The states of `optax.MultiSteps` inside an optimizer's."""
+    is_gathering = lambda x: isinstance(x, optax.MultiStepsState)
+    return [x for x in jax.tree.leaves(state, is_leaf=is_gathering) if is_gathering(x)]
+
+
+def begun(state: Any, places: Places) -> Any:
+    """`Gathered` of nothing where the optimizer inside gathers, () where each call is an update."""
+    if not gathering(state):
+        return ()
+    return Gathered(jnp.zeros((), jnp.int32), nested({p: jnp.zeros_like(x, wide(x)) for p, x in places.items()}))
+
+
+def stepped(before: Any, after: Any) -> Any:
+    """Whether the optimizer inside has made an update of what it gathered; always, where it gathers nothing."""
+    pairs = zip(gathering(before), gathering(after), strict=True)
+    made = [new.gradient_step != old.gradient_step for old, new in pairs]
+    return jnp.any(jnp.array(made)) if made else True
+
+
+def gathered(held: Any, given: Places, good: Any, before: Any, after: Any) -> tuple[Any, Places]:
+    """What is held, and the gradient of an update that this call makes: the mean over its microbatches."""
+    if held == ():
+        return held, given
+    pairs = list(zip(gathering(before), gathering(after), strict=True))
+    took = [(new.mini_step != old.mini_step) | (new.gradient_step != old.gradient_step) for old, new in pairs]
+    took = good & jnp.any(jnp.array(took))  # MultiSteps may be told to skip one
+    n = held.count + took
+    mean = {p: x + jnp.where(took, (given[p] - x) / jnp.maximum(n, 1), 0) for p, x in flat(held.mean).items()}
+    done = stepped(before, after)
+    left = {p: jnp.where(done, 0, x) for p, x in mean.items()}
+    return Gathered(jnp.where(done, 0, n), nested(left)), given | {p: x.astype(given[p].dtype) for p, x in mean.items()}
+
+
+def chosen(real: Any, new: Any, old: Any) -> Any:
+    """The new state after a real update, the old one else."""
+    return jax.tree.map(lambda x, y: jnp.where(real, x, y), new, old)
+
+
+def wide(x: Any) -> Any:
+    """float32 or better."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def nested(values: Places) -> dict[str, dict[str, Any]]:
+    """`{(group, factor): x}` as `{group: {factor: x}}`."""
+    tree: dict[str, dict[str, Any]] = {}
+    for (group, name), x in values.items():
+        tree.setdefault(group, {})[name] = x
+    return tree
+
+
+def flat(tree: Any) -> Places:
+    """The inverse of `nested`."""
+    return {(group, name): x for group, named in tree.items() for name, x in named.items()}

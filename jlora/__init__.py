@@ -15,6 +15,8 @@ from jlora._merge import merge as merge
 from jlora._merge import merge_report as merge_report
 from jlora._merge import scale as scale
 from jlora._merge import unmerge as unmerge
+from jlora._stack import stack as stack
+from jlora._stack import unstack as unstack
 from jlora.adapted import Adapted as Adapted
 from jlora.adapted import Frozen as Frozen
 from jlora.adapted import adapt as adapt

@@ -222,6 +222,9 @@ def split(adapted: Adapted) -> tuple[Any, Frozen]:
 def join(trainable: Any, frozen: Frozen) -> Adapted:
     """The inverse of `split`; free inside a jitted loss.
 
+    It sees groups, names and shapes. Halves of two adapters of one plan fit each other, and what comes out is neither
+    (s, and frozen factors, are of one and the rest of the other): several go through `jax.vmap` by `jlora.stack`.
+
     Raises:
       TypeError: the halves in the wrong order.
       ValueError: a group or factor that is missing, extra or misshapen.

@@ -524,3 +524,113 @@ def test_lora_fa_asks_for_what_is_frozen():
     whole = jlora.Adapted(grads, jax.tree.map(jnp.zeros_like, adapted.frozen))
     with pytest.raises(ValueError, match="frozen=frozen"):
         stepped(optax.masked(lora_fa(adapted), jlora.trainable_mask), adapted, whole)
+
+
+# Weight decay -----------------------------------------------------------------------------------
+
+DECAY = {  # method: the factors whose zero is no zero update
+    "lora": (jlora.LoRA(rank=2, target="kernel"), {}),
+    "pissa": (jlora.LoRA(rank=2, target="kernel", init="pissa"), {"a", "b"}),
+    "dora": (jlora.DoRA(jlora.LoRA(rank=2, target="kernel")), {"m"}),
+    "ia3": (jlora.IA3(target="kernel"), {"l"}),
+    "ssf": (jlora.SSF(target="query"), {"gamma"}),
+    "oft": (jlora.OFT(block=2, target="kernel"), {}),
+    "vera": (jlora.VeRA(rank=2, target="kernel"), {}),
+    "tied": (jlora.TiedLoRA(rank=2, target="kernel"), {}),
+    "adalora": (jlora.AdaLoRA(rank=2, target="kernel"), {}),
+    "krona": (jlora.KronA(target="kernel"), {}),
+    "bitfit": (jlora.BitFit(target="bias"), {}),
+    "intrinsic": (jlora.IntrinsicDimension(5, target="kernel"), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECAY)
+def test_what_decay_may_pull_to_zero(name):
+    """Merged with each trained factor at zero in turn, the weight is the base exactly where the mask says so."""
+    spec, against = DECAY[name]
+    params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (6, 4)), "bias": jnp.arange(4.0)}}
+    adapted = jlora.adapt(params, spec)
+    mask = jlora.optim.decay_mask(adapted)(adapted.trainable)
+    for group, named in mask.items():
+        for factor, may in named.items():
+            assert may == (factor not in against)
+            zero = {g: dict(f) for g, f in adapted.trainable.items()}
+            zero[group][factor] = jnp.zeros_like(zero[group][factor])
+            merged = jlora.merge(jlora.join(zero, adapted.frozen))
+            same = all(bool(jnp.allclose(x, y, atol=1e-6)) for x, y in zip(*map(jax.tree.leaves, (merged, params))))  # noqa: B905
+            assert same == may, factor
+
+
+def test_decay_under_the_mask_moves_towards_the_base():
+    """A long decay without gradients, in both forms: the merged weight ends at the base, the frozen half stays."""
+    params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
+    spec = [jlora.LoRA(rank=2, target="head", init="pissa"), jlora.DoRA(jlora.LoRA(rank=2, target="query"))]
+    adapted = jlora.adapt(params, spec)
+    far = {g: f | {n: x + 0.1 for n, x in f.items() if n in "ab"} for g, f in adapted.trainable.items()}
+    far["head/kernel"] = adapted.trainable["head/kernel"]
+    adapted = jlora.join(far, adapted.frozen)
+    decay = optax.adamw(0.5, weight_decay=1.0, mask=jlora.optim.decay_mask(adapted))
+    for tx, start in ((decay, adapted.trainable), (jlora.masked(decay), adapted)):
+        state, now = tx.init(start), start
+        for _ in range(30):
+            updates, state = tx.update(jax.tree.map(jnp.zeros_like, now), state, now)
+            now = optax.apply_updates(now, updates)
+        end = jlora.join(getattr(now, "trainable", now), adapted.frozen)
+        for got, want in zip(jax.tree.leaves(jlora.merge(end)), jax.tree.leaves(params), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+# Several adapters at once --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_fa", "vera", "dora", "pissa"])
+def test_a_stack_is_each_of_its_adapters(name):
+    """Values and gradients under vmap, with every alpha and frozen factor its own; the base is held once."""
+    params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}}
+    make = {
+        "lora": lambda alpha: jlora.LoRA(rank=2, alpha=alpha, dropout=0.5),
+        "lora_fa": lambda alpha: jlora.LoRAFA(rank=2, alpha=alpha),
+        "vera": lambda alpha: jlora.VeRA(rank=2, target="kernel"),
+        "dora": lambda alpha: jlora.DoRA(jlora.LoRA(rank=2, alpha=alpha)),
+        "pissa": lambda alpha: jlora.LoRA(rank=2, alpha=alpha, init="pissa"),
+    }[name]
+    each = [jlora.adapt(params, make(alpha), key=jax.random.key(int(alpha))) for alpha in (2.0, 8.0, 3.0)]
+    each = [jlora.join(jax.tree.map(lambda x: x + 0.1, a.trainable), a.frozen) for a in each]
+    if name == "lora":
+        each = [jlora.with_dropout(a, jax.random.key(n)) for n, a in enumerate(each)]
+    x = jax.random.normal(jax.random.key(1), (3, 6))
+    apply = jlora.lift(lambda p, x: x @ p["query"]["kernel"])
+    stacked, axes = jlora.stack(each)
+    assert all(a is b for a, b in zip(jax.tree.leaves(stacked.frozen.base), jax.tree.leaves(params), strict=True))
+    got = jax.vmap(apply, in_axes=(axes, None))(stacked, x)
+    np.testing.assert_allclose(got, jnp.stack([apply(a, x) for a in each]), rtol=1e-5, atol=1e-6)
+    loss = lambda trainable, frozen: jnp.mean(apply(jlora.join(trainable, frozen), x) ** 2)
+    grads = jax.vmap(jax.grad(loss), in_axes=(0, axes.frozen))(*jlora.split(stacked))
+    for n, (a, again) in enumerate(zip(each, jlora.unstack(stacked), strict=True)):
+        want = jax.grad(loss)(*jlora.split(a))
+        jax.tree.map(lambda g, w, n=n: np.testing.assert_allclose(g[n], w, rtol=1e-4, atol=1e-6), grads, want)
+        assert jax.tree.structure(again) == jax.tree.structure(a)
+        for y, z in zip(*(jax.tree.leaves((b.trainable, b.frozen.factors)) for b in (a, again)), strict=True):
+            np.testing.assert_array_equal(y, z)
+
+
+def test_what_does_not_stack():
+    """Unlike plans, bases and keys, and what is no adapter, in words."""
+    params = {"query": {"kernel": jnp.ones((6, 4))}}
+    one = jlora.adapt(params, jlora.LoRA(rank=2))
+    with pytest.raises(ValueError, match="adapter 1 is Plan.*rank 3.*methods, ranks and weights"):
+        jlora.stack([one, jlora.adapt(params, jlora.LoRA(rank=3))])
+    with pytest.raises(ValueError, match="adapter 1 has another base"):
+        jlora.stack([one, jlora.adapt({"query": {"kernel": jnp.zeros((6, 4))}}, jlora.LoRA(rank=2))])
+    jlora.stack([one, jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))])
+    with pytest.raises(ValueError, match="some adapters have a dropout key"):
+        jlora.stack([one, jlora.with_dropout(one, jax.random.key(0))])
+    with pytest.raises(ValueError, match="at least one"):
+        jlora.stack([])
+    for odd in (one, [one.trainable], [one, params]):
+        with pytest.raises(TypeError, match="takes a list of Adapteds"):
+            jlora.stack(odd)
+    with pytest.raises(ValueError, match="no stack of jlora.stack"):
+        jlora.unstack(one)
+    with pytest.raises(TypeError, match="unstack takes the Adapted of jlora.stack"):
+        jlora.unstack(params)

@@ -16,7 +16,8 @@ ROOMS = (
     "_answers",  # what everybody says
     "_inverse", "_packed", "_tree", "_select", "_conventions", "_layouts", "_axes", "_network", "_contract", "_rule",
     "_term", "_lazy", "_weight", "_anew", "_express", "_names", "_kinds",
-    "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_merge", "quant",  # methods know no jaxpr
+    "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_stack", "_merge",
+    "quant",  # methods know no jaxpr
     "_dropout", "_ops", "_lookup", "_conv", "_interpret", "_modules", "lift", "explain", "init",
     "optim",  # one room knows jaxprs
     "rank", "shard", "serve", "combine", "prompt", "bottleneck",

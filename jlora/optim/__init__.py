@@ -5,6 +5,7 @@ All are optax transformations, or trees for them. They take both forms: `{group:
 shares, the side it serves) is read off the equation in the adapter's static plan; no array is held.
 """
 
+from jlora.optim.decay import decay_mask as decay_mask
 from jlora.optim.labels import factor_labels as factor_labels
 from jlora.optim.masking import masked as masked
 from jlora.optim.memory import offload as offload

@@ -62,10 +62,11 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
     plan = plan_of("resize", adapted)
     if (rank is None) == (energy is None):
         raise ValueError(f"resize(rank={rank}, energy={energy}): write one of the two")
+    wanted = "a rank is at least 1, an energy in (0, 1]"
     if rank is not None:
-        whole("resize", "rank", rank, 1, float("inf"), "a rank is at least 1")
+        whole("resize", "rank", rank, 1, float("inf"), wanted)
     else:
-        number("resize", "energy", energy, "an energy is in (0, 1]", lambda x: 0 < x <= 1)
+        number("resize", "energy", energy, wanted, lambda x: 0 < x <= 1)
     concrete("resize", adapted)
     get = _merge.lookup(adapted)
     by_path: dict[str, list[Pair]] = {}

@@ -138,6 +138,113 @@ def test_gradients_use_the_masks_of_the_forward_pass(remat):
     np.testing.assert_allclose(grads["w"]["a"], np.tile(mask.sum(0), (SIZE, 1)))
 
 
+# --- ranks and modules ----------------------------------------------------------------------------------------------
+
+RATES = {"dropout": 0.3, "rank_dropout": 0.25, "module_dropout": 0.2}
+METHODS = {
+    "LoRA": lambda **o: jlora.LoRA(rank=3, **o),
+    "LoRA in slices": lambda **o: jlora.LoRA(rank=2, slices=((0, 3), (5, 8)), **o),
+    "LoRA in a pair": lambda **o: jlora.LoRA(rank=2, init="pissa", **o),
+    "AdaLoRA": lambda **o: jlora.AdaLoRA(rank=3, **o),
+    "SoRA": lambda **o: jlora.SoRA(rank=3, **o),
+    "LoHa": lambda **o: jlora.LoHa(rank=2, **o),
+    "LoKr": lambda **o: jlora.LoKr(rank=1, factor=2, **o),
+    "LoKr, both low-rank": lambda **o: jlora.LoKr(rank=1, decompose_both=True, **o),
+    "VeRA": lambda **o: jlora.VeRA(rank=6, **o),
+    "TiedLoRA": lambda **o: jlora.TiedLoRA(rank=3, **o),
+    "HiRA": lambda **o: jlora.HiRA(rank=2, **o),
+    "RandLoRA": lambda **o: jlora.RandLoRA(rank=3, **o),
+    "DoRA": lambda **o: jlora.DoRA(jlora.LoRA(rank=3, **o)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_right_in_the_mean(name):
+    """All three rates at once: the mean over keys is the method without dropout. merge and dense know no key."""
+    params = {"w": jax.random.normal(jax.random.key(1), (9, 8))}
+    x = jax.random.normal(jax.random.key(2), (5, 9))
+    ad = jlora.adapt(params, METHODS[name](target="w", **RATES), axes={"w": "io"})
+    leaves, tree = jax.tree.flatten(ad.trainable)
+    leaves = [a + 0.5 * jax.random.normal(jax.random.key(n), a.shape) for n, a in enumerate(leaves)]
+    ad = jlora.join(jax.tree.unflatten(tree, leaves), ad.frozen)
+    f = jlora.lift(dot2)
+    keys = jax.random.split(KEY, 6000)
+    made = np.asarray(jax.jit(jax.vmap(lambda key: f(jlora.with_dropout(ad, key), x)))(keys), np.float64)
+    want, base = np.asarray(f(ad, x), np.float64), np.asarray(x @ params["w"])
+    spread = made.std(0)
+    assert np.mean(spread > 1e-3) > 0.7
+    assert np.all(np.abs(made.mean(0) - want) < 6 * spread / np.sqrt(len(keys)) + 1e-5)
+    keyed = jlora.with_dropout(ad, KEY)
+    np.testing.assert_array_equal(jlora.lift(dot2, dense=True)(keyed, x), jlora.lift(dot2, dense=True)(ad, x))
+    if name != "DoRA":  # whose magnitude stays
+        off = np.isclose(made, base, rtol=1e-6, atol=1e-6).all((1, 2)).mean()
+        assert off >= 0.17, "a module is away at its rate, and the layer then is the base"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rate_of_zero_changes_no_bit(name):
+    params = {"w": jax.random.normal(jax.random.key(1), (9, 8))}
+    plain, zero = (
+        jlora.adapt(params, METHODS[name](target="w", **rates), axes={"w": "io"})
+        for rates in ({}, dict.fromkeys(RATES, 0))
+    )
+    assert plain.frozen.plan is zero.frozen.plan
+    x = jax.random.normal(jax.random.key(2), (5, 9))
+    f = jax.jit(jlora.lift(dot2))
+    np.testing.assert_array_equal(f(jlora.with_dropout(zero, KEY), x), f(plain, x))
+
+
+def gates(f, *stack, **rates):
+    return drawn(f, transparent(*stack, spec=jlora.LoRA(rank=SIZE, target="w", **rates)))
+
+
+def test_a_dropped_rank_is_away_for_all_rows():
+    """One draw a use and a layer, the same in a loop and in a scan; what is kept is divided by 1 - rate."""
+    loop = gates(lambda p, x: jnp.stack([x @ p["w"][n] for n in (0, 1, 2)]), 3, rank_dropout=RATE)
+    assert set(np.unique(loop)) == {0.0, 2.0}
+    assert (loop == loop[:, :1]).all()
+    assert all(0.1 < np.mean(loop[n] == loop[m]) < 0.9 for n in range(3) for m in range(n))
+    np.testing.assert_array_equal(gates(LAYERS["scan"], 3, rank_dropout=RATE), loop)
+    vmapped = gates(lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]), 3, rank_dropout=RATE)
+    assert all((vmapped[n] != vmapped[m]).any() for n in range(3) for m in range(n))
+
+
+def test_a_dropped_module_is_away_as_a_whole():
+    each = gates(scanned(1), module_dropout=RATE).reshape(4, -1)
+    many = gates(lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, 64)[1], module_dropout=RATE)
+    assert (each == each[:, :1]).all() and set(np.unique(many)) == {0.0, 2.0}
+    assert 0.25 < (many[:, 0, 0] == 0).mean() < 0.75
+
+
+def test_slices_of_one_module_go_together_and_two_methods_of_a_sum_apart():
+    half = SIZE // 2
+    lora = lambda **o: jlora.LoRA(rank=2, target="w", module_dropout=RATE, **o)
+
+    def away(spec):
+        ad = jlora.adapt({"w": jnp.zeros((SIZE, SIZE))}, spec, axes={"w": "io"})
+        ad = jlora.join(jax.tree.map(jnp.ones_like, ad.trainable), ad.frozen)
+        made = drawn(lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, 64)[1], ad)
+        return made[:, 0, 0], made[:, 0, -1]
+
+    one, other = away(lora(slices=((0, half), (half, SIZE))))
+    np.testing.assert_array_equal(one, other)
+    both, _ = away(jlora.Sum(lora(), lora()))
+    assert len(np.unique(both)) == 3, "none, one, both"
+
+
+def test_ranks_of_a_table_are_dropped_where_it_is_looked_up():
+    table = {"embedding": jnp.zeros((SIZE, SIZE))}
+    ad = jlora.adapt(table, jlora.LoRA(rank=SIZE, target="embedding", rank_dropout=RATE))
+    ad = jlora.join(jax.tree.map(lambda a: jnp.eye(SIZE), ad.trainable), ad.frozen)
+    rows = jlora.lift(lambda p: p["embedding"][jnp.arange(SIZE)])(jlora.with_dropout(ad, KEY))
+    assert set(np.diag(rows)) == {0.0, 2.0} and (rows == np.diag(np.diag(rows))).all()
+
+
+def test_ranks_of_a_method_that_has_none_are_not_dropped_in_silence():
+    with pytest.raises(ValueError, match="rank_dropout=0.1, and it has no rank here"):
+        jlora.adapt({"w": jnp.zeros((4, 4))}, jlora.LoKr(rank=8, rank_dropout=0.1, target="w"), axes={"w": "io"})
+
+
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 

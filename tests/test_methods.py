@@ -516,12 +516,13 @@ def uses():
     }
 
 
+@pytest.mark.parametrize("rates", [{"dropout": 0.3}, {"rank_dropout": 0.3, "module_dropout": 0.2}], ids=" ".join)
 @pytest.mark.parametrize("name", uses())
-def test_dropout_spares_the_base_and_is_right_in_the_mean(name, key):
+def test_dropout_spares_the_base_and_is_right_in_the_mean(name, rates, key):
     """The mean over many keys is the output without dropout; single draws differ; the base's own part has none."""
     f, shape, letters, inputs = uses()[name]
     x = jnp.asarray(normal(2, *inputs), jnp.float32)
-    ad = jlora.adapt({"w": jnp.asarray(normal(1, *shape), jnp.float32)}, jlora.LoRA(rank=2, target="w", dropout=0.3),
+    ad = jlora.adapt({"w": jnp.asarray(normal(1, *shape), jnp.float32)}, jlora.LoRA(rank=2, target="w", **rates),
                      axes={"w": letters})  # fmt: skip
     ad = jlora.Adapted(moved(ad.trainable), ad.frozen)
     one = lambda key: jlora.lift(f)(jlora.with_dropout(ad, key), x)

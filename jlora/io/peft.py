@@ -141,8 +141,8 @@ def save(
     Factors keep their dtype and their bits. `Full` and `BitFit` are written as values, base plus change, rounded to
     float32 (`modules_to_save`, `bias`), or as changes where peft has a name for one (`lora_bias`). s is written as
     `lora_alpha`, which peft divides by r again. Not written, for peft has no place for it: which factors are frozen
-    (LoRA-FA), a dropout rate a module (the largest is written), a dropout key. The folder changes at once: a save
-    that is interrupted leaves the former adapter readable, by `load` at any moment.
+    (LoRA-FA), a dropout rate a module (the largest is written), rank and module dropout, a dropout key. The folder
+    changes at once: a save that is interrupted leaves the former adapter readable, by `load` at any moment.
 
     Args:
       folder: a local folder; its parents are made.

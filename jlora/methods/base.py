@@ -12,7 +12,7 @@ from jlora._axes import Leaf
 from jlora._network import Delta, Recipe
 from jlora._tree import Target
 from jlora.methods import _fields
-from jlora.methods._fields import Alpha, Dtype, Rank
+from jlora.methods._fields import Alpha, Dtype, Rank, Rate
 
 Init: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -123,7 +123,33 @@ class Method:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LowRank(Method):
+class Dropping(Method):
+    """A method of which something is dropped in training, where there is a key (`jlora.with_dropout`).
+
+    What is kept is divided by 1 - rate, so that the mean over keys is the method without dropout, for each of the
+    three (LyCORIS does not divide where it drops ranks or modules).
+
+    Attributes:
+      dropout: the rate at which elements of the activation of this branch are dropped, in [0, 1).
+      rank_dropout: the rate at which ranks are dropped, for a whole use of the weight.
+      module_dropout: the rate at which a use of the weight is without this branch.
+    """
+
+    dropout: Rate = 0.0
+    rank_dropout: Rate = 0.0
+    module_dropout: Rate = 0.0
+
+    def dropped(self, delta: Delta) -> Delta:
+        """A network with this method's rates; its ranks are those that rank operations act on, or else the letter r."""
+        letters = delta.ranks or tuple({"r"} & set(delta.equation.replace(",", " ").split()))
+        if self.rank_dropout and not letters:
+            raise ValueError(f"rank_dropout={self.rank_dropout:g}, and it has no rank here; write 0, or exclude it")
+        ranks = tuple((x, self.rank_dropout) for x in letters if self.rank_dropout)
+        return dataclasses.replace(delta, dropout=self.dropout, rank_dropout=ranks, module_dropout=self.module_dropout)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(Dropping):
     """A method of one delta with a rank r of at most min(in, out), and the scale s = alpha / r.
 
     A subclass says its `delta` for a leaf.
@@ -145,7 +171,7 @@ class LowRank(Method):
         if self.rank == 0:
             return None
         check_low_rank(leaf, self.rank)
-        return Recipe((self.delta(leaf),))
+        return Recipe((self.dropped(self.delta(leaf)),))
 
     def delta(self, leaf: Leaf) -> Delta:
         """The network of a weight of this shape."""

@@ -13,14 +13,14 @@ from jlora._axes import Leaf
 from jlora._network import Array, Delta, Recipe
 from jlora._tree import Target
 from jlora.methods._fields import Alpha, Holds, Rank
-from jlora.methods.base import Method, uniform, zeros
+from jlora.methods.base import Dropping, uniform, zeros
 from jlora.methods.krona import factorize
 
 Factor = Annotated[int, Holds(lambda n: n == -1 or n >= 1, "a factor is an integer of at least 1, or -1")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKr(Method):
+class LoKr(Dropping):
     """dW = s c x (a b) with c (i, o), a (j, r), b (r, p), i j = in and o p = out; a convolution's window is a's.
 
     Where r is at least half of max(j, p) the second factor is whole; with `decompose_both` the first is low-rank
@@ -73,7 +73,7 @@ class LoKr(Method):
         sizes = (("i", i), ("j", j), ("o", o), ("p", p), ("q", r), ("r", r), ("u", r))
         s = 1.0 if self.alpha is None or not (low_first or low_second) else self.alpha / r
         ranks = ("q",) * low_first + (("r", "u") if len(second) == 3 else ("r",)) * low_second
-        return Recipe((Delta(f"{left}, {right} ->{k} (i j) (o p)", words, sizes, s, ranks),))
+        return Recipe((self.dropped(Delta(f"{left}, {right} ->{k} (i j) (o p)", words, sizes, s, ranks)),))
 
     def canonical(self) -> "LoKr":
         return dataclasses.replace(self, alpha=None)

@@ -19,8 +19,8 @@ from jlora._axes import Leaf
 from jlora._contract import automatic
 from jlora._network import Array, Delta, Function, Recipe
 from jlora._tree import Target
-from jlora.methods._fields import Alpha, Holds, Rank, Rate
-from jlora.methods.base import Init, Method, check_low_rank, normal, uniform, zeros
+from jlora.methods._fields import Alpha, Holds, Rank
+from jlora.methods.base import Dropping, Init, check_low_rank, normal, uniform, zeros
 from jlora.methods.starts import OLoRA, Orthogonal, PiSSA, Start
 
 Range = Annotated[tuple[int, int], Holds(lambda r: True, "a range (start, stop) of whole numbers")]
@@ -59,7 +59,7 @@ NAMED = {"orthogonal": Orthogonal(), "pissa": PiSSA(), "olora": OLoRA(), "paired
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
+class LoRA(Dropping):
     """Low-rank update: dW = s a b with a (in, r), b (r, out), stored rank first: `a (r, in)`, `b (r, out)`.
 
     b starts at zero, so the adapted model starts as the base model. An `embedding` starts with a at zero and b
@@ -76,7 +76,8 @@ class LoRA(Method):
       init: of a: `"kaiming"`, U(-1/sqrt(in), 1/sqrt(in)) as loralib has it, or `"gaussian"`, N(0, 1/r^2) as peft does;
         of a and b: `"pissa"`, `"olora"`, `"orthogonal"`, or a value of `jlora.init` (which explains these). `"paired"`
         is the form alone of those that are pairs, whose values come with a file.
-      dropout: rate on the activation of this branch, in [0, 1); needs a key (`jlora.with_dropout`).
+      dropout: rate on the activation of this branch, in [0, 1); needs a key (`jlora.with_dropout`). So do
+        `rank_dropout` and `module_dropout`, LyCORIS's: the rates at which ranks, and the whole branch, are dropped.
       slices: ranges `(start, stop)` of the flattened output axes that are adapted, each with factors of its own
         (loralib's MergedLinear for a fused projection); None for all.
 
@@ -95,7 +96,6 @@ class LoRA(Method):
     alpha: Alpha = None
     scaling: Literal["rank", "sqrt"] = "rank"
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "paired"] | Begins = "kaiming"
-    dropout: Rate = 0.0
     slices: Slices | None = None
     target: Target = targets.attention
 
@@ -131,7 +131,7 @@ class LoRA(Method):
         d_in, d_out = leaf.size("ik"), leaf.size("o")
         check_low_rank(leaf, self.rank)
         if self.paired:
-            return Recipe((self._pair(leaf),))
+            return Recipe((self.dropped(self._pair(leaf)),))
         # exactly one of the two starts at zero, and it is trained
         flip = leaf.name == "embedding" and self.trains_a
         a = Array("a", zeros if flip else self._init_a(d_in), trained=self.trains_a)
@@ -139,13 +139,13 @@ class LoRA(Method):
         sizes = (("r", self.rank),)
         equation = "r I, r O -> I O"
         if self.slices is None:
-            return Recipe((Delta(equation, (a, b), sizes, self.scale, ("r",), self.dropout),))
+            return Recipe((self.dropped(Delta(equation, (a, b), sizes, self.scale, ("r",))),))
         deltas = []
         for n, (start, stop) in enumerate(self._checked_slices(d_out)):
             a_n = dataclasses.replace(a, name=f"a{n}")
             b_n = dataclasses.replace(b, name=f"b{n}", shape=(self.rank, stop - start))
             placed = Function(Place(start, leaf.sizes("o")), (b_n,))
-            deltas.append(Delta(equation, (a_n, placed), sizes, self.scale, ("r",), self.dropout))
+            deltas.append(self.dropped(Delta(equation, (a_n, placed), sizes, self.scale, ("r",))))
         return Recipe(tuple(deltas))
 
     def _pair(self, leaf: Leaf) -> Delta:
@@ -157,7 +157,7 @@ class LoRA(Method):
         else:
             rank, operands = 2 * self.rank, (Function(Moved("x0"), (a, a0)), Function(Moved("x"), (b, b0)))
         # no letter that rank operations may act on: the trained factors are halves of it
-        return Delta("r I, r O -> I O", operands, (("r", rank),), self.scale, dropout=self.dropout)
+        return Delta("r I, r O -> I O", operands, (("r", rank),), self.scale)
 
     def initial(
         self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any

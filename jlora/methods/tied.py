@@ -14,12 +14,12 @@ from jlora._axes import Leaf
 from jlora._network import Array, Delta, Recipe, Word, constant
 from jlora._tree import Target
 from jlora.methods._fields import Rank, names
-from jlora.methods.base import Init, Method, check_low_rank, uniform, zeros
+from jlora.methods.base import Dropping, Init, check_low_rank, uniform, zeros
 from jlora.methods.vera import shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TiedLoRA(Method):
+class TiedLoRA(Dropping):
     """dW = a diag(u) b diag(v): a, b one copy for all layers where tied; u (r,), v (out,) one a layer.
 
     Weights whose paths differ in numbers alone (`layer_0/query/kernel`, `layer_1/query/kernel`) share a tied factor,
@@ -79,4 +79,4 @@ class TiedLoRA(Method):
         b = matrix("b", leaf.sizes("o"), zeros if "b" in self.trained else frozen_b)
         u = Array("u", constant(1.0), trained="u" in self.trained)
         v = Array("v", constant(1.0) if "b" in self.trained else zeros, trained="v" in self.trained)
-        return Recipe((Delta("r I, r, r O, O -> I O", (a, u, b, v), (("r", self.rank),), 1.0, ("r",)),))
+        return Recipe((self.dropped(Delta("r I, r, r O, O -> I O", (a, u, b, v), (("r", self.rank),), 1.0, ("r",))),))

@@ -15,7 +15,7 @@ from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
 from jlora.methods._fields import Rank, Seed, nonzero
-from jlora.methods.base import Method, zeros
+from jlora.methods.base import Dropping, zeros
 
 
 def draw(seed: int, which: int, bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -43,7 +43,7 @@ def shared(name: str, group: str, rows: tuple[int, ...], sizes: tuple[int, ...],
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VeRA(Method):
+class VeRA(Dropping):
     """dW = a diag(d) b' diag(b): only the vectors d (r,) and b (out,) are trained.
 
     A (r, in) and B (r, out) are drawn from a seed, one pair for every width, and shared by all weights of that
@@ -84,7 +84,7 @@ class VeRA(Method):
         a = shared("A", f"{group}/in {n_in}", (r,), leaf.sizes("ik"), a_init, **frozen)
         big_b = shared("B", f"{group}/out {n_out}", (r,), leaf.sizes("o"), b_init, **frozen)
         d, b = Array("d", constant(self.d_initial)), Array("b", zeros)
-        return Recipe((Delta("r I, r, r O, O -> I O", (a, d, big_b, b), (("r", r),)),))
+        return Recipe((self.dropped(Delta("r I, r, r O, O -> I O", (a, d, big_b, b), (("r", r),))),))
 
     def canonical(self) -> "VeRA":
         return dataclasses.replace(self, d_initial=0.1)

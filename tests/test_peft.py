@@ -1,6 +1,8 @@
 """Adapters in peft's files: numbers against files that peft wrote and float64 NumPy; round trips; bad input."""
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -252,6 +254,125 @@ def test_patterns_say_what_they_said():
     assert plain.alpha_pattern in ({"q": 0.3}, {"v": 0}) and not plain.use_rslora
     for scale in RNG.standard_normal(200).astype(np.float32):
         assert _peft_config.describe({"q": (7, scale)}).scale("q", 7) == scale
+
+
+def taken(config, module):
+    """The alpha of a module as peft looks for it, whichever way its patterns are sorted: the answers."""
+    keys = config["alpha_pattern"]
+    for order in (sorted(keys), sorted(keys, reverse=True)):
+        found = [k for k in order if re.match(rf"(.*\.)?({k})$", module)]
+        yield keys[found[0]] if found else config["lora_alpha"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["conv1", "layer1.conv1", "x.layer1.conv1"],
+        ["q", "a.q", "a.b.q", "b.q"],
+        ["a.b", "aXb.c", "c", "a.c"],
+        ["a+b", "x.a+b", "aab"],
+        ["layers.0.q", "layers.10.q", "decoder.layers.0.q"],
+    ],
+)
+def test_no_order_of_patterns_is_wrong(names, tmp_path):
+    """Whatever ends in whatever: peft takes the first pattern that matches, and sorts them where it saves again."""
+    params = {}
+    for name in names:
+        node = params
+        for step in name.split("."):
+            node = node.setdefault(step, {})
+        node["kernel"] = jnp.eye(4)
+    path = lambda name: name.replace(".", "/") + "/kernel"
+    only = lambda name: lambda p, leaf: p == path(name)
+    spec = [jlora.LoRA(rank=1 + n % 3, alpha=5 * n + 1, target=only(m)) for n, m in enumerate(names)]
+    adapted = jlora.adapt(params, spec)
+    peft.save(tmp_path / "x", adapted)
+    config = json.loads((tmp_path / "x" / CONFIG).read_text())
+    for n, name in enumerate(names):
+        assert {*taken(config, name)} == {5 * n + 1}
+    for _ in range(2):
+        back = peft.load(tmp_path / "x", params)
+        assert_same((back.trainable, back.frozen.factors), (adapted.trainable, adapted.frozen.factors))
+        (tmp_path / "x" / CONFIG).write_text(json.dumps(config, sort_keys=True))
+
+
+def layer():
+    return {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}
+
+
+COLLIDE = [
+    # names of the tree, what has factors, and what peft would give factors to
+    (
+        {"conv": layer(), "block": {"conv": {"dw": layer()}}},
+        "^conv/kernel",
+        ["conv", "block.conv", "block.conv.dw", "block"],
+    ),
+    ({"conv": layer(), "block": {"conv": layer()}}, "^conv/kernel", ["conv", "block.conv", "block"]),
+    ({"params": {"q": layer(), "x": {"0": {"q": layer()}}}}, "^params/q/kernel", ["q", "x.0.q", "x.0", "x"]),
+]
+
+
+@pytest.mark.parametrize("params,target,modules", COLLIDE)
+def test_names_that_others_end_in(params, target, modules, tmp_path):
+    """peft takes the modules with factors for targets, and no others: a list where it serves, or else a pattern."""
+    peft.save(tmp_path / "x", jlora.adapt(params, jlora.LoRA(rank=1, target=target)))
+    wanted = json.loads((tmp_path / "x" / CONFIG).read_text())["target_modules"]
+    if isinstance(wanted, str):
+        found = [m for m in modules if re.fullmatch(wanted, m)]
+    else:
+        found = [m for m in modules if m in wanted or m.endswith(tuple("." + w for w in wanted))]
+    assert found == modules[:1]
+    peft.load(tmp_path / "x", params)
+
+
+@pytest.mark.parametrize("other", [{"lm_head": layer()}, {"block": {"head": layer()}}, {"ahead": {"z": layer()}}])
+def test_names_whose_letters_others_end_in(other, tmp_path):
+    """peft saves a module whole whose name ends in the letters of one that is to be: no folder can say otherwise."""
+    spec = [jlora.LoRA(rank=1, target="^q/kernel"), jlora.Full(target="^head/")]
+    with pytest.raises(ValueError, match=rf"'head' is saved whole.*'{next(iter(other))}.*names="):
+        peft.save(tmp_path / "x", jlora.adapt({"q": layer(), "head": layer(), **other}, spec))
+    peft.save(tmp_path / "x", jlora.adapt({"q": layer(), "head": layer()}, spec))
+
+
+def test_what_autopeft_asks_for(tmp_path):
+    """The task, in peft's words, and the base model's name; both change nothing for `load`."""
+    adapted = jlora.adapt(Q, jlora.LoRA(rank=2, target="q/kernel"))
+    peft.save(tmp_path / "x", adapted, task_type="CAUSAL_LM", base_model=tmp_path / "model")
+    config = json.loads((tmp_path / "x" / CONFIG).read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(tmp_path / "model"))
+    assert_same(peft.load(tmp_path / "x", Q), adapted)
+    for options, error, words in [
+        ({"task_type": "causal_lm"}, ValueError, "task_type='causal_lm': peft has CAUSAL_LM, "),
+        ({"base_model": 3}, TypeError, "base_model=3"),
+        ({"base_model": ""}, TypeError, "base_model=''"),
+    ]:
+        with pytest.raises(error, match=words):
+            peft.save(tmp_path / "y", adapted, **options)
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_numbers_that_were_edited(tmp_path):
+    """A digest in the file of tensors is of both files; files of others have none."""
+    adapted = jlora.adapt(Q, jlora.LoRA(rank=2, target="q/kernel"))
+    folder = tmp_path / "x"
+    peft.save(folder, adapted)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "task_type": "CAUSAL_LM", "revision": "main"}))
+    assert_same(peft.load(folder, Q), adapted)  # what is no number may be said
+    (folder / CONFIG).write_text(json.dumps({**config, "lora_alpha": 3}))
+    with pytest.raises(ValueError, match="edited.*digest.*save_file"):
+        peft.load(folder, Q)
+    save_file(load_file(folder / TENSORS), folder / TENSORS)
+    assert peft.load(folder, Q).frozen.factors["q/kernel"]["s"] == 1.5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_factors_that_diverged(value, tmp_path):
+    """NaN and infinity are refused, with the path."""
+    adapted = jlora.adapt(Q, jlora.LoRA(rank=2, target="q/kernel"))
+    adapted = jlora.join(jax.tree.map(lambda x: x * value, adapted.trainable), adapted.frozen)
+    with pytest.raises(ValueError, match="'q/kernel': a holds NaN or infinity"):
+        peft.save(tmp_path / "x", adapted)
 
 
 def test_a_change_comes_back_bit_for_bit():

@@ -306,6 +306,11 @@ def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     return {names[module]: value for module, value in odd.items()}
 
 
+def spelled(config: Config) -> str:
+    """What a configuration says of the numbers, in one spelling."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+
+
 def write(config: Config, task_type: str | None = None, base_model: Any = None) -> bytes:
     """A configuration as the bytes of its file.
 

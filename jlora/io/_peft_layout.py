@@ -6,6 +6,8 @@ out...)`. All functions are of one layer: a leaf here has no stack axes.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 from jlora._axes import Leaf
 
 NAME = "adapter_model.safetensors"
+DIGEST = "jlora_sha256"
 
 #: The dtypes of tensors that fit into float32, the usual dtype of factors, without loss.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
@@ -136,8 +139,24 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return {n: np.frombuffer(bytearray(x["data"]), DTYPES[x["dtype"]]).reshape(x["shape"]) for n, x in found.items()}
 
 
-def write(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Tensors as the bytes of a safetensors file.
+def stated(path: Path) -> str | None:
+    """The digest that jlora wrote into a safetensors file; None in files of others."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))  # `read` has looked at it
+    return header.get("__metadata__", {}).get(DIGEST)
+
+
+def digest(tensors: Mapping[str, np.ndarray], config: str) -> str:
+    """Of tensors, and of what a configuration says of them."""
+    found = hashlib.sha256(config.encode())
+    for name, a in sorted(tensors.items()):
+        found.update(f"{name} {a.dtype} {a.shape} ".encode())
+        found.update(np.ascontiguousarray(a).tobytes())
+    return found.hexdigest()
+
+
+def write(tensors: Mapping[str, np.ndarray], config: str) -> bytes:
+    """Tensors as the bytes of a safetensors file, with a digest of them and of what the configuration says.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -147,4 +166,4 @@ def write(tensors: Mapping[str, np.ndarray]) -> bytes:
     except ImportError:
         raise _needs() from None
     whole = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-    return safetensors.numpy.save(whole, {"format": "pt"})
+    return safetensors.numpy.save(whole, {"format": "pt", DIGEST: digest(whole, config)})

@@ -100,12 +100,23 @@ def _read(folder: "str | os.PathLike[str]") -> tuple[Path, Config, dict[str, np.
         was = _inode(where)
         try:
             found = _peft_config.read(where / _peft_config.NAME), _peft_layout.read(where / _peft_layout.NAME)
+            _check_digest(where, *found)
         except (ValueError, OSError):
             if _inode(where) == was:
                 raise
         else:
             if _inode(where) == was:
                 return where, *found
+
+
+def _check_digest(where: Path, config: Config, tensors: Mapping[str, np.ndarray]) -> None:
+    """ValueError where jlora wrote a digest of both files, and it is not theirs."""
+    stated = _peft_layout.stated(where / _peft_layout.NAME)
+    if stated not in (None, _peft_layout.digest(tensors, _peft_config.spelled(config))):
+        raise ValueError(
+            f"{where} is damaged, or was edited: its numbers do not have the digest that jlora.io.peft.save wrote into "
+            f"{_peft_layout.NAME}. If it was you, write that file again (safetensors.numpy.save_file), without one"
+        )
 
 
 def _inode(folder: Path) -> int | None:
@@ -181,7 +192,7 @@ def save(
     with _folder.beside(target) as temporary:
         new = temporary / "adapter"
         new.mkdir()
-        (new / _peft_layout.NAME).write_bytes(_peft_layout.write(tensors))
+        (new / _peft_layout.NAME).write_bytes(_peft_layout.write(tensors, _peft_config.spelled(config)))
         (new / _peft_config.NAME).write_bytes(said)
         _read_back(new, tensors, config)
         _folder.sync(new / _peft_layout.NAME, new / _peft_config.NAME, new)

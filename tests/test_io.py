@@ -75,8 +75,8 @@ BASES = {
 SPECS = {
     "lora": lambda: jlora.LoRA(rank=2, alpha=7, scaling="sqrt", dropout=0.25, target=r"kernel$"),
     "sequence": lambda: [
-        jlora.LoRA(rank=1, target=["query.*kernel", "value"]),
-        jlora.LoRA(rank=2, alpha=1, target="query", exclude=["bias", "scale"]),  # overlaps the first
+        jlora.LoRA(rank=1, target=["query.*kernel", "(query|value).*kernel"]),
+        jlora.LoRA(rank=2, alpha=1, target="query", exclude=["bias", "query.*bias"]),  # overlaps the first
         jlora.Full(target="bias$", dtype="bfloat16"),
     ],
     "slices": lambda: jlora.LoRA(rank=1, slices=((0, 1), (2, 3)), target=jlora.targets.linear),

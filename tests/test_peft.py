@@ -425,7 +425,7 @@ def test_saved_by_jlora(spec, keys, said, tmp_path):
     "spec,names,words",
     [
         (jlora.IA3(target="q/"), None, "'q/kernel': IA3 is neither"),
-        ([LORA, jlora.LoHa(rank=1, target="ln")], None, "needs input and output|LoHa is neither"),
+        ([LORA, jlora.LoHa(rank=1, target="ln")], None, "no input and output side|LoHa is neither"),
         (jlora.LoRA(rank=1, target="q/kernel", slices=((0, 2),)), None, "slices"),
         (jlora.DoRA(jlora.LoHa(rank=1, target="q/kernel")), None, r"DoRA\(LoHa\) is neither"),
         (jlora.Full(target="ln"), None, "no LoRA or DoRA"),

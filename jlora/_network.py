@@ -65,6 +65,15 @@ class Function:
 
 
 @dataclasses.dataclass(frozen=True)
+class Difference(Function):
+    """A function of a trained factor x and of x0, frozen, where it started: `arrays` are these two, rank first.
+
+    What it takes part in is a difference from the start, to which a rank adds nothing as long as its rows are those of
+    x0. So rank operations act on the rows of x, and switch one off by putting those of x0 in their place.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class Base:
     """The frozen weight itself as an operand, in its own axes."""
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jlora import _answers, _axes, _select, _tree
 from jlora._axes import Leaf
-from jlora._network import Recipe
+from jlora._network import Difference, Recipe
 from jlora._packed import Packed, is_packed
 from jlora.methods.base import Method
 
@@ -190,7 +190,8 @@ def _ties(tree: _tree.Named, sites: Sequence[Site], allow_untied: bool) -> list[
 
 def describe_rank(site: Site) -> str:
     """The rank of a site, for tables: the sizes of its rank letters."""
-    ranks = [dict(d.sizes)[x] for d in site.recipe.deltas for x in d.ranks]
+    starts = lambda d: [w.arrays[1].shape[0] for w in d.operands if isinstance(w, Difference) and w.arrays[1].shape]
+    ranks = [min([dict(d.sizes)[x], *starts(d)]) for d in site.recipe.deltas for x in d.ranks]
     return "+".join(map(str, ranks)) or "-"
 
 

@@ -8,8 +8,11 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jlora import _network
-from jlora._network import Array, Delta, Function, Labels, Parsed
+from jlora._network import Array, Delta, Difference, Function, Labels, Parsed
 from jlora._plan import Plan, Site
 
 
@@ -21,11 +24,30 @@ class Member:
       place: its group and name.
       array: the word of the equation; for a view (a shared matrix, a range of columns), what it is a view of.
       stack: how many stack axes it carries.
+      width: the size of its side.
+      start: for a factor whose difference from its start counts (`Difference`), the place of the start.
+      fn: what is made of the two.
     """
 
     place: tuple[str, str]
     array: Array
     stack: int
+    width: int
+    start: tuple[str, str] | None = None
+    fn: Any = None
+
+    def rest(self, get: Any) -> Any:
+        """Its values where every rank is switched off: zeros, or the start."""
+        return jnp.zeros_like(get(*self.place)) if self.start is None else get(*self.start)
+
+    def operand(self, get: Any) -> Any:
+        """Its values as the equation sees them: stack axes, then the ranks of the product, then the side."""
+        if self.start is None:
+            return get(*self.place)
+        f = self.fn
+        for _ in range(self.stack):
+            f = jax.vmap(f)
+        return f(get(*self.place), get(*self.start))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +82,11 @@ class Pair:
         return self.input, self.output
 
     @property
+    def begun(self) -> tuple[Member, ...]:
+        """Those whose difference from their start counts."""
+        return tuple(m for m in self.members if m.start is not None)
+
+    @property
     def trained(self) -> int:
         """How many of the two are trained."""
         return sum(m.array.trained for m in self.members)
@@ -92,6 +119,20 @@ def pairs(plan: Plan) -> tuple[Pair, ...]:
     return tuple(pair for pair in found if pair is not None)
 
 
+def wasted(plan: Plan) -> str:
+    """In words, the weights whose own trained factors have a rank above the narrower side; nothing where none has."""
+    own = [p for p in pairs(plan) if all(m.array.trained and m.array.group is None for m in p.members)]
+    least = lambda pair: min(m.width for m in pair.members)
+    wide = [p for p in own if p.rank > least(p)]
+    if not wide:
+        return ""
+    some = [f"{p.path!r}: rank {p.rank} is above min(in, out) = {least(p)}" for p in wide[:5]]
+    more = [f"and {len(wide) - 5} more"] if len(wide) > 5 else []
+    return "no update has a rank above min(in, out), so these train parameters for nothing; write a smaller rank:" + (
+        "".join("\n  " + line for line in (*some, *more))
+    )
+
+
 def _pair(site: Site, delta: Delta, parsed: Parsed, letter: str) -> Pair | None:
     words = list(zip(delta.operands, parsed.operands, strict=True))
     alone = [_member(site, word, labels, letter, parsed) for word, labels in words if labels == (letter,)]
@@ -103,7 +144,7 @@ def _pair(site: Site, delta: Delta, parsed: Parsed, letter: str) -> Pair | None:
         return None
     others = len(words) - 2 - len(gates)
     stack, path = site.leaf.stack, site.leaf.path
-    rank = parsed.sizes[letter]
+    rank = min([parsed.sizes[letter], *(m.array.shape[0] for m in (one, two) if m.start and m.array.shape)])
     return Pair(one, two, gates, others, path, rank, math.prod(stack), (path, delta.s), len(stack))
 
 
@@ -115,12 +156,19 @@ def _side(parsed: Parsed, labels: Labels, letter: str) -> str:
 
 
 def _member(site: Site, word: Any, labels: Labels, letter: str, parsed: Parsed) -> Member | None:
+    start = fn = None
     if isinstance(word, Array):
         array, first = word, labels[0] == letter
+        width = math.prod(parsed.sizes[x] for x in labels if x != letter)
     elif isinstance(word, Function) and len(word.arrays) == 1 and not word.base:
         array = word.arrays[0]
         first = (array.shape or (0,))[0] == parsed.sizes[letter]
+        width = math.prod(array.shape[1:]) if array.shape else 0
+    elif isinstance(word, Difference):
+        (array, began), first = word.arrays, True
+        width = math.prod(array.shape[1:]) if array.shape else 0
+        start, fn = (began.group or site.leaf.path, began.name), word.fn
     else:
         return None
     place = (array.group or site.leaf.path, array.name)
-    return Member(place, array, len(site.leaf.stack) if array.stacked else 0) if first else None
+    return Member(place, array, len(site.leaf.stack) if array.stacked else 0, width, start, fn) if first else None

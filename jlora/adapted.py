@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _answers, _kinds, _packed, _plan, _table, _tree
+from jlora import _answers, _kinds, _packed, _plan, _ranks, _table, _tree
 from jlora._plan import Plan, Site, dropouts, shapes, trainable_size
 from jlora._plan import derived as derived
 from jlora.methods.base import Method
@@ -158,10 +159,13 @@ def adapt(
       An `Adapted`.
 
     Raises:
-      ValueError: a pattern that matches nothing (with the nearest paths), a rank above the matrix rank, integer or
-        complex leaves, ties; all bad leaves at once.
+      ValueError: a pattern that matches nothing (with the nearest paths), integer or complex leaves, ties; all bad
+        leaves at once.
       TypeError: a key or a spec of the wrong kind, dictionary keys that cannot be sorted, quantised leaves that were
         cast.
+
+    Warns:
+      UserWarning: a rank above min(in, out).
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -173,6 +177,17 @@ def adapt(
     References:
       Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
     """
+    adapted = begun(params, spec, key, axes, allow_untied)
+    waste = _ranks.wasted(adapted.frozen.plan)
+    if waste:
+        warnings.warn(waste, stacklevel=2)
+    return adapted
+
+
+def begun(
+    params: Any, spec: Any, key: Any = None, axes: dict[str, str] | None = None, allow_untied: bool = False
+) -> Adapted:
+    """`adapt` without its advice, for what a file says."""
     key = _checked_key(key)
     if is_adapted(params):
         raise TypeError("params is already an Adapted; adapt(adapted.frozen.base, [method, ...]) takes several methods")

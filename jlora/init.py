@@ -16,6 +16,7 @@ A pair keeps a0 and b0 and subtracts their product, so that no start changes the
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _answers, _express, _interpret, _merge, _network, _plan, _tree
+from jlora import _answers, _express, _interpret, _merge, _network, _plan, _ranks, _tree
 from jlora._interpret import moments as _moments
 from jlora._plan import Plan, Site
 from jlora.adapted import Adapted, Frozen, check_adapted
@@ -180,7 +181,7 @@ def redistributed(method: LoRA, moments: Mapping[str, Any], *, rho: float = 2.0)
     Args:
       method: the LoRA that would be used for all; its target is not looked at again.
       moments: what `activations` returned; read as values, so not under `jit`.
-      rho: how many times its rank a weight may get, at least 1. rho * rank is at most min(in, out) of any weight.
+      rho: how many times its rank a weight may get, at least 1. An input of n axes has n components.
 
     Returns:
       Rules for `adapt`, one for each rank that occurs, with `EVA(moments)` as their start.
@@ -224,7 +225,7 @@ def redistributed(method: LoRA, moments: Mapping[str, Any], *, rho: float = 2.0)
     rules = []
     for rank in sorted(set(ranks.values())):
         paths = [f"^{re.escape(path)}$" for path, r in ranks.items() if r == rank]
-        alpha = method.scale * (rank if method.scaling == "rank" else math.sqrt(rank))
+        alpha = method.scale * (rank if method.scaling == "rank" else math.sqrt(rank)) if rank else None
         rules.append(dataclasses.replace(method, rank=rank, alpha=alpha, init=start, target=paths, exclude=()))
     return tuple(rules)
 
@@ -232,8 +233,9 @@ def redistributed(method: LoRA, moments: Mapping[str, Any], *, rho: float = 2.0)
 def plain(adapted: Adapted) -> Adapted:
     """Every pair as a plain LoRA of rank 2r with the same update, bit for bit: for programs that know no pairs.
 
-    a becomes [a - a0, a0] and b [b; b - b0], the very operands of the pair; s stays. 2r is at most min(in, out).
-    Other methods stay as they are, a DoRA over a pair too.
+    a becomes [a - a0, a0] and b [b; b - b0], the very operands of the pair; s stays. Other methods stay as they
+    are, a DoRA over a pair too. A rank 2r above min(in, out) is a waste, of which it warns; `jlora.rank.resize` makes a
+    plain LoRA of fewer ranks.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -258,10 +260,7 @@ def plain(adapted: Adapted) -> Adapted:
         made = {"a": term.operands[0].value(), "b": term.operands[1].value()}
         rank = dict(site.recipe.deltas[0].sizes)["r"]
         method = dataclasses.replace(method, rank=rank, init="kaiming")
-        try:
-            recipe = method.recipe(site.leaf)
-        except ValueError as error:
-            raise ValueError(f"the pair on {path!r} of shape {site.leaf.shape} as a plain LoRA: {error}") from None
+        recipe = method.recipe(site.leaf)
         assert recipe is not None
         sites.append(dataclasses.replace(site, method=method, recipe=recipe))
         halves = {True: {}, False: {"s": factors[path]["s"]}}
@@ -269,7 +268,10 @@ def plain(adapted: Adapted) -> Adapted:
             if name in made:
                 halves[array.trained][name] = made[name]
         trainable[path], factors[path] = halves[True], halves[False]
-    return Adapted(trainable, dataclasses.replace(adapted.frozen, factors=factors, plan=_replanned(adapted, sites)))
+    plan = _replanned(adapted, sites)
+    if waste := _ranks.wasted(plan):
+        warnings.warn(waste, stacklevel=2)
+    return Adapted(trainable, dataclasses.replace(adapted.frozen, factors=factors, plan=plan))
 
 
 def _replanned(adapted: Adapted, sites: list[Site]) -> Plan:

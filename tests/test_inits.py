@@ -498,10 +498,107 @@ def test_refused_in_words(make, words):
         jlora.adapt({"w": jnp.ones((8, 6))}, make())
 
 
-def test_twice_the_rank_must_fit_to_be_plain():
+def test_twice_the_rank_above_the_matrix_rank_is_warned_of():
     ad = jlora.adapt({"w": normal(0, 8, 6)}, [jlora.LoRA(rank=4, init="pissa", target="w")])
-    with pytest.raises(ValueError, match=r"the pair on 'w' of shape \(8, 6\) as a plain LoRA: rank 8 is above"):
-        jlora.init.plain(ad)
+    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    with pytest.warns(UserWarning, match=r"'w': rank 8 is above min\(in, out\) = 6"):
+        flat = jlora.init.plain(ad)
+    assert bits(jlora.merge(flat)) == bits(jlora.merge(ad))
+
+
+def ranks_of_a_pair():
+    """A stack of pairs of rank 4 in which ranks 1 of layer 0, and 0 and 2 of layer 1, are where they began."""
+    ad = jlora.adapt(
+        {"w": normal(3, 2, 8, 6)}, jlora.LoRA(rank=4, alpha=3, init="pissa", target="w"), axes={"w": "sio"}
+    )
+    new = moved(ad.trainable)
+    still = np.array([[False, True, False, False], [True, False, True, False]])[..., None]
+    new["w"] = {x: jnp.where(still, ad.frozen.factors["w"][x + "0"], new["w"][x]) for x in "ab"}
+    return jlora.join(new, ad.frozen), ~still[..., 0]
+
+
+def parts(ad):
+    """s (a_i b_i - a0_i b0_i) of every rank, (stack, r, in, out), in float64."""
+    f = {name: np.asarray(x, np.float64) for name, x in factors(ad).items()}
+    outer = lambda a, b: a[..., :, None] * b[..., None, :]
+    return f["s"][:, None, None, None] * (outer(f["a"], f["b"]) - outer(f["a0"], f["b0"]))
+
+
+def change(ad):
+    return np.float64(jlora.merge(ad)["w"]) - np.float64(ad.frozen.base["w"])
+
+
+def test_the_size_of_a_rank_of_a_pair():
+    ad, _ = ranks_of_a_pair()
+    want = np.linalg.norm(parts(ad), axis=(-2, -1))
+    np.testing.assert_allclose(jlora.rank.magnitude(ad)["w"]["b"], want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pruned_rank_of_a_pair_is_where_it_began():
+    """Of eight ranks in two layers the three largest stay; what is left is the sum of their parts, and W0 of none."""
+    ad, _ = ranks_of_a_pair()
+    sizes = np.linalg.norm(parts(ad), axis=(-2, -1))
+    kept = sizes >= np.sort(sizes.ravel())[-3]
+    small = jlora.rank.prune(ad, jlora.rank.magnitude(ad), 3)
+    want = (parts(ad) * kept[..., None, None]).sum(1)
+    np.testing.assert_allclose(change(small), want, atol=1e-5)
+    np.testing.assert_array_equal(change(jlora.rank.prune(ad, jlora.rank.magnitude(ad), 0)), 0 * want)
+
+
+def test_a_pair_at_a_rank():
+    """dW = (alpha / b) of the first b parts."""
+    ad, _ = ranks_of_a_pair()
+    np.testing.assert_allclose(change(jlora.rank.at_rank(ad, 3)), parts(ad)[:, :3].sum(1) * 4 / 3, atol=1e-5)
+
+
+def test_a_compact_pair_is_a_smaller_pair(tmp_path):
+    """Ranks that are where they began go, starts and all; the update stays, and training goes on."""
+    ad, alive = ranks_of_a_pair()
+    assert jlora.rank.ranks(ad)["w"].tolist() == alive.sum(-1).tolist() == [3, 2]
+    small = jlora.rank.compact(ad)
+    assert {n: x.shape for n, x in factors(small).items()} == {
+        "a": (2, 3, 8), "b": (2, 3, 6), "a0": (2, 3, 8), "b0": (2, 3, 6), "s": (2,)
+    }  # fmt: skip
+    np.testing.assert_allclose(change(small), change(ad), atol=1e-5)
+    jlora.save(tmp_path / "x", small)
+    assert bits(jlora.load(tmp_path / "x", ad.frozen.base)) == bits(small)
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_resized_pair_is_a_plain_lora(rank):
+    """The best approximation of the whole update, whose rank is up to 2 r."""
+    ad = jlora.adapt({"w": normal(3, 12, 10)}, jlora.LoRA(rank=3, init="pissa", target="w"))
+    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    u, sizes, v = np.linalg.svd(change(ad))
+    small, error = jlora.rank.resize(ad, rank=rank)
+    assert sorted(factors(small)) == ["a", "b", "s"] and small.trainable["w"]["a"].shape == (rank, 12)
+    np.testing.assert_allclose(change(small), u[:, :rank] * sizes[:rank] @ v[:rank], atol=1e-4)
+    np.testing.assert_allclose(error["w"], np.sqrt((sizes[rank:] ** 2).sum() / (sizes**2).sum()), atol=1e-3)
+
+
+def test_optimizers_of_pairs():
+    """LoRA+ multiplies b's update; the Riemannian metric is that of a and b; LoRA-FA's is that of a."""
+    ad = jlora.adapt({"w": normal(3, 8, 6)}, jlora.LoRA(rank=2, init="pissa", target="w"))
+    grads = moved(ad.trainable)
+    turn = lambda tx, ad, grads, **more: tx.update(grads, tx.init(ad.trainable), ad.trainable, **more)[0]["w"]
+    plus = turn(jlora.optim.lora_plus(ad, ratio=4.0), ad, grads)
+    np.testing.assert_array_equal(plus["a"], grads["w"]["a"])
+    np.testing.assert_array_equal(plus["b"], 4 * grads["w"]["b"])
+    metric = lambda x: np.linalg.inv(np.float64(x) @ np.float64(x).T)
+    riemann = turn(jlora.optim.riemannian(ad, eps=1e-9), ad, grads)
+    np.testing.assert_allclose(riemann["a"], metric(ad.trainable["w"]["b"]) @ np.float64(grads["w"]["a"]), rtol=1e-3)
+    np.testing.assert_allclose(riemann["b"], metric(ad.trainable["w"]["a"]) @ np.float64(grads["w"]["b"]), rtol=1e-3)
+    fa = jlora.adapt({"w": normal(3, 8, 6)}, jlora.LoRAFA(rank=2, init="pissa", target="w"))
+    grads = moved(fa.trainable)
+    a = fa.frozen.factors["w"]["a"]
+    got = turn(jlora.optim.lora_fa(fa, eps=1e-9), fa, grads, frozen=fa.frozen)
+    np.testing.assert_allclose(got["b"], metric(a) @ np.float64(grads["w"]["b"]), rtol=1e-3)
+
+
+def test_growing_ranks_are_none_of_a_pair():
+    ad = jlora.adapt({"w": normal(3, 8, 6)}, jlora.LoRA(rank=2, init="pissa", target="w"))
+    with pytest.raises(ValueError, match="selora would do nothing"):
+        jlora.rank.selora(optax.sgd(0.1), ad)
 
 
 def test_other_methods_stay_when_pairs_become_plain():

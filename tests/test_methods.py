@@ -252,6 +252,40 @@ def test_ranks_and_alphas_by_path():
 # BitFit and Full --------------------------------------------------------------------------
 
 
+WIDE = {
+    "LoRA": (jlora.LoRA(rank=6, alpha=12, target="w"), lambda f: f["a"].T @ f["b"]),
+    "AdaLoRA": (jlora.AdaLoRA(rank=6, alpha=12, target="w"), lambda f: (f["p"].T * f["lam"]) @ f["q"]),
+    "HiRA": (jlora.HiRA(rank=6, alpha=12, target="w"), lambda f: f["w0"] * (f["a"].T @ f["b"])),
+    "DoRA": (jlora.DoRA(jlora.LoRA(rank=6, alpha=12, target="w")), None),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_rank_above_the_matrix_rank_is_warned_of(name):
+    """Rank 6 on (24, 5), as AdaLoRA's authors have it: the formula as it stands, s = alpha / r, and a warning."""
+    method, update = WIDE[name]
+    w0 = np.random.default_rng(0).standard_normal((24, 5))
+    with pytest.warns(UserWarning, match=r"'w': rank 6 is above min\(in, out\) = 5"):
+        ad = jlora.adapt({"w": jnp.asarray(w0, jnp.float32)}, method)
+    far = jlora.join(moved(ad.trainable), ad.frozen)
+    x = np.random.default_rng(1).standard_normal((3, 24))
+    lifted = jlora.lift(lambda p, x: x @ p["w"])(far, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(lifted, x @ np.float64(jlora.merge(far)["w"]), rtol=1e-4, atol=1e-4)
+    if update is not None:
+        f = {n: np.float64(v) for n, v in far.trainable["w"].items()} | {"w0": w0}
+        np.testing.assert_allclose(jlora.merge(far)["w"], w0 + 2 * update(f), rtol=1e-4, atol=1e-4)
+
+
+def test_a_wide_rank_can_be_resized_and_compacted():
+    with pytest.warns(UserWarning, match="above min"):
+        ad = jlora.adapt({"w": jnp.ones((24, 5))}, jlora.LoRA(rank=6, target="w"))
+    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    small, error = jlora.rank.resize(ad, rank=6)
+    assert small.trainable["w"]["a"].shape == (5, 24) and error["w"] < 1e-5
+    np.testing.assert_allclose(jlora.merge(small)["w"], jlora.merge(ad)["w"], atol=1e-4)
+    assert jlora.rank.compact(jlora.rank.prune(ad, jlora.rank.magnitude(ad), 5)).trainable["w"]["b"].shape == (5, 5)
+
+
 def test_bitfit_and_full():
     """W0 + dW and b0 + db, float32 deltas from zero."""
     params = {"dense": {"kernel": normal(1, 6, 5), "bias": normal(2, 5)}}

@@ -102,8 +102,12 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-    """Every array of an adapter by its stored name, and what the manifest says of it."""
+def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]], dict[str, str]]:
+    """The arrays of an adapter by their stored names, what the manifest says of them, and digests of those left out.
+
+    A factor that the plan makes again is left out where it is what would be made: a cast one is not, nor one that came
+    from a weight of another path.
+    """
     leaves: dict[tuple[str, str], tuple[Any, str]] = {}
     for side, tree in (("trainable", adapted.trainable), ("frozen", adapted.frozen.factors)):
         if not isinstance(tree, Mapping) or not all(isinstance(v, Mapping) for v in tree.values()):
@@ -113,16 +117,18 @@ def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str,
     bad = _manifest.misfits(have, adapted.frozen.plan)
     if bad:
         raise ValueError("the factors of this adapter do not fit its plan:" + several(bad))
-    arrays, factors = {}, {}
+    arrays, factors, drawn = {}, {}, {}
     made_again = derived(adapted.frozen.plan)
     for (group, factor), (leaf, side) in leaves.items():
-        if (group, factor) in made_again:
-            continue
         name = stored_name(side, group, factor)
-        array, factors[name] = record(leaf, f"{side} factor {group!r}: {factor!r}")
+        array, said = record(leaf, f"{side} factor {group!r}: {factor!r}")
+        if (group, factor) in made_again and said == record(made_again[group, factor](), name)[1]:
+            drawn[name] = said["sha256"]
+            continue
+        factors[name] = said
         if array.size:  # Orbax refuses the others; the manifest says all there is of them
             arrays[name] = array
-    return arrays, factors
+    return arrays, factors, drawn
 
 
 def record(leaf: Any, where: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -130,6 +136,12 @@ def record(leaf: Any, where: str) -> tuple[np.ndarray, dict[str, Any]]:
     array, key = _host(leaf, where)
     said = {"shape": list(array.shape), "dtype": array.dtype.name, "key": key, "sha256": _digest(array)}
     return np.ascontiguousarray(array).view(_stored(array.dtype)).reshape(array.shape), said
+
+
+def check_drawn(value: jax.Array, sha256: str, where: str) -> None:
+    """ValueError unless a factor that was made again is the one that was trained beside."""
+    if record(value, where)[1]["sha256"] != sha256:
+        raise ValueError(f"{where} is made again from its seed, and comes out otherwise than when it was saved")
 
 
 def rebuild(array: np.ndarray | None, record: Mapping[str, Any], where: str) -> jax.Array:

@@ -17,13 +17,15 @@ from jlora.io._record import cast, several
 from jlora.io._store import Store
 from jlora.methods.base import Method
 
-#: Everything a manifest of format 1 holds. JSON's lists become tuples.
+#: Everything a manifest of format 2 holds. (Format 1 has no `drawn` and no `generator`.) JSON's lists become tuples.
 SCHEMA: dict[str, Any] = {
     "format": int,
     "jlora": str,  # the version that wrote it; for people
     "data": str | None,  # the folder of the arrays, None where there are none
     "files": dict[str, tuple[int, str]],  # below it: {name: (size, sha256)}
     "factors": dict[str, dict[str, Any]],  # {name: FACTOR}
+    "drawn": dict[str, str] | None,  # {name: sha256} of the factors that are made again and not stored
+    "generator": str | None,  # what drew them
     "methods": tuple[dict[str, Any], ...],  # {"method": class name, field: value, ...}
     "rules": tuple[int, ...],  # the spec, in the order of its rules
     "sites": tuple[tuple[str, str, int], ...],  # path, one letter an axis, method
@@ -38,7 +40,7 @@ def _check(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "factors": factors}
 
 
-FORM = _record.Form("jlora.json", 1, SCHEMA, _record.lines, _check)
+FORM = _record.Form("jlora.json", 2, SCHEMA, _record.lines, _check, added={"drawn": None, "generator": None})
 STORE = Store(FORM, "arrays", "adapter", "jlora.load")
 seal = FORM.seal
 

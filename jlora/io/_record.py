@@ -48,6 +48,7 @@ class Form:
       spell: its one spelling.
       check: looks closer at what has these types; TypeError in words.
       older: the fields that files of format 1 had before they had digests, where there are such files.
+      added: fields that files of format 1 do not have, and what stands for them there.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Form:
     spell: Callable[[Mapping[str, Any]], str]
     check: Callable[[dict[str, Any]], dict[str, Any]]
     older: Mapping[str, Any] | None = None
+    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def _digest(self, content: Mapping[str, Any]) -> str:
         return hashlib.sha256(self.spell(content).encode()).hexdigest()
@@ -90,6 +92,8 @@ class Form:
                 intact = False
             if not intact:
                 raise ValueError(f"{damaged}: its content does not have the digest it states")
+        if version == 1:
+            content = {**self.added, **content}
         try:
             return self.check(record(content, schema, "the manifest"))
         except (TypeError, RecursionError) as error:

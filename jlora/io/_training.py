@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
-from jlora.adapted import Adapted, Frozen, adapt, derived, is_adapted, shapes
+from jlora.adapted import Adapted, Frozen, begun, derived, is_adapted, shapes
 from jlora.io import _arrays, _checkpoint, _manifest
 from jlora.io._record import several
 
@@ -61,7 +61,7 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
 def _fresh(params: Any, spec: Any, folder: Path) -> Adapted:
     """The adapter before training, for its plan and its frozen factors."""
     if not is_adapted(spec):
-        adapted = adapt(params, spec)
+        adapted = begun(params, spec)
         known = derived(adapted.frozen.plan)
         random = [n for g, named in adapted.frozen.factors.items() for n in named if n != "s" and (g, n) not in known]
         if random:

@@ -23,6 +23,7 @@ from jlora._packed import is_packed
 from jlora.adapted import Adapted, Frozen, derived, is_adapted, shapes
 from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training
 from jlora.io._record import several
+from jlora.methods import _draws
 from jlora.methods.base import Method
 from jlora.rank.adalora import check_ran
 
@@ -67,11 +68,13 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
     check_ran("save", opt_state)
     target = _manifest.STORE.place(path, overwrite)
     _arrays.check_concrete(adapted, lambda x: (x.trainable, x.frozen.factors, x.frozen.base), "jlora.save")
-    arrays, factors = _arrays.gather(adapted)
+    arrays, factors, drawn = _arrays.gather(adapted)
     tree = _tree.flatten(adapted.frozen.base)
     content = {
         "jlora": _version(),
         "factors": factors,
+        "drawn": drawn,
+        "generator": _draws.NAME if drawn else None,
         **_manifest.write_methods(adapted.frozen.plan),
         "base": _fingerprint.fingerprint(adapted.frozen.base, tree),
     }
@@ -153,18 +156,26 @@ def _open(
     if check != "none":
         _fingerprint.compare(content["base"], _fingerprint.fingerprint(params, tree), check, str(folder))
     want = {}
-    made_again = derived(plan)
+    records, drawn = content["factors"], content["drawn"]
+    made_again = {}
+    for place, make in derived(plan).items():
+        name = _arrays.stored_name("frozen", *place)
+        if name not in records:
+            made_again[place] = name, make
     for (group, factor), (shape, trained) in shapes(plan).items():
         if (group, factor) in made_again:
             continue
         want[_arrays.stored_name("trainable" if trained else "frozen", group, factor)] = group, factor, trained, shape
-    records = content["factors"]
     bad = [f"missing {g!r}: {n!r}" for name, (g, n, *_) in want.items() if name not in records]
     bad += [f"extra {name!r}" for name in records if name not in want]
     for name, (group, factor, _, shape) in want.items():
         key = name in records and records[name]["key"] is not None
         if name in records and not key and records[name]["shape"] != shape:
             bad.append(f"{group!r}: {factor!r} has shape {records[name]['shape']}, not {shape}")
+    if drawn is not None:
+        names = {name for name, _ in made_again.values()}
+        bad += [f"{name!r} is said to be drawn from a seed" for name in sorted(set(drawn) - names)]
+        bad += [f"missing {name!r}" for name in sorted(names - set(drawn))]
     if bad:
         raise ValueError(f"the factors in {folder} do not fit its methods:" + several(bad))
     asked = [shape for shape, _ in shapes(plan).values()] + [
@@ -172,6 +183,8 @@ def _open(
     ]
     elements = sum(math.prod(_tree.shape_dtype(leaf)[0]) for leaf in tree.leaves)
     _store.check_size(asked, elements, size, str(folder))
+    if drawn and content["generator"] != _draws.NAME:
+        raise ValueError(f"{folder} was drawn by {content['generator']!r:.60}, and this jlora draws by {_draws.NAME!r}")
     arrays = _read_arrays(folder, content)
     sides: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
     for name, (group, factor, trained, shape) in want.items():
@@ -179,8 +192,10 @@ def _open(
         if value.shape != shape:
             raise ValueError(f"{folder}: factor {group!r}: {factor!r} has shape {value.shape}, not {shape}")
         sides[trained].setdefault(group, {})[factor] = value
-    for (group, factor), make in made_again.items():
-        sides[False].setdefault(group, {})[factor] = make()
+    for (group, factor), (name, make) in made_again.items():
+        value = sides[False].setdefault(group, {})[factor] = make()
+        if drawn is not None:
+            _arrays.check_drawn(value, drawn[name], f"{folder}: factor {group!r}: {factor!r}")
     return Adapted(sides[True], Frozen(params, sides[False], None, plan))
 
 

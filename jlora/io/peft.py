@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jlora import _tree
-from jlora.adapted import Adapted, adapt, is_adapted, join, split
+from jlora.adapted import Adapted, begun, is_adapted, join, split
 from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read
 from jlora.io._peft_config import Config
 from jlora.io._peft_names import Book, Names
@@ -59,8 +59,7 @@ def load(
       ImportError: safetensors is not installed.
       ValueError: a file that is cut short or damaged; another `peft_type`; fields that change the maths in a way
         that is not built; tensors without a weight, with half of a pair missing, or of a shape that does not fit;
-        two modules for one weight, layers of a stack without a module; ranks above min(in, out). All of a kind
-        are named at once.
+        two modules for one weight, layers of a stack without a module. All of a kind are named at once.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -89,7 +88,7 @@ def load(
     parts = reader.finish()
     if reader.bad:
         raise ValueError(f"{where} does not fit:" + several(reader.bad))
-    adapted = adapt(params, _peft_read.spec(parts, config.lora_dropout, dtype), axes=axes)
+    adapted = begun(params, _peft_read.spec(parts, config.lora_dropout, dtype), axes=axes)
     return join(*split(_peft_read.fill(adapted, parts)))
 
 

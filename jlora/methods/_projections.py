@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora.methods import _draws
+
 BLOCK = 2**18  # entries of a dense P that are at hand at once
 
 
-def root(place: jax.Array) -> jax.Array:
+def root(place: jax.Array) -> _draws.Key:
     """The key of a projection."""
-    return functools.reduce(lambda key, n: jax.random.fold_in(key, place[n]), range(3), jax.random.key(0))
+    return functools.reduce(_draws.fold_in, [place[n] for n in range(3)], _draws.key(0))
 
 
 def dense(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
@@ -35,7 +37,7 @@ def dense(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
     blocks = -(-d // width)
 
     def column(n: jax.Array) -> jax.Array:
-        x = jax.random.normal(jax.random.fold_in(key, n), (size,), theta.dtype)
+        x = _draws.normal(_draws.fold_in(key, n), (size,), theta.dtype)
         return x / jnp.linalg.norm(x)
 
     @jax.checkpoint
@@ -43,7 +45,7 @@ def dense(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
         numbers, part = block
         return total + jnp.dot(part, jax.vmap(column)(numbers), precision=lax.Precision.HIGHEST), None
 
-    numbers = jnp.arange(blocks * width).reshape(blocks, width)
+    numbers = lax.iota(jnp.uint32, blocks * width).reshape(blocks, width)
     parts = jnp.pad(theta, (0, blocks * width - d)).reshape(blocks, width)
     # zeros that depend on what is traced: under shard_map a carry must vary as the sum does
     return lax.scan(add, jnp.zeros(size, theta.dtype) + 0 * theta[0], (numbers, parts))[0]
@@ -59,11 +61,11 @@ def strata(size: int) -> tuple[np.ndarray, np.ndarray]:
 def sparse(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
     """One entry a range: none falls on another, so that columns have norm one exactly."""
     starts, widths = strata(size)
-    rows_key, signs_key = jax.random.split(root(place))
+    rows_key, signs_key = (_draws.fold_in(root(place), n) for n in range(2))
     shape = (theta.shape[0], len(starts))
-    inside = jnp.floor(jax.random.uniform(rows_key, shape) * widths.astype(np.float32)).astype(jnp.int32)
+    inside = jnp.floor(_draws.unit(rows_key, shape, np.float32) * widths.astype(np.float32)).astype(jnp.int32)
     rows = starts.astype(np.int32) + jnp.minimum(inside, widths.astype(np.int32) - 1)
-    signs = jax.random.rademacher(signs_key, shape, theta.dtype)
+    signs = _draws.signs(signs_key, shape, theta.dtype)
     return jnp.zeros(size, theta.dtype).at[rows].add(signs * theta[:, None] / math.sqrt(len(starts)))
 
 
@@ -78,12 +80,12 @@ def fastfood(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
 
 def draws(place: jax.Array, bits: int, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     """B, Pi and G of 2^bits entries."""
-    signs, order, gauss = jax.random.split(root(place), 3)
+    signs, order, gauss = (_draws.fold_in(root(place), n) for n in range(3))
     n = 2**bits
-    return jax.random.rademacher(signs, (n,), dtype), permutation(order, bits), jax.random.normal(gauss, (n,), dtype)
+    return _draws.signs(signs, (n,), dtype), permutation(order, bits), _draws.normal(gauss, (n,), dtype)
 
 
-def permutation(key: jax.Array, bits: int) -> jax.Array:
+def permutation(key: _draws.Key, bits: int) -> jax.Array:
     """A random order of 0, ..., 2^bits - 1 without a sort, by which millions of entries take seconds.
 
     Three rounds of what is one-to-one on numbers of so many bits: times an odd number, plus another, and the upper
@@ -91,7 +93,7 @@ def permutation(key: jax.Array, bits: int) -> jax.Array:
     """
     mask = np.uint32(2**bits - 1)
     x = jnp.arange(2**bits, dtype=jnp.uint32)
-    for factor, shift in jax.random.bits(key, (3, 2), jnp.uint32):
+    for factor, shift in _draws.bits(key, (3, 2)):
         x = (x * (factor | 1) + shift) & mask
         x = x ^ (x >> max(1, bits // 2))
     return x.astype(jnp.int32)

@@ -22,7 +22,7 @@ class AdaLoRA(LowRank):
     penalty of the loss, and the optimizer `jlora.rank.adalora` decides while training who gets which rank.
 
     Attributes:
-      rank: the initial r, at most min(in, out); the paper takes 1.5 times the target rank.
+      rank: the initial r; the paper takes 1.5 times the target rank.
       alpha: s = alpha / r with the initial r, which pruning does not change; the rank by default.
 
     Example:

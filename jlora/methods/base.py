@@ -42,12 +42,20 @@ def _normal(std: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 
 
 def check_low_rank(leaf: Leaf, rank: int) -> None:
-    """Raises unless a weight has two sides, each at least `rank` wide."""
-    if not leaf.axes("o") or not leaf.axes("ik"):
-        raise ValueError("a low-rank update needs input and output axes; name them with axes={pattern: 'io'}")
+    """Raises unless a weight has two sides, each at least `rank` wide: for what is made of so many singular vectors."""
+    check_sides(leaf)
     least = min(leaf.size("ik"), leaf.size("o"))
     if rank > least:
-        raise ValueError(f"rank {rank} is above min(in, out) = {least}; write a smaller rank")
+        raise ValueError(
+            f"{leaf.path!r} of shape {leaf.shape} has {least} singular vectors, and rank {rank} is above min(in, out); "
+            "write a smaller rank"
+        )
+
+
+def check_sides(leaf: Leaf) -> None:
+    """Raises unless a weight has two sides. A rank above the narrower of them is a waste, of which `adapt` warns."""
+    if not leaf.axes("o") or not leaf.axes("ik"):
+        raise ValueError("a low-rank update needs input and output axes; name them with axes={pattern: 'io'}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +125,23 @@ class Method:
         """The method without what is data once it is applied (alpha, the initialiser): it names the program."""
         return self
 
+    def elsewhere(self, leaf: Leaf, path: Callable[[str], str]) -> "Method":
+        """The method for a weight that stood at `leaf` and goes to another tree, where `path` says what goes where.
+
+        What it read off the path there, and would read otherwise here, it then has to say (`rank.unstack`).
+        """
+        return self.inside(lambda method: method.elsewhere(leaf, path))
+
+    def unpaired(self) -> "Method":
+        """The method of the same form that subtracts no start; itself where it subtracts none."""
+        return self.inside(lambda method: method.unpaired())
+
+    def inside(self, change: Callable[["Method"], "Method"]) -> "Method":
+        """The method with others in its fields: what is said of a DoRA or a Sum is said of what stands in it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        inner = {name: change(value) for name, value in fields.items() if isinstance(value, Method)}
+        return dataclasses.replace(self, **inner) if inner else self
+
     def describe(self) -> str:
         """The method's short name for tables."""
         return type(self).__name__
@@ -150,7 +175,7 @@ class Dropping(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRank(Dropping):
-    """A method of one delta with a rank r of at most min(in, out), and the scale s = alpha / r.
+    """A method of one delta with a rank r and the scale s = alpha / r.
 
     A subclass says its `delta` for a leaf.
 
@@ -170,7 +195,7 @@ class LowRank(Dropping):
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.rank == 0:
             return None
-        check_low_rank(leaf, self.rank)
+        check_sides(leaf)
         return Recipe((self.dropped(self.delta(leaf)),))
 
     def delta(self, leaf: Leaf) -> Delta:

@@ -21,7 +21,7 @@ class HiRA(LowRank):
     The planner builds a b where that is cheaper than r dots as large as the model's own, as it nearly always is.
 
     Attributes:
-      rank: r, at most min(in, out).
+      rank: r.
       alpha: s = alpha / r; the rank by default.
 
     Example:

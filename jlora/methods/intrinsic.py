@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora import targets
@@ -22,13 +23,16 @@ from jlora.methods._fields import Seed, at_least
 from jlora.methods._projections import PROJECTIONS
 from jlora.methods.base import Method, zeros
 
+BITS = (16, 16, 32)  # of the numbers that a place holds: the halves of a hash, and the layer
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Which projection is a weight's: `(stack..., 3)`, two halves of a hash of its path, and the layer.
+    """Which projection is a weight's: `(stack..., 64)`, the bits of a hash of its path and of the layer, as +1 and -1.
 
     Data and not metadata: equal layers then share one program, and no compiler can draw P beforehand and keep it.
-    Whole numbers below 2^24, which float32 holds exactly; whatever the method's dtype, these are float32.
+    Signs and not numbers: the least change of a number would be another P, and a sign outlives what is done to all
+    leaves of a tree alike: a cast to any dtype, an average over steps, a decay.
     """
 
     path: str
@@ -36,9 +40,17 @@ class Place:
 
     def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         digest = zlib.crc32(f"{self.seed}/{self.path}".encode())
-        layers = jnp.arange(math.prod(shape[:-1]), dtype=jnp.float32).reshape(shape[:-1])
-        halves = [jnp.full(shape[:-1], half, jnp.float32) for half in (digest >> 16, digest & 0xFFFF)]
-        return jnp.stack([*halves, layers], -1)
+        layers = np.arange(math.prod(shape[:-1])).reshape(shape[:-1])
+        numbers = np.broadcast_to(digest >> 16, layers.shape), np.broadcast_to(digest & 0xFFFF, layers.shape), layers
+        bits = [(n[..., None] >> np.arange(width)) & 1 for n, width in zip(numbers, BITS, strict=True)]
+        return jnp.asarray(2.0 * np.concatenate(bits, -1) - 1, dtype)
+
+
+def read(place: jax.Array) -> list[jax.Array]:
+    """The three whole numbers of a place."""
+    up = (lax.stop_gradient(place) > 0).astype(jnp.uint32)
+    bits = jnp.split(up, np.cumsum(BITS)[:-1])
+    return [jnp.sum(lax.shift_left(b, lax.iota(jnp.uint32, len(b))), dtype=jnp.uint32) for b in bits]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Projected:
     def __call__(self, theta: jax.Array, place: jax.Array, *lam: jax.Array) -> jax.Array:
         project = jax.checkpoint(PROJECTIONS[self.kind], static_argnums=2)
         theta = theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
-        flat = project(theta, lax.stop_gradient(place).astype(jnp.uint32), math.prod(self.shape))
+        flat = project(theta, jnp.stack(read(place)), math.prod(self.shape))
         return math.prod(lam, start=flat.reshape(self.shape))
 
 
@@ -96,7 +108,7 @@ class IntrinsicDimension(Method):
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         theta = Array("theta", zeros, (self.d,), group=f"intrinsic/{self.seed}/{self.d}", stacked=False)
-        place = Array("place", Place(leaf.path, self.seed), (3,), trained=False, derived=True)
+        place = Array("place", Place(leaf.path, self.seed), (sum(BITS),), trained=False, derived=True)
         lam = (Array("lam", constant(1.0), ()),) * self.said
         made = Projected(self.projection, leaf.sizes("ik") + leaf.sizes("o"))
         sides = " ".join(s for s, roles in (("I", "ik"), ("O", "o")) if leaf.axes(roles))

@@ -35,7 +35,7 @@ def factorize(size: int, factor: int = -1) -> tuple[int, int]:
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
-    limit = size if factor < 0 else factor
+    limit = size if factor < 0 else max(factor, 1)  # none at all: (1, size), as there
     m = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0 and d <= limit)
     return m, size // m
 

@@ -21,7 +21,7 @@ class LoHa(LowRank):
     a1 and a2 start at N(0, 1), b1 at N(0, 0.1^2), b2 at zero, as LyCORIS has it.
 
     Attributes:
-      rank: r of both products, at most min(in, out).
+      rank: r of both products.
       alpha: s = alpha / r; the rank by default.
       tucker: on a convolution, each product is t1 (r, r, window) between its factors (LyCORIS's `use_tucker`); a and
         b then hold channels alone. t1 and t2 start at N(0, 0.1^2).

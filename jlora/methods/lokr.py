@@ -16,7 +16,7 @@ from jlora.methods._fields import Alpha, Holds, Rank
 from jlora.methods.base import Dropping, uniform, zeros
 from jlora.methods.krona import factorize
 
-Factor = Annotated[int, Holds(lambda n: n == -1 or n >= 1, "a factor is an integer of at least 1, or -1")]
+Factor = Annotated[int, Holds(lambda n: n >= -1, "a factor is an integer of at least 0, or -1")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,12 +24,14 @@ class LoKr(Dropping):
     """dW = s c x (a b) with c (i, o), a (j, r), b (r, p), i j = in and o p = out; a convolution's window is a's.
 
     Where r is at least half of max(j, p) the second factor is whole; with `decompose_both` the first is low-rank
-    too where r is below half of max(i, o). If neither is, s is 1, as LyCORIS has it. The last factor starts at zero.
+    too where r is below half of max(i, o). If neither is, s is 1 whatever alpha says, as LyCORIS has it (peft takes
+    alpha / r there too). The last factor starts at zero.
 
     Attributes:
       rank: r of the low-rank factors.
-      alpha: s = alpha / r; the rank by default.
-      factor: the size of the small half of each side, -1 for as near to square as divisors allow.
+      alpha: s = alpha / r where a factor is low-rank; the rank by default.
+      factor: the size of the small half of each side, -1 for as near to square as divisors allow; 0 and 1 leave the
+        sides whole.
       decompose_both: whether c may be low-rank too.
       tucker: on a convolution, a b is t (r, r, window) between a and b, which then hold channels alone.
 

@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec
 from jlora import targets
 from jlora._axes import Leaf
 from jlora._contract import automatic
-from jlora._network import Array, Delta, Function, Recipe
+from jlora._network import Array, Delta, Difference, Function, Recipe
 from jlora._tree import Target
 from jlora.methods._fields import Alpha, Holds, Rank
-from jlora.methods.base import Dropping, Init, check_low_rank, normal, uniform, zeros
+from jlora.methods.base import Dropping, Init, check_sides, normal, uniform, zeros
 from jlora.methods.starts import OLoRA, Orthogonal, PiSSA, Start
 
 Range = Annotated[tuple[int, int], Holds(lambda r: True, "a range (start, stop) of whole numbers")]
@@ -70,7 +70,8 @@ class LoRA(Dropping):
     the start is the base bit for bit, and `jlora.init.plain` gives the same update as a plain LoRA of rank 2r.
 
     Attributes:
-      rank: r, at most min(in, out). 0 leaves the weight alone.
+      rank: r; 0 leaves the weight alone. Above min(in, out) it trains more parameters than the update has, and
+        `adapt` warns.
       alpha: the numerator of s; defaults to the rank, so that s is 1.
       scaling: `"rank"` for s = alpha / r, `"sqrt"` for rsLoRA's alpha / sqrt(r).
       init: of a: `"kaiming"`, U(-1/sqrt(in), 1/sqrt(in)) as loralib has it, or `"gaussian"`, N(0, 1/r^2) as peft does;
@@ -129,7 +130,7 @@ class LoRA(Dropping):
         if self.rank == 0:
             return None
         d_in, d_out = leaf.size("ik"), leaf.size("o")
-        check_low_rank(leaf, self.rank)
+        check_sides(leaf)
         if self.paired:
             return Recipe((self.dropped(self._pair(leaf)),))
         # exactly one of the two starts at zero, and it is trained
@@ -153,11 +154,10 @@ class LoRA(Dropping):
         b = Array("b", zeros, (self.rank, *leaf.sizes("o")))
         a0, b0 = (dataclasses.replace(x, name=f"{x.name}0", trained=False) for x in (a, b))
         if not self.trains_a:  # a (b - b0) is all there is
-            rank, operands = self.rank, (a, Function(Moved(), (b, b0)))
+            rank, operands = self.rank, (a, Difference(Moved(), (b, b0)))
         else:
-            rank, operands = 2 * self.rank, (Function(Moved("x0"), (a, a0)), Function(Moved("x"), (b, b0)))
-        # no letter that rank operations may act on: the trained factors are halves of it
-        return Delta("r I, r O -> I O", operands, (("r", rank),), self.scale)
+            rank, operands = 2 * self.rank, (Difference(Moved("x0"), (a, a0)), Difference(Moved("x"), (b, b0)))
+        return Delta("r I, r O -> I O", operands, (("r", rank),), self.scale, ("r",))
 
     def initial(
         self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
@@ -181,8 +181,6 @@ class LoRA(Dropping):
         for start, stop in sorted(self.slices):
             if not ends <= start < stop <= d_out:
                 raise ValueError(f"slices {self.slices} must be disjoint ranges within the {d_out} output columns")
-            if self.rank > stop - start:
-                raise ValueError(f"rank {self.rank} is above the width of the slice {(start, stop)}")
             ends = stop
         if not self.slices:
             raise ValueError("slices=() adapts nothing; write the ranges, or None for all columns")
@@ -191,6 +189,9 @@ class LoRA(Dropping):
     def canonical(self) -> "LoRA":
         form = "paired" if self.paired else "kaiming"
         return dataclasses.replace(self, alpha=None, scaling="rank", init=form)
+
+    def unpaired(self) -> "LoRA":
+        return dataclasses.replace(self, init="kaiming") if self.paired else self
 
     def describe(self) -> str:
         if self.paired:

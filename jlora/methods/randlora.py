@@ -26,7 +26,7 @@ class RandLoRA(LowRank):
     (n, narrow side) at 1 / max(in, out).
 
     Attributes:
-      rank: r, at most min(in, out). A smaller one makes more products: parameters fall as it grows.
+      rank: r. A smaller one makes more products: parameters fall as it grows.
       alpha: s = alpha / r; the rank by default.
       seed: of the random bases.
 

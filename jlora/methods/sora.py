@@ -21,7 +21,7 @@ class SoRA(LowRank):
     the optimizer `jlora.rank.sora`.
 
     Attributes:
-      rank: the maximal r, at most min(in, out).
+      rank: the maximal r.
       alpha: s = alpha / r with the maximal r; the rank by default.
 
     Example:

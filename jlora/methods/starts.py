@@ -22,6 +22,7 @@ from jax import lax
 
 from jlora import _answers
 from jlora._axes import Leaf
+from jlora.methods.base import check_low_rank
 
 Factors = tuple[jax.Array, jax.Array]
 
@@ -142,6 +143,7 @@ class PiSSA(Start):
     """
 
     def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        check_low_rank(leaf, rank)
         return best(values(weight, leaf), rank, scale)
 
 
@@ -164,6 +166,7 @@ class OLoRA(Start):
     """
 
     def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        check_low_rank(leaf, rank)
         q, r = jnp.linalg.qr(flipped(values(weight, leaf)))
         return r[..., :rank, :], flipped(q[..., :rank])
 
@@ -277,6 +280,8 @@ class EVA(Start):
         want = (*leaf.stack, leaf.size("ik"), leaf.size("ik"))
         if moment.shape != want:
             raise ValueError(f"the second moment for {leaf.path!r} has shape {moment.shape}, not {want}")
+        if rank > want[-1]:
+            raise ValueError(f"EVA on {leaf.path!r} of shape {leaf.shape}: its inputs have {want[-1]} directions")
         _, vectors = jnp.linalg.eigh(moment.astype(jnp.promote_types(moment.dtype, jnp.float32)))  # ascending
         return flipped(vectors[..., ::-1][..., :rank]), jnp.zeros((*leaf.stack, rank, leaf.size("o")))
 

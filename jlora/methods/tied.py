@@ -7,6 +7,7 @@ Renduchintala et al, `Tied-Lora: Enhancing parameter efficiency of LoRA with wei
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from jlora import targets
@@ -14,7 +15,7 @@ from jlora._axes import Leaf
 from jlora._network import Array, Delta, Recipe, Word, constant
 from jlora._tree import Target
 from jlora.methods._fields import Rank, names
-from jlora.methods.base import Dropping, Init, check_low_rank, uniform, zeros
+from jlora.methods.base import Dropping, Init, check_sides, uniform, zeros
 from jlora.methods.vera import shared
 
 
@@ -23,14 +24,16 @@ class TiedLoRA(Dropping):
     """dW = a diag(u) b diag(v): a, b one copy for all layers where tied; u (r,), v (out,) one a layer.
 
     Weights whose paths differ in numbers alone (`layer_0/query/kernel`, `layer_1/query/kernel`) share a tied factor,
-    as do the layers of a scanned stack; its gradient sums over them. a starts as in LoRA, b at zero, u and v at one;
-    where b is frozen it starts as a does, and v at zero, so that the start is always the base. With nothing tied and
-    a, b trained it is LoRA; with both tied and u, v trained VeRA.
+    as do the layers of a scanned stack; its gradient sums over them. One trained factor starts at zero, so that the
+    start is always the base: b, or the first of v, a, u that is trained where b is frozen. Otherwise a starts as in
+    LoRA, b as a does, u and v at one. All of the paper's forms can be said: with nothing tied and a, b trained it is
+    LoRA; with both tied and u, v trained VeRA.
 
     Attributes:
-      rank: r, at most min(in, out).
+      rank: r.
       tied: which of "a" and "b" are tied.
-      trained: which of "a", "b", "u", "v" are trained; the rest stay as they start.
+      trained: which of "a", "b", "u", "v" are trained, at least one; the rest stay as they start.
+      group: the name under which weights share what is tied; by default their path, without its numbers.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -45,12 +48,13 @@ class TiedLoRA(Dropping):
     rank: Rank = 8
     tied: Annotated[tuple[str, ...], names("ab")] = ("a", "b")
     trained: Annotated[tuple[str, ...], names("abuv")] = ("a", "b", "u", "v")
+    group: str | None = None
     target: Target = targets.attention
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not {"b", "v"} & set(self.trained):
-            raise ValueError("TiedLoRA trains neither b nor v: the update would stay zero for ever")
+        if not self.trained:
+            raise ValueError("TiedLoRA(trained=()) trains nothing: the update would stay zero for ever")
 
     @classmethod
     def tl5(cls, rank: int = 8, **fields: Any) -> "TiedLoRA":
@@ -62,21 +66,26 @@ class TiedLoRA(Dropping):
         """The paper's TL6, which is the default: a and b tied, all four trained."""
         return cls(rank=rank, **fields)
 
+    def _group(self, leaf: Leaf) -> str:
+        return "tied/" + (self.group or re.sub(r"\d+", "#", leaf.path))
+
+    def elsewhere(self, leaf: Leaf, path: Callable[[str], str]) -> "TiedLoRA":
+        return dataclasses.replace(self, group=self._group(leaf).removeprefix("tied/"))
+
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.rank == 0:
             return None
-        check_low_rank(leaf, self.rank)
-        group = "tied/" + re.sub(r"\d+", "#", leaf.path)
+        check_sides(leaf)
+        group = self._group(leaf)
 
         def matrix(name: str, sizes: tuple[int, ...], init: Init) -> Word:
             if name in self.tied:
                 return shared(name, group, (self.rank,), sizes, init, trained=name in self.trained)
             return Array(name, init, (self.rank, *sizes), name in self.trained)
 
-        # exactly one factor starts at zero: b, or v where b is frozen
-        a = matrix("a", leaf.sizes("ik"), uniform(1 / math.sqrt(leaf.size("ik"))))
-        frozen_b = uniform(1 / math.sqrt(self.rank))
-        b = matrix("b", leaf.sizes("o"), zeros if "b" in self.trained else frozen_b)
-        u = Array("u", constant(1.0), trained="u" in self.trained)
-        v = Array("v", constant(1.0) if "b" in self.trained else zeros, trained="v" in self.trained)
+        first = next(name for name in "bvau" if name in self.trained)  # exactly one factor starts at zero
+        begins = lambda name, init: zeros if name == first else init
+        a = matrix("a", leaf.sizes("ik"), begins("a", uniform(1 / math.sqrt(leaf.size("ik")))))
+        b = matrix("b", leaf.sizes("o"), begins("b", uniform(1 / math.sqrt(self.rank))))
+        u, v = (Array(name, begins(name, constant(1.0)), trained=name in self.trained) for name in "uv")
         return Recipe((self.dropped(Delta("r I, r, r O, O -> I O", (a, u, b, v), (("r", self.rank),), 1.0, ("r",))),))

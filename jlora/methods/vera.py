@@ -9,20 +9,22 @@ import math
 from typing import Annotated, Any
 
 import jax
+from jax import lax
 
 from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
+from jlora.methods import _draws
 from jlora.methods._fields import Rank, Seed, nonzero
 from jlora.methods.base import Dropping, zeros
 
 
 def draw(seed: int, which: int, bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """A (r, n) matrix of U(-bound, bound), drawn column by column: a narrower one is the leading slice of a wider."""
-    root = jax.random.fold_in(jax.random.key(seed), which)
-    column = lambda n: jax.random.uniform(jax.random.fold_in(root, n), shape[:1], dtype, -bound, bound)
-    return jax.vmap(column, out_axes=1)(jax.numpy.arange(shape[1]))
+    root = _draws.fold_in(_draws.key(seed), which)
+    column = lambda n: _draws.uniform(_draws.fold_in(root, n), shape[:1], dtype, bound)
+    return jax.vmap(column, out_axes=1)(lax.iota("uint32", shape[1]))
 
 
 @dataclasses.dataclass(frozen=True)

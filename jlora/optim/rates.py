@@ -56,4 +56,4 @@ def lora_plus(adapted: Any, ratio: Any = 16.0) -> optax.GradientTransformationEx
 
 
 def _fast(pair: Pair) -> Member:
-    return pair.input if pair.input.array.init is zeros else pair.output
+    return pair.input if pair.input.array.init is zeros and pair.input.start is None else pair.output

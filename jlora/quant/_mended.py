@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jlora import _answers, _packed, _plan, _tree
 from jlora._packed import is_packed
 from jlora.adapted import is_adapted
+from jlora.methods.base import check_low_rank
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import Given, best, sides, unsided
 from jlora.quant._quantize import codec, not_finite, quantized
@@ -148,6 +149,7 @@ def _quantised(
             raise ValueError(f"{name} quantises the values of {leaf.path!r} of shape {leaf.shape}, and it has none")
         if is_packed(leaves[site.index]):
             raise ValueError(f"{name} quantises plain weights, and {leaf.path!r} of shape {leaf.shape} is quantised")
+        check_low_rank(leaf, method.rank)
         w = sides(leaves[site.index], leaf)
         make = quantise
         if scheme is not None:

@@ -25,7 +25,8 @@ from jlora.rank.prune import plan_of
 def compact(
     adapted: Adapted, opt_state: Any = None, *, plain: bool = False, stacks: Literal["pad", "refuse"] = "pad"
 ) -> Any:
-    """A smaller adapter with the same outputs: ranks that add nothing, those with a zero in some factor, are dropped.
+    """A smaller adapter with the same outputs: ranks that add nothing, those with a zero in some factor, are dropped
+    (of a pair as PiSSA's, those that are where they began).
 
     For use outside of `jit`, since shapes follow from values: after AdaLoRA or SoRA, after `prune` or
     `at_rank`, and before `save`: a schedule that never ran is told here, by its state or by ranks of which none is
@@ -131,22 +132,22 @@ def rebuilt(adapted: Adapted, plan: Plan, value: Callable[[Place], Any]) -> Adap
 
 def of_rank(site: Site, ours: list[Pair], k: int) -> Site | None:
     """The weight under the same method at rank k; None where the method has not one rank for all its factors."""
-    method = _with_rank(site.method, k)
+    method = with_rank(site.method, k)
     recipe = None if method is None else method.recipe(site.leaf)
     if method is None or recipe is None:
         return None
-    axis = {m.place: m.stack for pair in ours for m in (*pair.members, *pair.gates)}
+    axis = _places(ours)
     cut = lambda place, shape: (*shape[: axis[place]], k, *shape[axis[place] + 1 :]) if place in axis else shape
     want = {place: (cut(place, shape), a.trained) for place, (a, shape) in site.recipe.arrays(site.leaf).items()}
     have = {place: (shape, a.trained) for place, (a, shape) in recipe.arrays(site.leaf).items()}
     return dataclasses.replace(site, method=method, recipe=recipe) if want == have else None
 
 
-def _with_rank(method: Method, k: int) -> Method | None:
+def with_rank(method: Method, k: int) -> Method | None:
     fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     if "rank" in fields:
         return dataclasses.replace(method, rank=k)  # type: ignore[call-arg]
-    inner = {name: _with_rank(value, k) for name, value in fields.items() if isinstance(value, Method)}
+    inner = {name: with_rank(value, k) for name, value in fields.items() if isinstance(value, Method)}
     if len(inner) != 1 or None in inner.values():
         return None
     return dataclasses.replace(method, **inner)  # type: ignore[arg-type]
@@ -180,12 +181,20 @@ def concrete(caller: str, adapted: Adapted) -> None:
 
 
 def alive(pair: Pair, get: Any) -> np.ndarray:
-    """(stack..., r): whether no factor has zeros there."""
-    rows = []
-    for m in (*pair.members, *pair.gates):
-        x = np.asarray(get(*m.place) != 0)
-        rows.append(x.reshape(*x.shape[: m.stack + 1], -1).any(-1))
+    """(stack..., r): whether no factor has zeros there, and not all of a difference are where they began."""
+    some = lambda m: (lambda x: x.reshape(*x.shape[: m.stack + 1], -1).any(-1))(
+        np.asarray(get(*m.place) != m.rest(get))
+    )
+    rows = [some(m) for m in (*pair.members, *pair.gates) if m.start is None]
+    if pair.begun:  # of a difference, one that moved is enough
+        rows.append(functools.reduce(np.logical_or, map(some, pair.begun)))
     return functools.reduce(np.logical_and, rows)
+
+
+def _places(pairs: list[Pair]) -> dict[Place, int]:
+    """The axis of the rank in every factor of some pairs, starts among them."""
+    members = [m for pair in pairs for m in (*pair.members, *pair.gates)]
+    return {place: m.stack for m in members for place in (m.place, m.start) if place is not None}
 
 
 def simple(site: Site, ours: list[Pair]) -> bool:
@@ -218,7 +227,7 @@ def _smaller(site: Site, ours: list[Pair], get: Any, stacks: str) -> tuple[Site 
     for pair in ours:
         order = np.argsort(~living[pair.output.place], axis=-1, kind="stable")[..., :k]
         one = Kept(order, np.take_along_axis(living[pair.output.place], order, -1))
-        kept |= {m.place: one for m in (*pair.members, *pair.gates)}
+        kept |= dict.fromkeys(_places([pair]), one)
     return new, kept
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jlora import _merge
 from jlora._ranks import Member, Pair
 from jlora.adapted import Adapted
 from jlora.optim._checks import transformation_of, whole
@@ -27,7 +28,8 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
     """The adapter at rank b: dW = (alpha / b) a[:b] b[:b], for training, evaluation and merging alike.
 
     `b` may be traced and no shape changes, so one compiled program serves all ranks; `compact` drops the zeros. The
-    scale becomes s r / b: alpha / b where s is alpha / r. A weight of a smaller rank than b stays whole.
+    scale becomes s r / b: alpha / b where s is alpha / r. A weight of a smaller rank than b stays whole. Of a pair
+    (PiSSA) the ranks from b on are as they began, dW = (alpha / b) (a[:b] b[:b] - a0[:b] b0[:b]).
 
     Args:
       adapted: any adapter with ranks of its own weights.
@@ -56,6 +58,7 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
     trainable = {group: dict(named) for group, named in adapted.trainable.items()}
     factors = {group: dict(named) for group, named in adapted.frozen.factors.items()}
     scales: dict[tuple[str, str], int] = {}
+    get = _merge.lookup(adapted)
     for pair in pairs:
         keep, moves = _rows(pair, b, mode)
         scales[pair.scale] = pair.rank
@@ -63,7 +66,7 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
             x = trainable[m.place[0]][m.place[1]]
             still = lax.stop_gradient(x)
             x = jnp.where(_along(moves, m, x.ndim), x, still)
-            trainable[m.place[0]][m.place[1]] = jnp.where(_along(keep, m, x.ndim), x, jnp.zeros_like(x))
+            trainable[m.place[0]][m.place[1]] = jnp.where(_along(keep, m, x.ndim), x, m.rest(get))
     for (group, name), rank in scales.items():
         s = factors[group][name]
         factors[group][name] = s * (rank / jnp.clip(b, 1, rank)).astype(s.dtype)  # a traced b of 0 is the base, not NaN

@@ -25,7 +25,7 @@ def prune(adapted: Adapted, scores: Any, b: Any, *, ties: Ties = "exact") -> Ada
 
     No shape changes, and `b` may be traced: the program is compiled once. `compact` then makes the adapter small.
     A rank is pruned by zeroing its gate (AdaLoRA's lam, SoRA's g) or, where there is none, its row of the trained
-    factors.
+    factors; in a pair (PiSSA), which subtracts its start, by putting that row back to where it began.
 
     Args:
       adapted: any adapter with ranks of its own weights; others stay as they are.
@@ -72,7 +72,8 @@ def prune(adapted: Adapted, scores: Any, b: Any, *, ties: Ties = "exact") -> Ada
             raise ValueError(f"prune: {total - numbers} of {total} scores are NaN, so b={b} ranks cannot be told")
     if bad:
         raise ValueError("prune: scores have the form of jlora.rank.magnitude(adapted), but\n  " + "\n  ".join(bad[:8]))
-    return Adapted(_prune(adapted.trainable, given, b, adapted.frozen.plan, ties), adapted.frozen)
+    rests = {m.place: m.rest(_merge.lookup(adapted)) for pair in pruned for m in pair.marks if m.start is not None}
+    return Adapted(_prune(adapted.trainable, given, b, rests, adapted.frozen.plan, ties), adapted.frozen)
 
 
 def magnitude(adapted: Adapted) -> dict[str, dict[str, jax.Array]]:
@@ -92,7 +93,8 @@ def magnitude(adapted: Adapted) -> dict[str, dict[str, jax.Array]]:
     get = _merge.lookup(adapted)
     found: dict[str, dict[str, jax.Array]] = {}
     for pair in ranked("magnitude", adapted):
-        norms = [_norms(get(*m.place), m) for m in (*pair.members, *pair.gates)]
+        norms = [_norms(get(*m.place), m) for m in pair.gates]
+        norms += [_change(pair, get)] if pair.begun else [_norms(get(*m.place), m) for m in pair.members]
         s = jnp.abs(get(*pair.scale))[..., None]
         group, name = pair.marks[0].place
         found.setdefault(group, {})[name] = functools.reduce(_times, norms, s)
@@ -154,8 +156,8 @@ def spread(keep: jax.Array, member: Member, ndim: int) -> jax.Array:
 # --- inside -------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _prune(trainable: Any, scores: Places, b: Any, plan: Plan, ties: Ties) -> Any:
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _prune(trainable: Any, scores: Places, b: Any, rests: Places, plan: Plan, ties: Ties) -> Any:
     pruned = [pair for pair in _ranks.pairs(plan) if pair.own]
     kept = top({pair.marks[0].place: scores[pair.marks[0].place] for pair in pruned}, b, ties)
     new = {group: dict(named) for group, named in trainable.items()}
@@ -165,7 +167,8 @@ def _prune(trainable: Any, scores: Places, b: Any, plan: Plan, ties: Ties) -> An
             group, name = member.place
             x = new[group][name]
             if keep.ndim == member.stack + 1:  # a factor that all layers of a stack share belongs to none of them
-                new[group][name] = jnp.where(spread(keep, member, x.ndim), x, jnp.zeros_like(x))
+                rest = rests.get(member.place, jnp.zeros_like(x))
+                new[group][name] = jnp.where(spread(keep, member, x.ndim), x, rest)
     return new
 
 
@@ -173,6 +176,17 @@ def _norms(x: jax.Array, member: Member) -> jax.Array:
     """(stack..., r): the norm over the axes of the side."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.sqrt(jnp.sum(x * x, tuple(range(member.stack + 1, x.ndim))))
+
+
+def _change(pair: Pair, get: Any) -> jax.Array:
+    """(stack..., r): ||a_i b_i - a0_i b0_i||, of d b_i + a0_i e with d = a_i - a0_i, e = b_i - b0_i."""
+    flat = lambda m, x: x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*x.shape[: m.stack + 1], -1)
+    a, b = (flat(m, get(*m.place)) for m in pair.members)
+    a0, b0 = (flat(m, get(*m.start)) if m.start else flat(m, get(*m.place)) for m in pair.members)
+    dot = lambda x, y: jnp.sum(x * y, -1)
+    d, e = a - a0, b - b0
+    square = dot(d, d) * dot(b, b) + dot(a0, a0) * dot(e, e) + 2 * dot(d, a0) * dot(b, e)
+    return jnp.sqrt(jnp.maximum(square, 0))
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:

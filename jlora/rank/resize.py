@@ -1,5 +1,6 @@
 """An adapter cut to its best approximation of lower rank."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jlora._plan import Site
 from jlora._ranks import Pair
 from jlora.adapted import Adapted
 from jlora.optim._checks import number, whole
-from jlora.rank.compact import concrete, of_rank, planned, rebuilt, simple
+from jlora.rank.compact import concrete, of_rank, planned, rebuilt, simple, with_rank
 from jlora.rank.prune import plan_of
 
 
@@ -29,7 +30,8 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
         a^T = Q1 R1,  b^T = Q2 R2,  R1 R2^T = U S V^T,  dW = s (Q1 U) S (Q2 V)^T
 
     So only matrices of r columns are decomposed, never dW itself. The singular values go to the gate where there is
-    one (p and q are then orthonormal), and half each to a and b where there is none. s and the method stay.
+    one (p and q are then orthonormal), and half each to a and b where there is none. s and the method stay; but a pair
+    (PiSSA), whose update is of rank 2r, becomes a plain LoRA.
 
     For use outside of `jit`. Weights whose update is not a low-rank product of factors of their own stay as they
     are; under a DoRA the approximation is of the inner update.
@@ -86,8 +88,12 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
             raise ValueError(
                 f"resize: the factors of {site.leaf.path!r} hold NaN or infinities, so no rank is its best"
             )
-        k = min(pair.rank, rank) if rank is not None else _needed(np.asarray(sizes), energy or 1.0, site.leaf.path)
-        new = of_rank(site, ours, k)
+        k = (
+            min(sizes.shape[-1], rank)
+            if rank is not None
+            else _needed(np.asarray(sizes), energy or 1.0, site.leaf.path)
+        )
+        new = of_rank(site, ours, k) if not pair.begun else _unpaired(site, k)
         if new is None:
             sites.append(site)
             continue
@@ -106,7 +112,7 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
 
 def _svd(pair: Pair, get: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U^T (stack..., r', in), S (stack..., r'), V^T (stack..., r', out) of a^T diag(gate) b; r' = min(in, out, r)."""
-    flat = lambda m: (lambda x: x.reshape(*x.shape[: m.stack + 1], -1).astype(_wide(x)))(get(*m.place))
+    flat = lambda m: (lambda x: x.reshape(*x.shape[: m.stack + 1], -1).astype(_wide(x)))(m.operand(get))
     a, b = map(flat, pair.members)
     for gate in pair.gates:
         a = a * get(*gate.place)[..., None]
@@ -116,6 +122,13 @@ def _svd(pair: Pair, get: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     highest = lambda x, y: jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
     u, sizes, v = jnp.linalg.svd(highest(r1, turned(r2)), full_matrices=False)
     return turned(highest(q1, u)), sizes, turned(highest(q2, turned(v)))
+
+
+def _unpaired(site: Site, k: int) -> Site | None:
+    """The weight under the same method at rank k, without a start that is subtracted."""
+    method = with_rank(site.method.unpaired(), k)
+    recipe = None if method is None else method.recipe(site.leaf)
+    return None if method is None or recipe is None else dataclasses.replace(site, method=method, recipe=recipe)
 
 
 def _wide(x: jax.Array) -> Any:

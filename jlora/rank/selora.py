@@ -90,7 +90,9 @@ def selora(
     References:
       Mao et al, `SeLoRA <https://arxiv.org/abs/2408.07196>`_, 2024.
     """
-    wanted = lambda pair: pair.trained == 2 and not pair.gates and pair.others == 0 and len(pair.own) == 2
+    wanted = lambda pair: (
+        pair.trained == 2 and not pair.gates and pair.others == 0 and len(pair.own) == 2 and not pair.begun
+    )
     plan = chosen("selora", adapted, wanted, "two trained factors of its own that share a rank; adapt with jlora.LoRA")
     growing = tuple(filter(wanted, pairs(plan)))
     number("selora", "threshold", threshold, "at least 1, as the ratio is", lambda x: x >= 1)

@@ -33,8 +33,8 @@ def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]
 
     Raises:
       TypeError: `adapted` is no `Adapted`.
-      ValueError: paths that `params` does not have or that two layers share, shapes that do not fit, factors that
-        stacked weights share layer by layer; all at once.
+      ValueError: paths that `params` does not have or that two layers share, shapes that do not fit, a factor that
+        two layers would share by their new paths; all at once.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -52,6 +52,7 @@ def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]
     sites: dict[int, Site] = {}
     halves: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
     bad: list[str] = []
+    origin: dict[tuple[str, str], tuple[tuple[str, str], tuple[int, ...]]] = {}  # of each factor: which, and its layer
     for site in plan.sites:
         old = site.leaf
         axes = [n for n, role in enumerate(old.roles) if role == "s"]
@@ -70,21 +71,18 @@ def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]
                 bad.append(f"{old.path!r}{list(index)} of shape {shape} goes to {path!r}, {why}")
                 continue
             leaf = Leaf(path, shape, np.dtype(dtype), roles)
-            recipe = site.method.recipe(leaf)
+            method = site.method.elsewhere(old, lambda other, index=index: names(other, index))
+            recipe = method.recipe(leaf)
             assert recipe is not None, path
-            sites[n] = Site(leaf, n, site.method, recipe)
-            for (group, name), (array, _) in site.recipe.arrays(old).items():
-                value = get(group, name)
-                if group != old.path:
-                    if array.stacked and index:
-                        bad.append(
-                            f"{old.path!r}{list(index)} shares its layer of {group!r}: {name!r} with other weights"
-                        )
-                    halves[array.trained].setdefault(group, {})[name] = value
-                    continue
-                # a copy, as no two leaves of an adapter are one buffer
-                part = value[index] if array.stacked and index else jnp.copy(value)
-                halves[array.trained].setdefault(path, {})[name] = part
+            sites[n] = Site(leaf, n, method, recipe)
+            # the same equation, so the same arrays in the same order, under other names
+            for came, (goes, (array, _)) in zip(site.recipe.arrays(old), recipe.arrays(leaf).items(), strict=True):
+                layer = index if array.stacked else ()
+                if origin.setdefault(goes, (came, layer)) != (came, layer):
+                    bad.append(f"{old.path!r}{list(index)} would share {goes[1]!r} of {goes[0]!r} with another layer")
+                elif goes[1] not in halves[array.trained].setdefault(goes[0], {}):
+                    value = get(*came)  # copied, as no two leaves of an adapter are one buffer
+                    halves[array.trained][goes[0]][goes[1]] = value[layer] if layer else jnp.copy(value)
     if bad:
         raise ValueError("cannot unstack onto these parameters:\n  " + "\n  ".join(bad[:8]))
     methods = tuple(dict.fromkeys(site.method for site in sites.values()))

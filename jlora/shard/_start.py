@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jlora import _tree
-from jlora.adapted import Adapted, Frozen, adapt
+from jlora.adapted import Adapted, Frozen, adapt, begun
 from jlora.shard._specs import check_mesh, shardings
 
 
@@ -70,7 +70,7 @@ def init(
     base = jax.jit(make_params, out_shardings=at)() if made else jax.device_put(make_params, at)
 
     def factors(base: Any) -> Any:
-        adapted = adapt(base, spec, allow_untied=True, **options)  # ties were looked at above, where they can be seen
+        adapted = begun(base, spec, allow_untied=True, **options)  # ties were looked at above, where they can be seen
         return adapted.trainable, adapted.frozen.factors
 
     into = (places.trainable, places.frozen.factors)

@@ -495,6 +495,8 @@ def test_a_small_file_that_asks_for_much(spec, field, value, tmp_path):
     content = json.loads((tmp_path / "x" / "jlora.json").read_bytes())
     del content["sha256"]
     content["methods"][0][field] = value
+    content["format"] = 1  # which has no digests of what is drawn, that would tell first
+    del content["drawn"], content["generator"]
     for name in list(content["factors"]):
         if name.endswith((":d", ":theta")):
             content["factors"][re.sub("F5:", f"F{value}:", name)] = content["factors"].pop(name) | {"shape": [value]}

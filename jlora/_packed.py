@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Packed:
@@ -81,8 +82,22 @@ class Packed:
         order = [*stacks, *(n for n, role in enumerate(self.roles) if role != "s")]
         return jnp.transpose(fn(*arrays), [order.index(n) for n in range(len(order))])
 
+    # Whoever asks for its values gets the weight: `jnp` functions and operators, NumPy, NNX layers (`kernel[...]`).
+
     def __jax_array__(self) -> jax.Array:
         return self.dequantize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a quantised weight has no array to share: its values are computed; leave copy out")
+        return np.asarray(self.dequantize(), dtype)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.dequantize()[index]
+
+    @property
+    def T(self) -> jax.Array:
+        return self.dequantize().T
 
 
 def is_packed(x: Any) -> bool:

@@ -410,3 +410,21 @@ def test_starts_that_mend_what_quantising_lost(start, scheme):
     assert isinstance(both["other"]["kernel"], jlora.quant.Quantized)
     with pytest.raises(ValueError, match="takes plain parameters"):
         jlora.quantize(more, scheme, init=init, donate=True)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda leaf: np.asarray(leaf), id="np.asarray"),
+        pytest.param(lambda leaf: jnp.asarray(leaf), id="jnp.asarray"),
+        pytest.param(lambda leaf: leaf[...], id="index"),
+        pytest.param(lambda leaf: leaf.T.T, id="transposed twice"),
+        pytest.param(lambda leaf: jnp.eye(64) @ leaf, id="operator"),
+    ],
+)
+def test_values_without_lift(read):
+    """Whoever asks a quantised leaf for values gets the weight that its codes stand for."""
+    leaf = jlora.quantize({"kernel": jax.random.normal(jax.random.key(0), (64, 8))}, "nf4", target="kernel")["kernel"]
+    got = read(leaf)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(leaf.dequantize()))

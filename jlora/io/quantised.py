@@ -109,7 +109,7 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
     sound(zip(tree.paths, tree.leaves, strict=True))
     arrays, leaves = {}, {}
     for leaf_path, leaf in zip(tree.paths, tree.leaves, strict=True):
-        how = _described(leaf) if is_packed(leaf) else None
+        how = described(leaf.codec, leaf.kernel) if is_packed(leaf) else None
         parts = leaf.arrays if is_packed(leaf) else {"": leaf}
         records = {}
         for name, part in parts.items():
@@ -121,10 +121,10 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
     _STORE.save(target, arrays, {"leaves": leaves})
 
 
-def _described(leaf: Quantized) -> dict[str, Any]:
-    scheme = {"kind": type(leaf.scheme).__name__, **dataclasses.asdict(leaf.scheme)}
-    layout = dataclasses.asdict(leaf.codec.layout)
-    return {"scheme": scheme, "layout": layout, "dtype": leaf.codec.dtype, "kernel": leaf.kernel}
+def described(codec: Codec, kernel: str) -> dict[str, Any]:
+    """The static part of a quantised leaf, for JSON."""
+    scheme = {"kind": type(codec.scheme).__name__, **dataclasses.asdict(codec.scheme)}
+    return {"scheme": scheme, "layout": dataclasses.asdict(codec.layout), "dtype": codec.dtype, "kernel": kernel}
 
 
 # --- load ---------------------------------------------------------------------------------------------------------
@@ -208,6 +208,22 @@ def _read_leaf(leaf: Mapping[str, Any], where: str) -> _Described:
         if set(records) != {""}:
             raise TypeError(f"{where} is no one array")
         return _Described(records, None, "")
+    codec, kernel = static(how, where)
+    if set(codec.arrays) != set(records):
+        raise TypeError(f"{where} is not described as quantising describes it")
+    stacks = set()
+    for name, (shape, dtype) in codec.arrays.items():
+        has = records[name]["shape"]
+        stacks.add(has[: len(has) - len(shape)])
+        if has[len(has) - len(shape) :] != shape or records[name]["dtype"] != dtype.name:
+            raise TypeError(f"{name} of {where} is not of the shape and dtype that its codes have")
+    if len(stacks) > 1:
+        raise TypeError(f"the arrays of {where} are stacked in unlike ways")
+    return _Described(records, codec, kernel)
+
+
+def static(how: Mapping[str, Any], where: str) -> tuple[Codec, str]:
+    """What `described` wrote, held against what quantising gives; TypeError in words."""
     how = _record.record(how, _HOW, where)
     scheme, fields = _record.record(how["scheme"], _SCHEME, where), _record.record(how["layout"], _LAYOUT, where)
     layout, kind = Layout(**fields), scheme.pop("kind")
@@ -227,17 +243,9 @@ def _read_leaf(leaf: Mapping[str, Any], where: str) -> _Described:
         codec = Codec(_SCHEMES[kind](**scheme), layout, _arrays.floating(how["dtype"], where)) if fits else None
     except (TypeError, ValueError) as error:
         raise TypeError(f"{where}: {str(error)[:200]}") from None
-    if codec is None or set(codec.arrays) != set(records):
+    if codec is None:
         raise TypeError(f"{where} is not described as quantising describes it")
-    stacks = set()
-    for name, (shape, dtype) in codec.arrays.items():
-        has = records[name]["shape"]
-        stacks.add(has[: len(has) - len(shape)])
-        if has[len(has) - len(shape) :] != shape or records[name]["dtype"] != dtype.name:
-            raise TypeError(f"{name} of {where} is not of the shape and dtype that its codes have")
-    if len(stacks) > 1:
-        raise TypeError(f"the arrays of {where} are stacked in unlike ways")
-    return _Described(records, codec, how["kernel"])
+    return codec, how["kernel"]
 
 
 def _nested(made: dict[str, Any], folder: Path) -> Any:

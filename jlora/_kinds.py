@@ -15,13 +15,14 @@ import collections
 import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from jlora import _names
 from jlora._axes import is_trainable_dtype
 from jlora._tree import Named, shape_dtype
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
+Traced: TypeAlias = Mapping[str, tuple[str, str]]
 MATRICES = frozenset({"query", "key", "value", "qkv", "linear"})
 
 
@@ -124,11 +125,12 @@ def owner(path: str) -> str:
     return next((name for name in reversed(named) if name), path)
 
 
-def kinds(paths: Sequence[str], leaves: Sequence[Any], roles: Mapping[str, str] | None = None) -> list[str]:
+def kinds(paths: Sequence[str], leaves: Sequence[Any], traced: Traced | None = None) -> list[str]:
     """One word for each leaf of a tree (see above); what is no real floating point array is `other`.
 
-    `roles` are the letters that a trace found, `{path: letters}`. Then no name makes a matrix of what is never
-    contracted, and no shape keeps what is contracted from being one.
+    `traced` is what a trace found, `{path: (use, letters)}`, a use being `lookup`, `dot` (a convolution too),
+    `elementwise`, or what it could not tell. Then no name makes a matrix of what no dot takes, and what one takes is a
+    matrix unless it is called a table, a token or a factor of an adapter.
     """
     described = [shape_dtype(leaf) for leaf in leaves]
     owners = [path.rpartition("/")[0] for path in paths]
@@ -141,16 +143,18 @@ def kinds(paths: Sequence[str], leaves: Sequence[Any], roles: Mapping[str, str] 
     ]
     for n in _last_projections(paths, [shape for shape, _ in described], found):
         found[n] = "head"
-    return found if roles is None else [_traced(p, k, roles.get(p, "")) for p, k in zip(paths, found, strict=True)]
+    if traced is None:
+        return found
+    return [_in_a_trace(p, k, *traced.get(p, ("", ""))) for p, k in zip(paths, found, strict=True)]
 
 
-def _traced(path: str, kind: str, letters: str) -> str:
-    """A kind in the light of a trace's letters, none where the trace contracts and looks up nothing."""
-    contracted = "o" in letters and bool(set("ik") & set(letters))
-    if kind in MATRICES:
-        return kind if contracted else "other"
-    by_shape = kind == "other" and not _is("other", leaf_name(path))
-    return "linear" if contracted and by_shape else kind
+def _in_a_trace(path: str, kind: str, use: str, letters: str) -> str:
+    """A kind in the light of what a trace does with the leaf; a use that it could not tell changes nothing."""
+    if kind in MATRICES and use in ("lookup", "elementwise"):
+        return "embedding" if use == "lookup" else "other"
+    contracted = use == "dot" and "o" in letters and bool(set("ik") & set(letters))
+    unnamed = kind in ("norm", "state") or kind == "other" and not _is("other", leaf_name(path))
+    return "linear" if contracted and unnamed else kind
 
 
 def left(tree: Named, taken: Collection[int], width: int) -> str:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, TypeAlias
 
 from jlora import _tree
 
+Traced: TypeAlias = Mapping[str, tuple[str, str]]
 _PRESETS = ("attention", "linear", "embeddings", "head", "biases", "norms", "everything")
 
 
@@ -35,16 +36,16 @@ def parts(target: Any, said: str = "target") -> tuple[Any, ...]:
     )
 
 
-def taken(target: Any, tree: _tree.Named, roles: Mapping[str, str] | None = None) -> list[bool]:
+def taken(target: Any, tree: _tree.Named, traced: Traced | None = None) -> list[bool]:
     """For each leaf, whether a target takes it; a pattern that is no regular expression takes none.
 
-    A target of `jlora.targets` sees the whole tree at once, and the roles that a trace found.
+    A target of `jlora.targets` sees the whole tree, and what a trace does with each leaf, `{path: (use, letters)}`.
     """
-    columns = [_column(part, tree, roles) for part in parts(target)]
+    columns = [_column(part, tree, traced) for part in parts(target)]
     return [any(column[n] for column in columns) for n in range(len(tree.paths))]
 
 
-def _column(part: Any, tree: _tree.Named, roles: Mapping[str, str] | None) -> list[bool]:
+def _column(part: Any, tree: _tree.Named, traced: Traced | None) -> list[bool]:
     if isinstance(part, str):
         try:
             pattern = re.compile(part)
@@ -53,12 +54,12 @@ def _column(part: Any, tree: _tree.Named, roles: Mapping[str, str] | None) -> li
         return [pattern.search(path) is not None for path in tree.paths]
     among: Callable[..., list[bool]] | None = getattr(part, "among", None)
     if among is not None:
-        return among(tree.paths, tree.leaves, roles)
+        return among(tree.paths, tree.leaves, traced)
     return [bool(part(path, leaf)) for path, leaf in zip(tree.paths, tree.leaves, strict=True)]
 
 
 def select(
-    who: str, target: Any, exclude: Any, tree: _tree.Named, roles: Mapping[str, str] | None = None
+    who: str, target: Any, exclude: Any, tree: _tree.Named, traced: Traced | None = None
 ) -> tuple[list[bool], list[str]]:
     """For each leaf whether it is adapted, and what is wrong with the target, in words that begin with `who`.
 
@@ -67,8 +68,8 @@ def select(
     Raises:
       TypeError: what is no target.
     """
-    wanted = [(part, _column(part, tree, roles)) for part in parts(target)]
-    spared = [(part, _column(part, tree, roles)) for part in parts(exclude, "exclude")]
+    wanted = [(part, _column(part, tree, traced)) for part in parts(target)]
+    spared = [(part, _column(part, tree, traced)) for part in parts(exclude, "exclude")]
     whole = f"{who}(target={_short(target)})"
     bad = []
     for part, column in wanted:

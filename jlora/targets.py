@@ -6,7 +6,7 @@ leaf too: a classifier that is called `Dense_0` is known by the tree around it, 
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jlora import _kinds
@@ -22,8 +22,8 @@ def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Callable[[str, A
         def target(path: str, leaf: Any) -> bool:
             return target.among((path,), (leaf,))[0]
 
-        def among(paths: Sequence[str], leaves: Sequence[Any], roles: Mapping[str, str] | None = None) -> list[bool]:
-            kinds = _kinds.kinds(paths, leaves, roles)
+        def among(paths: Sequence[str], leaves: Sequence[Any], traced: _kinds.Traced | None = None) -> list[bool]:
+            kinds = _kinds.kinds(paths, leaves, traced)
             return [
                 kind in wanted or kind == "norm" and bool(named) and _kinds.leaf_name(path) in named
                 for path, kind in zip(paths, kinds, strict=True)

@@ -124,9 +124,11 @@ def test_a_trace_decides_what_is_contracted():
     )
     assert tree.paths == ("a/mix", "a/theta", "wq/kernel")
     assert _select.taken(targets.linear, tree) == [False, True, True]
-    traced = {"a/mix": "sio", "a/theta": "oo", "wq/kernel": "io"}
+    traced = {"a/mix": ("dot", "sio"), "a/theta": ("elementwise", "oo"), "wq/kernel": ("unsure", "")}
     assert _select.taken(targets.linear, tree, traced) == [True, False, True]
     assert _select.taken(targets.attention, tree, traced) == [False, False, True]
+    looked_up = {"a/theta": ("lookup", "io")}
+    assert _select.taken(targets.embeddings, tree, looked_up) == [False, True, False]
 
 
 def test_quantize_takes_attention_whose_name_holds_a_head():
@@ -162,7 +164,7 @@ def test_quantize_takes_attention_whose_name_holds_a_head():
             dict(target=["query", "value"]),
             ["'query/bias' of shape (8,) and 1 more", "target=['query/kernel', 'value/kernel']", "exclude='/bias$'"],
         ),
-        "a vector alone": (dict(target="query/bias"), ["a vector has no input and output side", "BitFit()"]),
+        "a vector alone": (dict(target="query/bias"), ["needs input and output axes, and a vector has one", "BitFit()"]),
     }.values(),
     ids=lambda x: str(x)[:40],
 )  # fmt: skip

@@ -139,7 +139,7 @@ def resolve(
                         f"elsewhere and {full} here"
                     )
         except ValueError as error:
-            vector = "this needs input and output axes, and a vector has one; target a matrix, or use BitFit() or Full()"
+            vector = "it needs input and output axes, and a vector has one; target a matrix, or use BitFit() or Full()"
             why = vector if leaf.roles.strip("s") == "o" else error
             said = f"{method.describe()} on {path!r} of shape {shape} ({leaf.roles}): {why}"
             if leaf.axes("ik") or 0 in shape:

@@ -806,6 +806,45 @@ def test_other_forms_of_training_checkpoints(tmp_path):
     assert same(load(tmp_path / "two" / "1" / "b", base, spec=spec), adapter)
 
 
+@pytest.mark.parametrize("name", ["lora", "pissa", "lora_fa", "dora"])
+def test_a_whole_checkpoint_has_its_frozen_factors(name, tmp_path):
+    """Scales and frozen factors that no spec knows come from the file: another alpha, another key."""
+    spec = {
+        "lora": lambda alpha: jlora.LoRA(rank=2, alpha=alpha),
+        "pissa": lambda alpha: jlora.LoRA(rank=2, alpha=alpha, init="pissa"),
+        "lora_fa": lambda alpha: jlora.LoRAFA(rank=2, alpha=alpha),
+        "dora": lambda alpha: jlora.DoRA(jlora.LoRA(rank=2, alpha=alpha)),
+    }[name]
+    base = {"query": {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}}
+    adapter = trained(jlora.adapt(base, spec(8.0), key=jax.random.key(5)))
+    whole = TrainState.create(apply_fn=None, params=adapter, tx=jlora.masked(optax.adam(0.1)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "x", whole)
+    assert same(load(tmp_path / "x", base, spec=spec(2.0)), adapter)
+    with pytest.raises(ValueError, match=r"another base, or its optimizer moved.*jlora.masked\(tx\).*\n.*query/kernel"):
+        load(tmp_path / "x", jax.tree.map(lambda x: x * 0.9, base), spec=spec(2.0))
+
+
+def test_an_optimizer_that_moved_the_base_is_named(tmp_path):
+    """AdamW on a whole Adapted without `masked`: by its state at save, by the base at load, in either file."""
+    base = {"query": {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}}
+    adapter, tx = jlora.adapt(base, jlora.LoRA(rank=2)), optax.adamw(0.1, weight_decay=0.1)
+    opt_state = tx.init(adapter)
+    updates, opt_state = tx.update(jax.tree.map(jnp.zeros_like, adapter), opt_state, adapter)
+    moved = optax.apply_updates(adapter, updates)
+    with pytest.raises(ValueError, match="save: the optimizer's state holds the frozen half.*jlora.masked"):
+        save(tmp_path / "x", moved, opt_state=opt_state)
+    assert not (tmp_path / "x").exists()
+    save(tmp_path / "x", moved)
+    with pytest.raises(ValueError, match=r"an optimizer has moved it.*jlora.masked\(tx\)"):
+        load(tmp_path / "x", base)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", {"params": moved, "opt_state": opt_state})
+    with pytest.raises(ValueError, match=r"its optimizer moved the base.*jlora.masked\(tx\)"):
+        load(tmp_path / "run", base, spec=jlora.LoRA(rank=2))
+    assert same(load(tmp_path / "run", moved.frozen.base, spec=jlora.LoRA(rank=2)), moved)
+
+
 @pytest.mark.parametrize("call", ["metadata", "restore"])
 def test_what_orbax_cannot_read(call, tmp_path, monkeypatch):
     with ocp.StandardCheckpointer() as checkpointer:

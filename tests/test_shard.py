@@ -729,3 +729,14 @@ def test_the_estimate_of_layers_that_are_cut_apart():
     sent = [one for one in hlo.sent(text) if one.kind == "all-gather" and one.elements == 8 * 4 * 64]
     guess = jlora.shard.estimate(params, spec, mesh, rules, batch=P("fsdp"), activations=jnp.float32)
     assert sum(one.bytes for one in sent) == guess.sent("all-gather", "factors") == 32768
+
+
+def test_a_step_with_the_state_of_a_whole_adapter():
+    """It is told what the state is of; JAX alone would print two structures."""
+    mesh = jax.make_mesh((1,), ("data",))
+    adapted = jlora.shard.init(lambda: {"query": {"kernel": jnp.eye(4)}}, jlora.LoRA(rank=2), mesh, P())
+    apply = jlora.lift(lambda params, x: x @ params["query"]["kernel"])
+    loss = lambda adapted, x: jnp.mean((apply(adapted, x) - 1) ** 2)
+    step = jlora.shard.train_step(loss, optax.adam(1e-2), mesh, adapted, batch=P("data"))
+    with pytest.raises(ValueError, match="train_step: the optimizer's state holds the frozen half"):
+        step(adapted.trainable, optax.adam(1e-2).init(adapted), adapted.frozen, jnp.ones((3, 4)))

@@ -138,4 +138,9 @@ def compare(saved: Sequence[Any], here: Sequence[Any], check: str, where: str) -
             if shape_of
             else "check='shapes' asks for equal paths and shapes alone"
         )
-        raise ValueError(f"{where} was trained on another base ({way}):" + several(bad))
+        moved = (
+            ""
+            if shape_of
+            else "; if it began with this one, an optimizer has moved it: tx.init(adapted) without jlora.masked(tx)"
+        )
+        raise ValueError(f"{where} was trained on another base ({way}){moved}:" + several(bad))

@@ -1,5 +1,6 @@
 """Training checkpoints: plain trees that a user's own Orbax manager saved."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
             f"{folder} holds no {_manifest.FORM.name}, so jlora.save did not make it. If it is a training checkpoint, "
             "say what was trained: load(path, params, spec=jlora.LoRA(...))"
         )
-    adapted = _fresh(params, spec, folder)
     item, within, found = _find_trainable(folder)
+    whole = within[-2:] == ("params", "trainable")  # an Adapted was the params, and its frozen half is there too
+    kept = found["params"]["frozen"].get("factors") or {} if whole else {}
+    stored = {(g, n): tuple(getattr(a, "shape", ())) for g, named in kept.items() for n, a in named.items()}
+    adapted = _fresh(params, spec, folder, stored)
     leaves = jax.tree_util.tree_flatten_with_path(found, is_leaf=lambda x: hasattr(x, "shape"))[0]
     names: dict[str, Any] = {}
     for keys, _ in leaves:
@@ -42,7 +46,7 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
             raise ValueError(f"{item}: {'/'.join((*within, group))!r:.200} is no {{factor: array}}")
         have |= {(group, n): (tuple(getattr(a, "shape", ())), True) for n, a in named.items()}
     plan = adapted.frozen.plan
-    frozen = {p: v for p, v in shapes(plan).items() if not v[1]}
+    frozen = {p: (stored.get(p, v[0]), False) for p, v in shapes(plan).items() if not v[1]}
     bad = _manifest.misfits(have | frozen, plan)
     if bad:
         raise ValueError(f"the factors in {item} do not fit the spec:" + several(bad))
@@ -55,15 +59,70 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
     for group, named in value.items():
         for name, array in named.items():
             _arrays.check_dtype(np.asarray(array).dtype, f"{item}: factor {group!r}: {name!r}")
-    return Adapted(jax.tree.map(jnp.array, value), adapted.frozen)
+    back = Adapted(jax.tree.map(jnp.array, value), adapted.frozen)
+    return _whole(back, item, found["params"]["frozen"], stored) if whole else back
 
 
-def _fresh(params: Any, spec: Any, folder: Path) -> Adapted:
-    """The adapter before training, for its plan and its frozen factors."""
+def _whole(adapted: Adapted, item: Path, held: Any, stored: Any) -> Adapted:
+    """The adapter with the frozen factors of a checkpoint of the whole form, whose base is the one at hand."""
+    plan = adapted.frozen.plan
+    known = derived(plan)
+    wanted: dict[str, dict[str, Any]] = {}
+    for group, name in stored:
+        if group in adapted.frozen.factors and name in adapted.frozen.factors[group] and (group, name) not in known:
+            wanted.setdefault(group, {})[name] = held["factors"][group][name]
+    leaves = _tree.leaves(adapted.frozen.base)
+    moved = []
+    for site in plan.sites:  # an optimizer that moves the base moves these
+        here, there = leaves[site.index], _at(held.get("base"), site.leaf.path)
+        if isinstance(here, (jax.Array, np.ndarray)) and there is not None and tuple(there.shape) == here.shape:
+            value = np.asarray(_at(_restored(item, "base", _nest(site.leaf.path, there)), site.leaf.path))
+            if value.dtype == here.dtype and value.tobytes() != np.asarray(here).tobytes():
+                moved.append(f"{site.leaf.path!r} has other values")
+    if moved:
+        raise ValueError(
+            f"{item} was trained on another base, or its optimizer moved the base that it holds: tx.init(adapted) "
+            "without jlora.masked(tx) decays the frozen half as well. It opens over the base that it holds, "
+            "params.frozen.base:" + several(moved)
+        )
+    if not wanted:
+        return adapted
+    factors = {group: dict(named) for group, named in adapted.frozen.factors.items()}
+    for group, named in _restored(item, "factors", wanted).items():
+        for name, x in named.items():
+            _arrays.check_dtype(np.asarray(x).dtype, f"{item}: factor {group!r}: {name!r}")
+            factors[group][name] = jnp.array(x)
+    return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, factors=factors))
+
+
+def _restored(item: Path, name: str, part: Any) -> Any:
+    return _checkpoint.restore_part(item, {"params": {"frozen": {name: part}}})["params"]["frozen"][name]
+
+
+def _nest(path: str, x: Any) -> Any:
+    for step in reversed(path.split("/")):
+        x = {step: x}
+    return x
+
+
+def _at(tree: Any, path: str) -> Any:
+    """The leaf of a nested dictionary at a path, or None."""
+    for step in path.split("/"):
+        tree = tree.get(step) if isinstance(tree, dict) else None
+    return tree if hasattr(tree, "shape") else None
+
+
+def _fresh(params: Any, spec: Any, folder: Path, stored: Any) -> Adapted:
+    """The adapter before training, for its plan and the frozen factors that are not stored."""
     if not is_adapted(spec):
         adapted = begun(params, spec)
         known = derived(adapted.frozen.plan)
-        random = [n for g, named in adapted.frozen.factors.items() for n in named if n != "s" and (g, n) not in known]
+        random = [
+            n
+            for g, named in adapted.frozen.factors.items()
+            for n in named
+            if n != "s" and (g, n) not in known and (g, n) not in stored
+        ]
         if random:
             raise ValueError(
                 f"{folder} does not hold the frozen factors {sorted(set(random))}, which depend on the key that adapt "

@@ -25,6 +25,7 @@ from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _st
 from jlora.io._record import several
 from jlora.methods import _draws
 from jlora.methods.base import Method
+from jlora.optim._halves import check_masked
 from jlora.rank.adalora import check_ran
 
 #: What stands at the top of an Orbax checkpoint.
@@ -54,7 +55,8 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
       NotImplementedError: in one of several processes; the message says how they save together.
       TypeError: no `Adapted`, or one that is being traced.
       ValueError: factors without values (abstract or donated), ones that do not fit the plan, a method with a field
-        that cannot be written down, a schedule of `jlora.rank.adalora` that never ran.
+        that cannot be written down, a schedule of `jlora.rank.adalora` that never ran, or a
+        state made of a whole adapter without `jlora.masked`, which moves the base.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -66,6 +68,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
       Adapted(1 weight, 20 trainable)
     """
     check_ran("save", opt_state)
+    check_masked("save", opt_state)
     target = _manifest.STORE.place(path, overwrite)
     _arrays.check_concrete(adapted, lambda x: (x.trainable, x.frozen.factors, x.frozen.base), "jlora.save")
     arrays, factors, drawn = _arrays.gather(adapted)
@@ -104,9 +107,10 @@ def load(
     (A rule whose target was a callable of your own comes back with the paths it took.)
 
     A training checkpoint opens too: the tree `{"trainable": ..., "opt_state": ..., ...}` (or a TrainState whose
-    `params` are the trainable half) under a `CheckpointManager`, of which the newest step is taken, or written by a
-    `StandardCheckpointer`. It does not say which method it is of, so it needs a `spec`; of the base it knows
-    nothing, so all that is checked is that the factors fit.
+    `params` are the trainable half or a whole `Adapted`) under a `CheckpointManager`, of which the newest step is
+    taken, or written by a `StandardCheckpointer`. It does not say which method it is of, so it needs a `spec`. Of a
+    trainable half all that is checked is that the factors fit; a whole `Adapted` has its frozen factors and scales,
+    which are read, and its base, whose adapted weights are compared with those of `params`.
 
     Args:
       path: the folder.

@@ -1,5 +1,6 @@
 """One training step on a mesh."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora import _answers
 from jlora.adapted import Adapted, check_adapted, is_adapted, join
+from jlora.optim._halves import check_masked
 from jlora.shard._gather import gathered
 from jlora.shard._rules import sayable
 from jlora.shard._specs import check_mesh, mesh_of, sharding_of, state_shardings
@@ -111,12 +113,23 @@ def train_step(
         raise ValueError(f"train_step: the adapter lives on {own}, not on the mesh that was given, {mesh}")
     near = lambda frozen: gathered(frozen, places.frozen, batch)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
+    compiled = jax.jit(
         step,
         in_shardings=(places.trainable, state, places.frozen, batches),
         out_shardings=(places.trainable, state, everywhere),
         donate_argnums=(0, 1),
     )
+
+    @functools.wraps(step)
+    def checked(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
+        try:
+            return compiled(trainable, state, frozen, batch)
+        except (ValueError, TypeError):  # JAX sees two structures, and cannot say what they are of
+            check_masked("train_step", state)
+            raise
+
+    checked.lower = compiled.lower  # type: ignore[attr-defined]
+    return checked
 
 
 def _is_spec(x: Any) -> bool:

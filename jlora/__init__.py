@@ -1,5 +1,7 @@
 """Parameter-efficient fine-tuning for JAX and Flax, as pure functions over pytrees."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from jlora import analysis as analysis
 from jlora import init as init
 from jlora import io as io
@@ -17,6 +19,7 @@ from jlora._merge import scale as scale
 from jlora._merge import unmerge as unmerge
 from jlora._stack import stack as stack
 from jlora._stack import unstack as unstack
+from jlora._version import __version__ as __version__
 from jlora.adapted import Adapted as Adapted
 from jlora.adapted import Frozen as Frozen
 from jlora.adapted import adapt as adapt
@@ -35,3 +38,6 @@ from jlora.lift import lift as lift
 from jlora.methods import *  # noqa: F403 (every method, and nothing else)
 from jlora.optim import masked as masked
 from jlora.quant._quantize import quantize as quantize
+
+if not _TYPE_CHECKING:  # checkers export `X as X`
+    __all__ = ["__version__", *(name for name in globals() if not name.startswith("_") and name != "adapted")]

@@ -1,11 +1,12 @@
 """A leaf that is several arrays: what the library asks of it, whatever is in them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 
 class Packed:
@@ -82,7 +83,8 @@ class Packed:
         order = [*stacks, *(n for n, role in enumerate(self.roles) if role != "s")]
         return jnp.transpose(fn(*arrays), [order.index(n) for n in range(len(order))])
 
-    # Whoever asks for its values gets the weight: `jnp` functions and operators, NumPy, NNX layers (`kernel[...]`).
+    # Without `lift` a model gets the whole array wherever it asks for one: jnp's functions and operators, NumPy, NNX
+    # (`kernel[...]`), and Linen, which unboxes what it takes for a box (`meta.AxisMetadata`, below).
 
     def __jax_array__(self) -> jax.Array:
         return self.dequantize()
@@ -95,9 +97,30 @@ class Packed:
     def __getitem__(self, index: Any) -> jax.Array:
         return self.dequantize()[index]
 
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.dequantize())
+
     @property
     def T(self) -> jax.Array:
         return self.dequantize().T
+
+    def unbox(self) -> jax.Array:
+        """Flax's word for what a box holds."""
+        return self.dequantize()
+
+    def replace_boxed(self, value: Any) -> Any:
+        """Flax's word for a box with another value: what is computed from a weight is no weight in codes."""
+        return value
+
+    def add_axis(self, index: int, params: Any) -> "Packed":
+        """Flax's word for a stack (`nn.scan`, `nn.vmap`), whose axes are read off the arrays."""
+        return self
+
+    def remove_axis(self, index: int, params: Any) -> "Packed":
+        return self
+
+
+meta.AxisMetadata.register(Packed)
 
 
 def is_packed(x: Any) -> bool:

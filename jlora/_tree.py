@@ -24,7 +24,7 @@ Target: TypeAlias = "str | Sequence[str] | Callable[[str, Any], bool]"
 
 def is_box(x: Any) -> bool:
     """Whether `x` wraps a leaf: its attribute steps are no part of a path."""
-    return isinstance(x, (nnx.Variable, meta.AxisMetadata))
+    return isinstance(x, (nnx.Variable, meta.AxisMetadata)) and not is_packed(x)
 
 
 def escape(name: Any) -> str:

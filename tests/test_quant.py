@@ -4,11 +4,13 @@ import functools
 import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import jlora
 from jlora.quant._schemes import dynamic_levels, normal_levels, thresholds
@@ -428,3 +430,66 @@ def test_values_without_lift(read):
     got = read(leaf)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(got), np.asarray(leaf.dequantize()))
+
+
+# --- without lift, and what is said --------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """One layer of a scan."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Dense(64, name="up")(x)), None
+
+
+class Scanned(nn.Module):
+    """Three layers, stacked."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return scan(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("model", [nn.Dense(32), Scanned()], ids=["dense", "scanned"])
+def test_linen_takes_a_quantised_tree_without_lift(model):
+    """Called as it stands, a model gets the whole array, alone, under jit, and a layer of it in a scan."""
+    x = normal(0, 4, 64)
+    params = model.init(jax.random.key(1), x)["params"]
+    base = jlora.quantize(params, "nf4", target="kernel")
+    want = model.apply({"params": jlora.quant.dequantize(base)}, x)
+    apply = lambda base: model.apply({"params": base}, x)
+    for y in (apply(base), jax.jit(apply)(base), jlora.lift(apply)(base)):
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+
+
+def test_nnx_and_numpy_take_a_quantised_leaf_without_lift():
+    """An NNX layer indexes its kernel, NumPy asks for an array of numbers: both get the weight."""
+    x = normal(0, 4, 64)
+    module = jlora.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), "nf4", target="kernel")
+    leaf = module.kernel.get_value()
+    dense = leaf.dequantize()
+    np.testing.assert_allclose(module(x), x @ dense + module.bias[...], rtol=1e-5, atol=1e-6)
+    assert np.asarray(leaf).dtype == np.float32 and np.asarray(leaf, np.float16).dtype == np.float16
+    for got, want in ((leaf, dense), (leaf.T, dense.T), (leaf[1:3], dense[1:3]), (list(leaf), list(dense))):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_quantize_says_what_became_codes_and_what_stayed(capsys):
+    """One line outside of jit, none inside or on shapes, and a table of every leaf."""
+    params = {f"layer_{n}": {"query": {"kernel": normal(n, 128, 64), "bias": jnp.zeros(64)}} for n in range(2)}
+    params |= {"embed": {"embedding": normal(3, 10, 64)}}
+    base = jlora.quantize(params, "nf4")
+    out, said = capsys.readouterr()
+    assert not out and said.count("\n") == 1
+    for words in ("2 weights as nf4", "65.5 kB are 9.22 kB", "3 leaves stay", "embed/embedding 2.56 kB"):
+        assert words in said
+    jax.eval_shape(jlora.quantize, params)
+    jax.jit(jlora.quantize)(params)
+    jlora.quantize(jax.eval_shape(lambda: params))
+    assert capsys.readouterr() == ("", "")
+    text = jlora.quant.table(base)
+    for words in ("layer_{0-1}/query/kernel", "(128, 64)", "nf4", "9,216", "4.5", "embed/embedding", "2 of 5 leaves"):
+        assert words in text
+    assert jlora.quant.table(jlora.adapt(base, jlora.LoRA(rank=2, target="query/kernel"))) == text

@@ -5,6 +5,7 @@ import datetime
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "jlora"
 
 # From the ground up: a room imports from those before it. A package counts as one room.
 ROOMS = (
-    "_answers",  # what everybody says
+    "_version", "_answers",  # what everybody says
     "_inverse", "_packed", "_tree", "_select", "_conventions", "_layouts", "_axes", "_network", "_contract", "_rule",
     "_term", "_lazy", "_weight", "_anew", "_express", "_names", "_kinds",
     "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_stack", "_merge",
@@ -128,3 +129,16 @@ def test_importing_brings_in_no_extra_and_starts_no_device():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
     assert done.stdout.split() == ["[]", "False"]
+
+
+def test_the_face_is_named_and_has_a_version():
+    """`from jlora import *` brings all that is public and nothing else; one file holds the version."""
+    import jlora
+
+    face: dict = {}
+    exec("from jlora import *", face)
+    assert set(jlora.__all__) == {"__version__"} | {n for n in vars(jlora) if n[0] != "_"} - {"adapted"}
+    assert set(jlora.__all__) <= set(face) and {"LoRA", "adapt", "io", "rank"} < set(jlora.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\w*", jlora.__version__)
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    assert project["dynamic"] == ["version"] and all(url.startswith("https://") for url in project["urls"].values())

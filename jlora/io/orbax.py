@@ -4,7 +4,6 @@ A saved adapter is a folder of two things: `jlora.json`, the manifest, and the a
 folder that the manifest names (`_store`). Merged parameters are a plain Orbax checkpoint.
 """
 
-import importlib.metadata
 import math
 import os
 import re
@@ -20,6 +19,7 @@ import numpy as np
 from jlora import _tree
 from jlora._merge import MergeReport, merge, merge_report
 from jlora._packed import is_packed
+from jlora._version import __version__
 from jlora.adapted import Adapted, Frozen, derived, is_adapted, shapes
 from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training
 from jlora.io._record import several
@@ -74,7 +74,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
     arrays, factors, drawn = _arrays.gather(adapted)
     tree = _tree.flatten(adapted.frozen.base)
     content = {
-        "jlora": _version(),
+        "jlora": __version__,
         "factors": factors,
         "drawn": drawn,
         "generator": _draws.NAME if drawn else None,
@@ -82,13 +82,6 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
         "base": _fingerprint.fingerprint(adapted.frozen.base, tree),
     }
     _manifest.STORE.save(target, arrays, content)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("jlora")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 # --- load ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from jlora._tree import Target
 from jlora.adapted import Adapted, is_adapted
 from jlora.quant._layout import layout
 from jlora.quant._leaf import Codec, Quantized
+from jlora.quant._report import say
 from jlora.quant._schemes import Scheme, resolve
 
 
@@ -100,7 +101,8 @@ def quantize(
     pass makes it again, so no dense copy is kept.
 
     Weights are quantised one after another; with `donate` each is freed before the next, so that the peak is the tree
-    and one leaf. Under `jit` shapes alone are looked at.
+    and one leaf. Under `jit` shapes alone are looked at. Outside of it a line on standard error says what became codes
+    and what stayed; `print(jlora.quant.table(params))` shows all leaves.
 
     Args:
       params: any pytree of arrays, or an `Adapted`, whose base is quantised and whose adapter stays.
@@ -204,6 +206,8 @@ def quantize(
         if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and not elsewhere:
             jax.block_until_ready(leaves[n])
             leaf.delete()
+    if not any(isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in jax.tree.leaves(leaves)):
+        say(tree.paths, list(tree.leaves), leaves)
     return jax.tree.unflatten(tree.treedef, leaves)
 
 

@@ -1,0 +1,3 @@
+"""The version, once: packaging reads this file, and so does what is saved."""
+
+__version__ = "0.1.0"

@@ -8,6 +8,8 @@ import pathlib
 import random
 import re
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -298,6 +300,24 @@ def test_a_disk_that_is_full_at_any_step(kind, first, at_once, pairs, remembered
         if count[0] <= last:
             break
     assert bits(kind, load(path)) == bits(kind, new)
+
+
+def test_a_writer_that_is_late(tmp_path):
+    """Threads of a writer that failed make their folders again after they were removed; these go too."""
+    made = []
+
+    def late():
+        time.sleep(0.15)
+        made[0].mkdir()
+        (made[0] / "half").write_text("half")
+
+    thread = threading.Thread(target=late)
+    with pytest.raises(OSError, match="full"), _folder.temporary(tmp_path) as folder:
+        made.append(folder)
+        thread.start()
+        raise OSError("the disk is full")
+    thread.join()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -60,16 +60,21 @@ def sync_all(folder: Path) -> None:
         sync(*(Path(parent, name) for name in names), parent)
 
 
-def remove(folder: Path) -> None:
+def remove(folder: Path, quiet: int = 1) -> None:
     """Removes a folder and whatever is in it.
 
-    Tries again, for a writer that failed (a full disk) may have threads that still write into it.
+    A writer that failed (a full disk) may have threads that still write, and make its folders again: after a failure
+    it must be gone at several looks in a row.
     """
-    for pause in (0, 0.01, 0.1, 0.5):
-        time.sleep(pause)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.lexists(folder):
+    gone = 0
+    for _ in range(40):
+        if os.path.lexists(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            gone = 0
+        gone += not os.path.lexists(folder)
+        if gone >= quiet:
             return
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -84,7 +89,10 @@ def temporary(parent: Path) -> Iterator[Path]:
     try:
         folder.mkdir()
         yield folder
-    finally:
+    except BaseException:
+        remove(folder, quiet=8)
+        raise
+    else:
         remove(folder)
 
 

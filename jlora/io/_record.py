@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 #: No manifest is larger: it has less than a kilobyte a weight.
-LARGEST = 2**27
+LARGEST = 2**26
 
 
 def several(bad: Sequence[str], most: int = 8) -> str:

@@ -91,7 +91,8 @@ def _one(path: str, shape: tuple[int, ...], beside: Mapping[str, int]) -> str:
     normal = _is("norm", owner) or "scale" in beside and not matrices and leaf in ("scale", "bias", "offset")
     if _is("position", leaf, everything) or leaf in _names.TABLE_LEAVES and _is("position", owner, above):
         return "position"
-    if _is("bias", leaf) or leaf == "b" and (len(shape) < 2 or matrices):
+    paired = leaf.endswith("_b") and f"{leaf[:-1]}w" in beside  # AlphaFold's `gating_w` and `gating_b`
+    if _is("bias", leaf) or paired or leaf == "b" and (len(shape) < 2 or matrices):
         return "norm" if normal and not matrices else "bias"
     if leaf == "scale" and not _is("layer_scale", owner):
         return "norm"
@@ -207,14 +208,13 @@ def _last_projections(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], f
                 places.setdefault(size, set()).add(path.rpartition("/")[0])
     candidates = []
     for n, (path, shape, kind) in enumerate(zip(paths, shapes, found, strict=True)):
-        _, owner, above = _named(path)
+        leaf, owner, above = _named(path)
         if kind != "linear" or len(shape) != 2 or shape[0] == shape[1] or not re.fullmatch(_names.PLAIN, owner):
             continue
         above = tuple(name for name in above if name != "params")
         if len(above) > 1 or any(step.isdigit() for name in steps(path)[:-2] for step in words(name)):
             continue
-        own = path.rpartition("/")[0]
-        sizes = [size for size in shape if places[size] == {own}]
-        if sizes and (not tables or tables & set(sizes)):
+        made = shape[0] if leaf == "weight" else shape[1]  # Equinox's and PyTorch's are (out, in)
+        if places[made] == {path.rpartition("/")[0]} and (not tables or made in tables):
             candidates.append(n)
     return candidates if len(candidates) == 1 else []

@@ -89,14 +89,15 @@ NAMES = {
         Names(r"logits_dense|score_dense", "T5X, MaxText"),
         Names(r"qa_outputs|vocab_projector|seq_relationship|embed_out|reverse_embeddings?", "HF; GPT-NeoX; keras-hub"),
         Names(r"decoder", "HF Bert predictions/decoder, Roberta lm_head/decoder", r"(^|/)(predictions|(.*_)?head)$"),
+        Names(r"linear", "praxis softmax/logits_ffn/linear", r"(^|/)logits_ffn$"),
         Names(r"dense_prediction", "HF Electra discriminator_predictions/dense_prediction"),
         Names(r"out_proj", "HF Roberta, Bart", r"(^|/)(classifier|classification_head)$"),
     ),
     "embedding": (
         Names(
             r"(?!(.*_)?(patch|patches|conv|time|timestep|step|proj|linear|sinusoidal|fourier|frame|frames)_)(.*_)?"
-            r"(embed|embeds|embedding|embeddings|emb|embs|wte|embed_in|embed_tokens|shared|lookup|embedding_table|tables?)",
-            "Flax embedding; gemma input_embedding; Equinox embedding; HF wte, embed_tokens; Haiku embeddings",
+            r"(embed|embeds|embedding|embeddings|emb|embs|wte|embed_in|embed_tokens|emb_var|shared|lookup|embedding_table|tables?)",
+            "Flax embedding; gemma input_embedding; Equinox embedding; HF wte, embed_tokens; Haiku; praxis emb_var",
         ),
     ),
 }  # fmt: skip

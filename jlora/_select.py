@@ -106,7 +106,9 @@ def _instead(part: Any, tree: _tree.Named) -> str:
     """What to write instead of a pattern or callable without a match."""
     said = ""
     if not isinstance(part, str):
-        matrices = [p for p, leaf in zip(tree.paths, tree.leaves, strict=True) if len(_tree.shape_dtype(leaf)[0]) > 1]
+        ranks = [len(_tree.shape_dtype(leaf)[0]) for leaf in tree.leaves]
+        wide = [p for p, n in zip(tree.paths, ranks, strict=True) if n > 1]
+        matrices = [p for p in wide if not re.search(r"(^|/)(bias|scale)$", p)]
         shown = ", ".join(map(_clip, matrices[:5])) or "none"
         return f"; write a pattern that does (matrices here are {shown}{', ...' * (len(matrices) > 5)})"
     near = ", ".join(map(_clip, _tree.nearest(part, tree.paths))) or "none: the tree has no leaves"

@@ -77,12 +77,13 @@ NAMES = {
         qa_outputs/kernel decoder/logits_dense/kernel classifier/kernel score/kernel lm_head/decoder/kernel
         classifier/out_proj/kernel classifier/1/kernel lm_head/w head_0/kernel LMHead_0/kernel vocab_projector/kernel
         generator_lm_head/kernel discriminator_predictions/dense_prediction/kernel unembed/kernel embed_out/kernel
-        logits/w mlm_head/kernel classification_head/out_proj/kernel""",
+        logits/w mlm_head/kernel classification_head/out_proj/kernel softmax/logits_ffn/linear/w
+        masked_msa_head/logits/weights""",
     "embeddings": """
         token_embedder/embedding y_embedder/embedding_table/embedding embedder/input_embedding
         transformer/wte/embedding embed_tokens/embedding embed_tokens/weight tok_embeddings/weight shared/embedding
         word_embeddings/weight Embed_0/embedding language_model%2Fembed/embeddings token_embedding/embeddings
-        embeddings/token_type_embeddings/embedding wte/weight model.embed_tokens.weight""",
+        embeddings/token_type_embeddings/embedding wte/weight model.embed_tokens.weight lm/embedding_lookup/emb_var""",
     "": """
         decoder/relpos_bias/rel_embedding mixer/A_log pos_embedding posembed_input/pos_embedding cls cls_token lora_a
         Transformer/encoder_norm/scale relative_attention_bias/embedding wpe/embedding position_embeddings/embedding
@@ -113,8 +114,27 @@ def test_what_is_no_real_floating_array_is_no_target():
 def test_a_leaf_is_read_by_what_stands_beside_it():
     """Haiku's `b` is a bias beside a `w` also where layers are stacked; alone, with two axes, it is a matrix."""
     tree = {"linear": {"w": jnp.ones((2, 8, 8)), "b": jnp.ones((2, 8))}, "routed": {"b": jnp.ones((8, 8))}}
-    assert _select.taken(targets.linear, _tree.flatten(tree)) == [False, True, True]
-    assert _select.taken(targets.biases, _tree.flatten(tree)) == [True, False, False]
+    tree["attention"] = {"gating_w": jnp.ones((8, 2, 4)), "gating_b": jnp.ones((2, 4)), "query_w": jnp.ones((8, 2, 4))}
+    taken = lambda target: [path for path, it in zip(flat.paths, _select.taken(target, flat), strict=True) if it]
+    flat = _tree.flatten(tree)
+    assert taken(targets.linear) == ["attention/gating_w", "attention/query_w", "linear/w", "routed/b"]
+    assert taken(targets.biases) == ["attention/gating_b", "linear/b"]
+
+
+def test_a_last_projection_without_a_name_is_known_by_its_size():
+    """Of plain names, the head is what makes a size that no other weight has: beside convolutions, or a vocabulary."""
+    shape = lambda *s: {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)}
+    taken = lambda target, tree: [p for p, it in zip(tree.paths, _select.taken(target, tree), strict=True) if it]
+    image = _tree.flatten({"Conv_0": shape(3, 3, 3, 8), "Dense_0": shape(72, 16), "Dense_1": shape(16, 10)})
+    assert taken(targets.head, image) == ["Dense_1/kernel"]
+    assert taken(targets.linear, image) == ["Conv_0/kernel", "Dense_0/kernel"]
+    table = {"embedding": jax.ShapeDtypeStruct((50, 8), jnp.float32)}
+    text = _tree.flatten({"wte": table, "fc": shape(8, 32), "mlp": shape(32, 8), "output": shape(8, 50)})
+    assert taken(targets.head, text) == ["output/kernel"]
+    unet = _tree.flatten({"Conv_0": shape(3, 3, 3, 8), "Dense_0": shape(8, 32), "block": {"Dense_0": shape(32, 8)}})
+    assert taken(targets.head, unet) == []
+    mlp = _tree.flatten({"Dense_0": shape(8, 32), "Dense_1": shape(32, 10)})
+    assert taken(targets.head, mlp) == [] and len(taken(targets.linear, mlp)) == 2
 
 
 def test_a_trace_decides_what_is_contracted():

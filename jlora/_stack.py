@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora.adapted import Adapted, Frozen, check_trainable, is_adapted, shapes
+from jlora.adapted import Adapted, Frozen, check_adapted, check_trainable, is_adapted, shapes
 
 
 class Stacked(NamedTuple):
@@ -103,9 +103,7 @@ def unstack(adapted: Adapted) -> list[Adapted]:
       >>> [float(one.frozen.factors["query/kernel"]["s"]) for one in jlora.unstack(stacked)]
       [1.0, 4.0]
     """
-    if not (is_adapted(adapted) and isinstance(adapted.frozen, Frozen)):
-        raise TypeError(f"unstack takes the Adapted of jlora.stack, not {type(adapted).__name__}")
-    plan = adapted.frozen.plan
+    plan = check_adapted("jlora.unstack", adapted).frozen.plan
     want = shapes(plan)
     sizes = set()
     for side, names in ((adapted.trainable, True), (adapted.frozen.factors, False)):

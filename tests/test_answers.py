@@ -57,6 +57,11 @@ TAKES_AN_ADAPTED = {
     "with_dropout": lambda x: jlora.with_dropout(x, jax.random.key(0)), "plain": INIT.plain,
     "requantize": QUANT.requantize, "weights": AN.weights, "factors": AN.factors, "updates": AN.updates,
     "lora_plus": jlora.optim.lora_plus, "riemannian": jlora.optim.riemannian, "lora_fa": jlora.optim.lora_fa,
+    "orthogonality": RANK.orthogonality, "magnitude": RANK.magnitude, "ranks": RANK.ranks, "compact": RANK.compact,
+    "prune": lambda x: RANK.prune(x, {}, 1), "at_rank": lambda x: RANK.at_rank(x, 1), "unstack": jlora.unstack,
+    "resize": lambda x: RANK.resize(x, rank=1), "onto layers": lambda x: RANK.unstack(x, PARAMS, lambda p, n: p),
+    "save": lambda x: jlora.save("x", x), "export": lambda x: jlora.export("x", x),
+    "peft": lambda x: jlora.io.peft.save("x", x),
     "state_shardings": lambda x: SHARD.state_shardings(TX, x),
     "train_step": lambda x: SHARD.train_step(lambda a, b: 0.0, TX, MESH, x, batch=P()),
 }  # fmt: skip
@@ -76,8 +81,9 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("name", TAKES_AN_ADAPTED)
-def test_what_is_no_adapter_is_refused_with_the_line_to_write(name, what):
+def test_what_is_no_adapter_is_refused_with_the_line_to_write(name, what, tmp_path, monkeypatch):
     """Every function of an adapter says what it was given in place of one."""
+    monkeypatch.chdir(tmp_path)
     given, words = WRONG[what]
     with pytest.raises(TypeError) as caught:
         TAKES_AN_ADAPTED[name](given)
@@ -241,6 +247,7 @@ TABLE = {
                         ["baseline=nan"]),
     "d90 of LoRA": (lambda: AN.intrinsic_dimension(model, PARAMS, [4], baseline=1.0, method=LORA), TypeError,
                     ["IntrinsicDimension"]),
+    "names of a dict": (lambda: RANK.unstack(ADAPTED, PARAMS, {}), TypeError, ["names(path, index)", "a dict"]),
     # plots
     "spectra of updates": (lambda: PLOT.spectra(AN.updates(ADAPTED)), TypeError, ["SVD", "x.s for path, x in"]),
     "spectra of an adapter": (lambda: PLOT.spectra(ADAPTED), TypeError, ["{label: s (k,)}", "an Adapted"]),

@@ -308,7 +308,7 @@ def test_save_refuses(saved, tmp_path):
     gone = jlora.Adapted(jax.tree.map(lambda x: x + 0, adapter.trainable), adapter.frozen)
     jax.tree.map(lambda x: x.delete(), gone.trainable)
     table = [
-        (base, TypeError, "takes an Adapted, not dict"),
+        (base, TypeError, "takes an Adapted, not a dict"),
         (jlora.Adapted(adapter.trainable, None), TypeError, "takes an Adapted"),
         (jax.eval_shape(lambda: adapter), ValueError, "ShapeDtypeStruct and has no values"),
         (gone, ValueError, "donated"),
@@ -969,7 +969,7 @@ def test_export_refuses(saved, tmp_path):
     for tree, message in table:
         with pytest.raises(ValueError, match=message):
             export(tmp_path / "x", jlora.adapt(tree, spec))
-    with pytest.raises(TypeError, match="takes an Adapted, not dict"):
+    with pytest.raises(TypeError, match="takes an Adapted, not a dict"):
         export(tmp_path / "x", base)
     with pytest.raises(TypeError, match="cannot be traced"):
         jax.jit(lambda t: export(tmp_path / "x", jlora.join(t, adapter.frozen)))(adapter.trainable)

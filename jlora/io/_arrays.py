@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora.adapted import Adapted, Frozen, derived, is_adapted
+from jlora.adapted import Adapted, check_adapted, derived
 from jlora.io import _checkpoint, _manifest
 from jlora.io._record import several
 
 
 def check_concrete(adapted: Any, parts: Any, what: str) -> None:
     """Raises unless the parts of an `Adapted` that `what` writes are values of this process."""
-    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
-        raise TypeError(f"{what} takes an Adapted, not {type(adapted).__name__}; jlora.adapt makes one")
+    check_adapted(what, adapted)
     if jax.process_count() > 1:
         raise NotImplementedError(
             f"{what} runs in one process, and this is one of {jax.process_count()}. In all of them write\n"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _ranks
-from jlora.adapted import Frozen, is_adapted
+from jlora.adapted import check_adapted
 
 
 def orthogonality(adapted: Any, form: Literal["paper", "reference"] = "paper") -> jax.Array:
@@ -55,9 +55,7 @@ def orthogonality(adapted: Any, form: Literal["paper", "reference"] = "paper") -
 
 def _matrices(adapted: Any) -> list[tuple[jax.Array, int]]:
     """p and q of every weight that has them, with the number of their stack axes."""
-    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
-        raise TypeError(f"orthogonality takes an Adapted (jlora.join(trainable, frozen)), not {type(adapted).__name__}")
-    plan = adapted.frozen.plan
+    plan = check_adapted("orthogonality", adapted).frozen.plan
     diagonal = [pair for pair in _ranks.pairs(plan) if pair.diagonal]
     members = {member.place: member for pair in diagonal for member in pair.members}
     if not members:

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jlora import _merge, _ranks
 from jlora._plan import Plan
 from jlora._ranks import Member, Pair
-from jlora.adapted import Adapted, Frozen, is_adapted
+from jlora.adapted import Adapted, check_adapted
 from jlora.optim._checks import whole
 
 Places: TypeAlias = dict[tuple[str, str], jax.Array]
@@ -106,10 +106,7 @@ def magnitude(adapted: Adapted) -> dict[str, dict[str, jax.Array]]:
 
 def plan_of(caller: str, adapted: Any) -> Plan:
     """The plan of what must be an `Adapted`."""
-    if not is_adapted(adapted) or not isinstance(adapted.frozen, Frozen):
-        kind = type(adapted).__name__
-        raise TypeError(f"{caller} takes an Adapted (jlora.join(trainable, frozen)), not {kind}")
-    return adapted.frozen.plan
+    return check_adapted(caller, adapted).frozen.plan
 
 
 def ranked(caller: str, adapted: Any) -> list[Pair]:

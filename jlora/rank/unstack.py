@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _merge, _plan, _tree
+from jlora import _answers, _merge, _plan, _tree
 from jlora._axes import Leaf
 from jlora._plan import Site
 from jlora.adapted import Adapted, Frozen, check_trainable
@@ -46,6 +46,9 @@ def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]
       {'layer_0/kernel': array(1), 'layer_1/kernel': array(3)}
     """
     plan = plan_of("unstack", adapted)
+    _answers.check_params("unstack", params)
+    if not callable(names):
+        raise TypeError(f"unstack takes names(path, index) -> path in params, a function, not {_answers.kind(names)}")
     get = _merge.lookup(adapted)
     tree = _tree.flatten(params)
     places = {path: n for n, path in enumerate(tree.paths)}

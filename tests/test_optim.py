@@ -226,9 +226,9 @@ def test_mistakes_are_refused_in_words(make):
     method = jlora.LoRAFA if make is lora_fa else jlora.LoRA
     adapted = start(method)
     trainable = adapted.trainable
-    with pytest.raises(TypeError, match="takes the Adapted.*dict"):
+    with pytest.raises(TypeError, match="takes an Adapted.*dict"):
         make(trainable)
-    with pytest.raises(TypeError, match="takes the Adapted"):
+    with pytest.raises(TypeError, match="takes an Adapted"):
         make(jlora.trainable_mask(jlora.Adapted(trainable, True)))
     with pytest.raises(ValueError, match=f"{make.__name__} would do nothing.*BitFit"):
         make(jlora.adapt(base(), jlora.BitFit(target="bias$")))
@@ -632,5 +632,5 @@ def test_what_does_not_stack():
             jlora.stack(odd)
     with pytest.raises(ValueError, match="no stack of jlora.stack"):
         jlora.unstack(one)
-    with pytest.raises(TypeError, match="unstack takes the Adapted of jlora.stack"):
+    with pytest.raises(TypeError, match="unstack takes an Adapted"):
         jlora.unstack(params)

@@ -406,7 +406,7 @@ def test_only_triplets_take_part():
 
 def test_mistakes_are_refused_in_words():
     adapted, tx = start(), optax.sgd(0.1)
-    with pytest.raises(TypeError, match="takes the Adapted.*dict"):
+    with pytest.raises(TypeError, match="takes an Adapted.*dict"):
         adalora(tx, adapted.trainable, **SCHEDULE)
     with pytest.raises(ValueError, match=r"would do nothing.*LoRA has.*jlora.AdaLoRA"):
         adalora(tx, jlora.adapt(params(), jlora.LoRA(rank=2)), **SCHEDULE)

@@ -223,7 +223,7 @@ def test_a_scanned_model_in_a_train_state_becomes_sparse():
 
 def test_mistakes_are_refused_in_words():
     adapted, tx = start(), optax.sgd(0.1)
-    with pytest.raises(TypeError, match="sora takes the Adapted.*dict"):
+    with pytest.raises(TypeError, match="sora takes an Adapted.*dict"):
         sora(tx, adapted.trainable, learning_rate=0.1, sparsity=0.1)
     with pytest.raises(ValueError, match="would do nothing.*jlora.SoRA"):
         sora(tx, jlora.adapt(params(), jlora.LoRA(rank=2, target="kernel")), learning_rate=0.1, sparsity=0.1)

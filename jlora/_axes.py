@@ -1,22 +1,24 @@
 """Which axes of a weight are input, output, window or stack.
 
-One letter an axis: `i` input, `o` output, `k` a convolution's window, `s` stack (scanned layers, experts). The
-letters come from the user (`axes={pattern: letters}`), from a trace (`jlora.infer_axes`), or, failing both, from
-the Flax conventions below. A wrong guess never makes a wrong number, only a worse contraction.
+One letter an axis: `i` input, `o` output, `k` a convolution's window, `s` stack (scanned layers, experts). They
+are facts: other letters are another method with other parameters. `Roles` says where they come from; where nothing
+decides, `adapt` refuses for methods to which it matters.
 """
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jlora import _tree
+from jlora import _axis_names, _layouts, _table, _tree
+from jlora._packed import is_packed
 
 _INTO_HEADS = re.compile(r"(^|[_.])(q|k|v|qkv|kv|query|key|value|q_proj|k_proj|v_proj)([_.]|\d|$)")
 _OUT_OF_HEADS = re.compile(r"(^|[_.])(out|o|o_proj|out_proj|output|attn_vec)([_.]|\d|$)")
-_CONV = re.compile(r"conv|patch|projection", re.IGNORECASE)
 _VECTOR = ("bias", "scale", "offset", "gamma", "beta")
 
 
@@ -52,32 +54,80 @@ class Leaf:
         return self.sizes("s")
 
 
-def conventions(path: str, shape: tuple[int, ...]) -> str:
-    """The letters that Flax's names and shapes suggest."""
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Where the letters of a tree's weights come from, the first that decides: what the user says, what the leaves
+    themselves say (a quantised layout, logical axis names), a trace, and what the tree as a whole leaves possible.
+
+    Attributes:
+      tree: the flattened tree.
+      axes: the user's `{pattern: letters}`.
+      traced: `{path: letters}` of a trace, if there is one.
+    """
+
+    tree: _tree.Named
+    axes: dict[str, str] | None = None
+    traced: dict[str, str] | None = None
+
+    def of(self, n: int) -> str | None:
+        """The letters of leaf n, None where nothing decides; ValueError where the user's do not fit."""
+        path, leaf = self.tree.paths[n], self.tree.leaves[n]
+        said = given(path, _tree.shape_dtype(leaf)[0], self.axes)
+        if is_packed(leaf):
+            if said not in (None, leaf.roles):
+                raise ValueError(
+                    f"{path!r} of shape {leaf.shape} was quantised with the axes {leaf.roles!r}, not {said!r}; "
+                    "give the same axes= to quantize"
+                )
+            return leaf.roles
+        if said is not None:
+            return said
+        named = self._named[n]
+        if "?" not in named:
+            return named
+        return (self.traced or {}).get(path) or self._decided[n]
+
+    def likely(self, n: int) -> str:
+        """The letters of leaf n, a guess where nothing decides: for what an error proposes, or placement."""
+        return self.of(n) or guess(self.tree.paths[n], _tree.shape_dtype(self.tree.leaves[n])[0])
+
+    @functools.cached_property
+    def _named(self) -> list[str]:
+        shapes = [_tree.shape_dtype(leaf)[0] for leaf in self.tree.leaves]
+        return [_axis_names.letters(names, shape) for names, shape in zip(self.tree.axis_names, shapes, strict=True)]
+
+    @functools.cached_property
+    def _decided(self) -> list[str | None]:
+        """By the tree as a whole, without the stacks that axis names tell."""
+        shapes = {}
+        for path, leaf, named in zip(self.tree.paths, self.tree.leaves, self._named, strict=True):
+            shapes[path] = tuple(n for n, x in zip(_tree.shape_dtype(leaf)[0], named, strict=True) if x != "s")
+        found = _layouts.decide(shapes)
+
+        def whole(path: str, named: str) -> str | None:
+            rest = iter(found[path] or "")
+            return "".join("s" if x == "s" else next(rest) for x in named) if found[path] is not None else None
+
+        return [whole(path, named) for path, named in zip(self.tree.paths, self._named, strict=True)]
+
+
+def guess(path: str, shape: tuple[int, ...]) -> str:
+    """Letters that Flax's names and shapes suggest. Nothing that counts rests on them."""
     steps = path.split("/")
-    name, parent = steps[-1], steps[-2] if len(steps) > 1 else ""
-    n = len(shape)
-    if n == 0:
-        return ""
-    if n == 1 or name in _VECTOR:
+    parent, n = steps[-2] if len(steps) > 1 else "", len(shape)
+    if n < 2 or steps[-1] in _VECTOR:
         return "o" * n
-    if n == 2:
-        return "io"
-    if name == "embedding":
-        return "s" * (n - 2) + "io"
-    a, b, c = shape[-3:]
-    if _INTO_HEADS.search(parent) and a % (b * c) == 0:
+    if _INTO_HEADS.search(parent) and n > 2:
         return "s" * (n - 3) + "ioo"
-    if _OUT_OF_HEADS.search(parent) and c % (a * b) == 0:
+    if _OUT_OF_HEADS.search(parent) and n > 2:
         return "s" * (n - 3) + "iio"
-    if _CONV.search(parent) or n == 4 and max(shape[:2]) <= 16 and name == "kernel":
-        windows = min(n - 2, 3)
-        return "s" * (n - 2 - windows) + "k" * windows + "io"
+    if n == 4 and max(shape[:2]) <= 16:
+        return "kkio"
     return "s" * (n - 2) + "io"
 
 
-def roles(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str:
-    """The letters of one weight: the user's where a pattern matches, else the conventions'."""
+def given(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str | None:
+    """The user's letters of one weight, None where no pattern matches."""
     for pattern, letters in (axes or {}).items():
         if _tree.search(pattern, path):
             if len(letters) != len(shape) or set(letters) - set("iosk"):
@@ -86,7 +136,58 @@ def roles(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str
                     f"write {len(shape)} letters out of i (in), o (out), k (window), s (stack)"
                 )
             return letters
-    return conventions(path, shape)
+    return None
+
+
+class RolesWarning(UserWarning):
+    """A lifted function contracts other axes of a weight than those that `adapt` took for its input."""
+
+
+def contradiction(found: Sequence[tuple[str, tuple[int, ...], str, str]]) -> str:
+    """What a function does otherwise with `(path, shape, letters taken, letters read)`, and the lines that mend it."""
+    rows = [(path, (shape, taken, read)) for path, shape, taken, read in found]
+    lines = ["this function uses axes otherwise than adapt took them (i in, o out, k window, s stack):"]
+    for path, n, (shape, taken, read) in _table.fold(rows)[:8]:
+        times = f" (x{n})" if n > 1 else ""
+        pattern = re.escape(path) if n == 1 else re.sub(r"\{[^}]*\}", r"\\d+", path)
+        lines.append(f"{path!r}{times} of shape {shape} is {read!r} here, and was taken for {taken!r}:")
+        lines.append(f"  write adapt(..., axes={{r'^{pattern}$': {read!r}}})")
+    lines.append("or adapt(params, spec, fn=..., args=...), which reads them off a call")
+    return "\n  ".join(lines)
+
+
+def unclear(found: Sequence[tuple[Leaf, str]], paths: Sequence[str]) -> str:
+    """What to write for weights, each with its method's name, whose sides nothing tells."""
+    rows = [(leaf.path, (leaf.shape, leaf.roles)) for leaf, _ in found]
+    folded = _table.fold(rows)
+    methods = ", ".join(dict.fromkeys(name for _, name in found))
+    lines = [f"{methods} asks which axes of a weight are input and which output, and nothing here tells it of:"]
+    for path, n, (shape, _) in folded[:_SHOWN]:
+        lines.append(f"    {path!r}{f' (x{n})' if n > 1 else ''} of shape {shape}")
+    if len(folded) > _SHOWN:
+        lines.append(f"    and {len(folded) - _SHOWN} more such groups")
+    patterns = {_pattern(p, {leaf.path for leaf, _ in found if leaf.roles == r}, paths): r for p, (_, r) in rows}
+    said = ", ".join(f"r{pattern!r}: {letters!r}" for pattern, letters in list(patterns.items())[:_SHOWN])
+    more = ", ..." if len(patterns) > _SHOWN else ""
+    lines += [
+        "  let a call of the model tell: adapt(params, spec, fn=model.apply, args=(x,)), where shapes are enough,",
+        "  or say it, one letter an axis, i (in), o (out), k (window), s (stack). If these are right, write",
+        f"    adapt(params, spec, axes={{{said}{more}}})",
+    ]
+    return "\n  ".join(lines)
+
+
+_SHOWN = 8
+
+
+def _pattern(path: str, alike: set[str], paths: Sequence[str]) -> str:
+    """The shortest end of a path, numbers left open, that matches none but those that are alike."""
+    steps = [re.sub(r"\d+", r"\\d+", re.escape(step)) for step in path.split("/")]
+    for n in range(1, len(steps) + 1):
+        pattern = "(^|/)" + "/".join(steps[-n:]) + "$"
+        if all(p in alike for p in paths if re.search(pattern, p)):
+            return pattern if n < len(steps) else "^" + "/".join(steps) + "$"
+    return f"^{re.escape(path)}$"
 
 
 def is_trainable_dtype(dtype: Any) -> bool:

@@ -142,6 +142,16 @@ class Recipe:
         others = ((self.gain, "IO"), (self.left, "II"), (self.right, "OO"))
         return (*((d, "IO") for d in self.deltas), *((d, sides) for d, sides in others if d is not None))
 
+    def splits(self, leaf: Leaf) -> bool:
+        """Whether it matters which axes are input and which are output: an operand has some of them and not others."""
+        own = {atom for n, atom in enumerate(atoms(leaf)) if leaf.roles[n] != "s"}
+        if len(own) < 2:
+            return False
+        parsed = [parse(delta, leaf, sides) for delta, sides in self.networks]
+        held = [set(labels) & own for p in parsed for labels in p.operands]
+        flat = any(side != made for p in parsed for side, made in p.blocks)
+        return flat or any(part and part != own for part in held)
+
     def arrays(self, leaf: Leaf) -> dict[tuple[str, str], tuple[Array, tuple[int, ...]]]:
         """Every stored array as `{(group, name): (array, full shape)}`, the scale of each delta among them."""
         found: dict[tuple[str, str], tuple[Array, tuple[int, ...]]] = {}

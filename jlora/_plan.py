@@ -16,7 +16,7 @@ import numpy as np
 from jlora import _answers, _axes, _select, _tree
 from jlora._axes import Leaf
 from jlora._network import Difference, Recipe
-from jlora._packed import Packed, is_packed
+from jlora._packed import Packed
 from jlora.methods.base import Method
 
 
@@ -82,11 +82,15 @@ def named(method: Method) -> Method:
 
 
 def resolve(
-    tree: _tree.Named, spec: Any, axes: dict[str, str] | None, allow_untied: bool
+    tree: _tree.Named,
+    spec: Any,
+    axes: dict[str, str] | None,
+    allow_untied: bool,
+    traced: dict[str, str] | None = None,
 ) -> tuple[Plan, list[tuple[Method, Recipe]]]:
     """Matches a spec against a tree: the plan, and for each site the method and recipe with their data as given.
 
-    All bad leaves are reported at once.
+    `traced` are the letters that a trace found, `{path: letters}`. All bad leaves are reported at once.
 
     Raises:
       ValueError: a pattern without a match, vectors that patterns took, integer or complex leaves, ties adapted at
@@ -100,6 +104,8 @@ def resolve(
     notes: list[str] = []
     bad: list[str] = [text for _, wrong in selected for text in wrong]
     vectors: dict[int, dict[int, str]] = {}  # of each rule, the leaves without an input side that patterns took
+    unclear: list[tuple[Leaf, str]] = []
+    roles = _axes.Roles(tree, axes, traced)
     places: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
     for index, (path, array) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
         takers = [n for n, (taken, _) in enumerate(selected) if taken[index]]
@@ -116,18 +122,18 @@ def resolve(
         if not _axes.is_trainable_dtype(dtype):
             bad.append(f"{path!r} of dtype {dtype}: only real floating point leaves can be adapted; exclude it")
             continue
-        leaf = Leaf(path, shape, np.dtype(dtype), _axes.roles(path, shape, axes))
-        if is_packed(array) and array.roles != leaf.roles:
-            if any(_tree.search(pattern, path) for pattern in axes or {}):
-                bad.append(
-                    f"{path!r} of shape {shape} was quantised with the axes {array.roles!r}, not {leaf.roles!r}; "
-                    "give the same axes= to quantize"
-                )
-                continue
-            leaf = dataclasses.replace(leaf, roles=array.roles)
+        try:
+            letters = roles.of(index)
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        leaf = Leaf(path, shape, np.dtype(dtype), letters or roles.likely(index))
         try:
             if 0 in shape:
                 raise ValueError("a weight without elements cannot be adapted; exclude it")
+            if letters is None and _splits(method, leaf):
+                unclear.append((leaf, method.describe()))
+                continue
             recipe = method.recipe(leaf)
             if recipe is None:
                 notes.append(f"{path}: rank 0, left as it is")
@@ -158,9 +164,22 @@ def resolve(
             near = ", ".join(_tree.nearest(pattern, tree.paths))
             bad.append(f"axes={{{pattern!r}: ...}} matches no leaf; the nearest paths are {near}")
     bad += _ties(tree, sites, allow_untied)
+    if unclear:
+        bad.append(_axes.unclear(unclear, tree.paths))
     if bad:
         raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(bad))
     return intern(tuple(sites), tuple(map(named, methods)), tuple(notes)), given
+
+
+def _splits(method: Method, leaf: Leaf) -> bool:
+    """Whether a method asks which axes are input and which output; one that cannot be asked does."""
+    sides = leaf.roles if {"i", "o"} <= set(leaf.roles) else "i" + "o" * (len(leaf.shape) - 1)
+    one = dataclasses.replace(leaf, roles=sides)
+    try:
+        recipe = method.recipe(one)
+    except ValueError:
+        return True
+    return recipe is not None and recipe.splits(one)
 
 
 def _ties(tree: _tree.Named, sites: Sequence[Site], allow_untied: bool) -> list[str]:

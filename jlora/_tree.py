@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
+from jlora import _axis_names
 from jlora._packed import is_packed
 
 Target: TypeAlias = "str | Sequence[str] | Callable[[str, Any], bool]"
@@ -47,12 +48,16 @@ def spelled(steps: Sequence[Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """A flattened tree: `leaves[n]` stands at `paths[n]`, and `owners[n]` is the identity of its array or box."""
+    """A flattened tree: `leaves[n]` stands at `paths[n]`, and `owners[n]` is the identity of its array or box.
+
+    `axis_names[n]` are the logical names of its axes, if its box has them.
+    """
 
     paths: tuple[str, ...]
     leaves: tuple[Any, ...]
     owners: tuple[int, ...]
     treedef: Any
+    axis_names: tuple[tuple[str | None, ...] | None, ...]
 
 
 def flatten(tree: Any) -> Named:
@@ -64,7 +69,7 @@ def flatten(tree: Any) -> Named:
       TypeError: keys that JAX cannot sort (an int beside a str).
       ValueError: two leaves with one path (the keys `0` and `"0"`).
     """
-    paths, leaves, owners = [], [], []
+    paths, leaves, owners, names = [], [], [], []
 
     def walk(node: Any, prefix: tuple[str, ...], inside: bool) -> None:
         below = lambda x: is_box(x) and x is not node
@@ -84,13 +89,14 @@ def flatten(tree: Any) -> Named:
                 paths.append("/".join(prefix + steps))
                 leaves.append(child)
                 owners.append(id(node) if inside else id(child))
+                names.append(_axis_names.of(node) if inside else None)
 
     walk(tree, (), is_box(tree))
     treedef = jax.tree.structure(tree, is_leaf=is_packed)
     if len(set(paths)) < len(paths):
         twice = sorted({p for p in paths if paths.count(p) > 1})
         raise ValueError(f"two leaves share the path {twice}: keys that print alike (0 and '0') cannot be told apart")
-    return Named(tuple(paths), tuple(leaves), tuple(owners), treedef)
+    return Named(tuple(paths), tuple(leaves), tuple(owners), treedef, tuple(names))
 
 
 def leaves(tree: Any) -> list[Any]:

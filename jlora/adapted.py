@@ -3,14 +3,13 @@
 import dataclasses
 import math
 import warnings
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jlora import _answers, _kinds, _packed, _plan, _ranks, _table, _tree
+from jlora._keys import checked_key, stable_hash
 from jlora._plan import Plan, Site, dropouts, shapes, trainable_size
 from jlora._plan import derived as derived
 from jlora.methods.base import Method
@@ -112,35 +111,15 @@ def check_adapted(caller: str, x: Any) -> Adapted:
 # --- making one ---------------------------------------------------------------------------------------------------
 
 
-def stable_hash(text: str) -> int:
-    """A hash that is the same in every process (Python's own is salted)."""
-    return zlib.crc32(text.encode())
-
-
-def _checked_key(key: Any) -> Any:
-    if key is None:
-        return jax.random.key(0)
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    is_raw = dtype == jnp.uint32 and shape is not None and shape[-1:] in ((2,), (4,))
-    if is_key and shape == ():
-        return key
-    if is_raw and len(shape) == 1:  # of jax.random.PRNGKey: it does not say its implementation, but its length does
-        ours = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
-        impl = None if ours == shape else {(2,): "threefry2x32", (4,): "rbg"}[shape]
-        return jax.random.wrap_key_data(jnp.asarray(key), impl=impl)
-    if is_key or is_raw and len(shape) > 1:
-        count = shape if is_key else shape[:-1]
-        raise TypeError(f"key must be one PRNG key, not keys of shape {count}; write key=keys[0], or vmap over them")
-    raise TypeError(f"key must be one PRNG key, not {key!r:.200}; write key=jax.random.key(0)")
-
-
 def adapt(
     params: Any,
     spec: "Method | Sequence[Any]",
     *,
     key: Any = None,
     axes: dict[str, str] | None = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
     allow_untied: bool = False,
 ) -> Adapted:
     """Freezes a parameter tree and hangs trainable factors beside the weights that a spec names.
@@ -151,16 +130,21 @@ def adapt(
       spec: a method, or a sequence of methods; the first whose `target` matches a leaf takes it.
       key: a PRNG key, `jax.random.key(0)` by default. A factor's initial value depends on the key and on the path
         of its weight alone, so adding a target changes no other.
-      axes: `{pattern: letters}` with one letter an axis, i (in), o (out), k (window) or s (stack), where the Flax
-        conventions guess wrong; `jlora.infer_axes` reads them off a trace.
+      axes: `{pattern: letters}` with one letter an axis, i (in), o (out), k (window) or s (stack). The first that
+        decides tells a weight's axes: this, what its leaf says itself (a quantised layout, logical axis names of a
+        Flax box or an NNX variable), a trace of `fn`, and conventions that the sizes of the tree leave no doubt of.
+      fn: a function that uses the parameters, traced to see what it does with each axis; nothing is computed. It is
+        called `fn(params, *args, **kwargs)`, or without `params` in front where that very object stands in `args` or
+        `kwargs`. Linen's `model.apply` takes `params` as it is, or `args=({"params": params}, x)`.
+      args, kwargs: its other arguments; `ShapeDtypeStruct`s will do.
       allow_untied: adapt one end of an array that stands under two paths.
 
     Returns:
       An `Adapted`.
 
     Raises:
-      ValueError: a pattern that matches nothing (with the nearest paths), integer or complex leaves, ties; all bad
-        leaves at once.
+      ValueError: weights whose axes nothing tells, for methods to which it matters (with the lines that would); a
+        pattern that matches nothing (with the nearest paths), integer or complex leaves, ties; all at once.
       TypeError: a key or a spec of the wrong kind, dictionary keys that cannot be sorted, quantised leaves that were
         cast.
 
@@ -173,11 +157,16 @@ def adapt(
       >>> adapted = jlora.adapt(params, [jlora.LoRA(rank=2), jlora.Full(target="head/")])
       >>> jlora.count(adapted)
       (28, 60)
+      >>> params, x = {"q": jnp.ones((2, 6, 4))}, jnp.ones((3, 6))
+      >>> f = lambda params, x: jnp.einsum("td,ndh->tnh", x, params["q"])
+      >>> jlora.adapt(params, jlora.LoRA(rank=2, target="q"), fn=f, args=(x,)).trainable["q"]["b"].shape
+      (2, 2, 4)
 
     References:
       Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
     """
-    adapted = begun(params, spec, key, axes, allow_untied)
+    traced = None if is_adapted(params) else _traced(fn, params, args, kwargs)
+    adapted = begun(params, spec, key, axes, allow_untied, traced)
     waste = _ranks.wasted(adapted.frozen.plan)
     if waste:
         warnings.warn(waste, stacklevel=2)
@@ -185,16 +174,21 @@ def adapt(
 
 
 def begun(
-    params: Any, spec: Any, key: Any = None, axes: dict[str, str] | None = None, allow_untied: bool = False
+    params: Any,
+    spec: Any,
+    key: Any = None,
+    axes: dict[str, str] | None = None,
+    allow_untied: bool = False,
+    traced: dict[str, str] | None = None,
 ) -> Adapted:
     """`adapt` without its advice, for what a file says."""
-    key = _checked_key(key)
+    key = checked_key(key)
     if is_adapted(params):
         raise TypeError("params is already an Adapted; adapt(adapted.frozen.base, [method, ...]) takes several methods")
     _answers.check_params("adapt", params)
     tree = _tree.flatten(params)
     _packed.sound(zip(tree.paths, tree.leaves, strict=True))
-    plan, given = _plan.resolve(tree, spec, axes, allow_untied)
+    plan, given = _plan.resolve(tree, spec, axes, allow_untied, traced)
     trainable: dict[str, dict[str, Any]] = {}
     factors: dict[str, dict[str, Any]] = {}
     named = lambda group, name: jax.random.fold_in(jax.random.fold_in(key, stable_hash(group)), stable_hash(name))
@@ -203,9 +197,8 @@ def begun(
         arrays, weight = recipe.arrays(site.leaf), tree.leaves[site.index]
         try:
             if any(map(_answers.is_gone, jax.tree.leaves(weight))):
-                raise ValueError(
-                    f"{site.leaf.path!r} of shape {site.leaf.shape} was donated or deleted: it has no values"
-                )
+                was = f"{site.leaf.path!r} of shape {site.leaf.shape}"
+                raise ValueError(f"{was} was donated or deleted: it has no values")
             made = method.initial(site.leaf, recipe, named, _packed.dense(weight))
         except ValueError as error:
             bad.append(str(error))
@@ -217,6 +210,14 @@ def begun(
         more = f"\n  and {len(bad) - 8} more" if len(bad) > 8 else ""
         raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(bad[:8]) + more)
     return Adapted(trainable, Frozen(params, factors, None, plan))
+
+
+def _traced(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, str] | None:
+    if fn is None and not args and not kwargs:
+        return None
+    from jlora._interpret import trace  # late: it stands above
+
+    return trace.given(fn, params, args, kwargs or {})
 
 
 # --- taking it apart ----------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def with_dropout(adapted: Adapted, key: Any) -> Adapted:
       Adapted(1 weight, 20 trainable)
     """
     check_adapted("with_dropout", adapted)
-    return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, key=_checked_key(key)))
+    return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, key=checked_key(key)))
 
 
 def without_key(adapted: Adapted) -> str:

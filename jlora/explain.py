@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 
-from jlora import _answers, _axes, _interpret, _network, _table, _tree
+from jlora import _answers, _axes, _interpret, _table
 from jlora._interpret import Row
-from jlora._plan import Site, intern
-from jlora.adapted import Adapted, Frozen, is_adapted
+from jlora._interpret import trace as _trace
+from jlora.adapted import is_adapted
 from jlora.lift import completed, find, is_ours
-from jlora.methods import Full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +24,21 @@ class Report:
       dense: the rows that were made dense for want of a rule; a vector, or a dense matrix that the planner chose, is
         not among them.
       unused: paths of adapted weights that no use was found for.
+      roles: `(path, shape, taken, read)` of weights whose axes the function uses otherwise than `adapt` took them,
+        one letter an axis.
     """
 
     rows: tuple[Row, ...]
     unused: tuple[str, ...]
+    roles: tuple[tuple[str, tuple[int, ...], str, str], ...] = ()
 
     @property
     def dense(self) -> tuple[Row, ...]:
         return tuple(r for r in self.rows if r.reason)
 
     def __repr__(self) -> str:
-        return f"Report({len(self.rows)} uses, {len(self.dense)} dense, {len(self.unused)} unused)"
+        other = f", {len(self.roles)} with other axes" if self.roles else ""
+        return f"Report({len(self.rows)} uses, {len(self.dense)} dense, {len(self.unused)} unused{other})"
 
     def __str__(self) -> str:
         lines = []
@@ -52,6 +55,8 @@ class Report:
         for path, n, _ in _table.fold([(p, ()) for p in self.unused]):
             times = f" (x{n})" if n > 1 else ""
             text.append(_table.shorten(f"unused: {path}{times}", _table.WIDTH))
+        if self.roles:
+            text.append(_axes.contradiction(self.roles))
         return "\n".join(text)
 
 
@@ -78,7 +83,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     assert me.rows is not None
     paths = [path for each in _interpret.names(found) for path in each]
     used = {r.path for r in me.rows}
-    return Report(tuple(me.rows), tuple(p for p in paths if p not in used))
+    return Report(tuple(me.rows), tuple(p for p in paths if p not in used), tuple(me.contradicted))
 
 
 def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
@@ -105,23 +110,11 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     if is_adapted(params):
         raise TypeError("infer_axes takes plain parameters, not an Adapted: infer_axes(fn, adapted.frozen.base, x)")
     _answers.check_params("infer_axes", params)
-    tree = _tree.flatten(params)
-    sites = []
-    for n, (path, array) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
-        shape, dtype = _tree.shape_dtype(array)
-        if len(shape) >= 2 and _axes.is_trainable_dtype(dtype):
-            leaf = _axes.Leaf(path, shape, jax.numpy.dtype(dtype), _axes.conventions(path, shape))
-            sites.append(Site(leaf, n, Full(target="."), _network.Recipe()))
-    plan = intern(tuple(sites), (), ())
-    me = _interpret.Interpreter(roles={})
-    _abstractly(fn, (Adapted({}, Frozen(params, {}, None, plan)), *args), kwargs, me)
-    letters = {}
-    for site in sites:
-        seen = (me.roles or {}).get(site.leaf.path, {})
-        names = _network.atoms(site.leaf)
-        if any(n in seen for n in names):
-            letters[f"^{re.escape(site.leaf.path)}$"] = "".join(seen.get(n, "o") for n in names)
-    return letters
+    return {
+        f"^{re.escape(path)}$": letters
+        for path, letters in _trace.axes(fn, params, args, kwargs).items()
+        if len(letters) >= 2
+    }
 
 
 def _is_abstract(x: Any) -> bool:

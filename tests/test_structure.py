@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1] / "jlora"
 
 # From the ground up: a room imports from those before it. A package counts as one room.
 ROOMS = (
-    "_version", "_answers",  # what everybody says
-    "_inverse", "_packed", "_tree", "_select", "_conventions", "_layouts", "_axes", "_network", "_contract", "_rule",
-    "_term", "_lazy", "_weight", "_anew", "_express", "_names", "_kinds",
-    "_table", "targets", "network", "methods", "_plan", "_ranks", "adapted", "_stack", "_merge",
+    "_version", "_answers", "_keys",  # what everybody says
+    "_inverse", "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_layouts", "_axes", "_network",
+    "_contract", "_rule", "_term", "_lazy", "_weight", "_anew", "_express", "_names", "_kinds",
+    "targets", "network", "methods", "_plan", "_ranks", "adapted", "_stack", "_merge",
     "quant",  # methods know no jaxpr
     "_dropout", "_ops", "_lookup", "_conv", "_interpret", "_modules", "lift", "explain", "init",
     "optim",  # one room knows jaxprs
@@ -28,6 +28,7 @@ ROOMS = (
 # Imports that look upwards and have a reason: {(room, imported): why}.
 UPWARDS = {
     ("lift", "_interpret"): "late, so that `lift(fn, dense=True)`, the oracle of the tests, does without it",
+    ("adapted", "_interpret"): "late, and only where a function is given to be traced",
 }
 
 LIMIT = 400

@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
-from jlora import _merge, _ops, _tree
+from jlora import _axes, _merge, _ops, _tree
+from jlora._axes import RolesWarning
 from jlora._contract import typed
 from jlora._dropout import fold
 from jlora._express import express
-from jlora._interpret import contractions, control, moves
+from jlora._interpret import contractions, control, moves, roles
 from jlora._interpret.jaxpr import bind_params, live, source
 from jlora._interpret.moments import moment
+from jlora._keys import stable_hash
 from jlora._ops import Refusal, Use
 from jlora._weight import Operand, Weight, is_weight
-from jlora.adapted import Adapted, stable_hash, without_key
+from jlora.adapted import Adapted, without_key
 
 Counted: TypeAlias = dict[int, Any]
 RULES = {**moves.RULES, **contractions.RULES, **control.RULES}
@@ -50,22 +52,21 @@ class Interpreter:
     Attributes:
       forward_mode: plain factored dots in place of custom rules.
       rows: where `explain` collects its rows; None when nobody asked.
-      roles: where `infer_axes` collects `{path: {atom: letter}}`; None when nobody asked.
       moments: where `init.activations` collects `{path: X^T X}` (`moment`); None when nobody asked.
       numbers: of each weight with a dropout key, by its origin, the number of its next use in the order of the program.
     """
 
     forward_mode: bool = False
     rows: list[Row] | None = None
-    roles: dict[str, dict[str, str]] | None = None
     moments: dict[str, Operand] | None = None
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
     numbers: Counted = dataclasses.field(default_factory=dict)
+    contradicted: list[Any] = dataclasses.field(default_factory=list)  # (path, shape, letters taken, letters read)
     around: list[Any] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
 
     @property
     def watched(self) -> bool:
-        return not (self.rows is self.roles is self.moments is None)
+        return not (self.rows is self.moments is None)
 
     # -- walking --
 
@@ -126,11 +127,19 @@ class Interpreter:
         if self.rows is not None and w.path is not None:
             self.rows.append(Row(w.path, use, cost.plan, cost.flops, cost.dense_flops, reason))
 
-    def role(self, w: Weight, axes: Sequence[int], letter: str) -> None:
-        if self.roles is not None and w.path is not None:
-            known = self.roles.setdefault(w.path, {})
-            for atom in (a for n in axes for a in w.axes[n]):
-                known.setdefault(atom, letter)
+    def check(self, closed: Any, found: Sequence[Adapted], leaves: Sequence[Sequence[Any]]) -> None:
+        """Holds the axes that `adapt` took against what the function does with them: a warning, or a report's lines."""
+        sites = [s for a in found for s in a.frozen.plan.sites]
+        if not any(s.recipe.splits(s.leaf) for s in sites):
+            return
+        own = {id(leaf) for each in leaves for leaf in each}
+        paths = [path for each in names(list(found)) for path in each]
+        named = [(path, s.leaf) for path, s in zip(paths, sites, strict=True)]
+        seen = roles.contradictions(closed.jaxpr, [id(c) not in own for c in closed.consts], named)
+        asked = {path for path, s in zip(paths, sites, strict=True) if s.recipe.splits(s.leaf)}
+        self.contradicted = [c for c in seen if c[0] in asked]
+        if self.contradicted and not self.watched:
+            warnings.warn(_axes.contradiction(self.contradicted), RolesWarning, stacklevel=4)
 
     def meet(self, w: Weight, x: Any, pairs: Sequence[tuple[int, int]], batch: Sequence[tuple[int, int]]) -> None:
         if self.moments is not None and w.path is not None and (made := moment(w, x, pairs, batch)) is not None:
@@ -247,6 +256,7 @@ def call(
     if not forward_mode:  # which has no backward pass to notice
         found = [noticed(a) for a in found]
     closed = jax.make_jaxpr(traced)(*map(typed, bases))
+    me.check(closed, found, leaves)
     expressions: list[Weight] = []
     for a, paths in zip(found, names(found), strict=True):
         get = _merge.lookup(a)

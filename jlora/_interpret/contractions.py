@@ -24,9 +24,6 @@ def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
     w, x = (lhs, rhs) if left else (rhs, lhs)
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     contracted, batch = (lc, lb) if left else (rc, rb)
-    me.role(w, contracted, "i")
-    me.role(w, batch, "s")
-    me.role(w, range(len(w.axes)), "o")
     other, other_batch = (rc, rb) if left else (lc, lb)
     me.meet(w, x, [*zip(contracted, other, strict=True)], [*zip(batch, other_batch, strict=True)])
     if _ops.is_vector(w):
@@ -57,10 +54,6 @@ def _gather(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
     w, indices = values
     if not is_weight(w) or is_weight(indices):
         raise Refusal("an index made of weights")
-    picked = eqn.params["dimension_numbers"].start_index_map
-    me.role(w, picked, "s" if indices.ndim == 1 else "i")
-    if indices.ndim > 1:
-        me.role(w, range(len(w.axes)), "o")
     if _ops.is_vector(w):
         raise Refusal("a vector")
     note = functools.partial(me.record, w, eqn.primitive.name)
@@ -72,10 +65,6 @@ def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
     x, w, sizes, *more = values
     if not is_weight(w) or is_weight(x) or more or eqn.params.get("group_offset") is not None:
         raise Refusal("a ragged dot in another form")
-    d = eqn.params["ragged_dot_dimension_numbers"]
-    me.role(w, d.rhs_group_dimensions, "s")
-    me.role(w, d.dot_dimension_numbers[0][1], "i")
-    me.role(w, range(len(w.axes)), "o")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base, x, sizes: me.bind(eqn, [x, base, sizes])[0]
     return [_conv.ragged(me.used(w), x, sizes, eqn.params, bind, me.forward_mode, note)]
@@ -85,10 +74,6 @@ def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool])
     x, w = values
     if not is_weight(w) or is_weight(x):
         raise Refusal("a convolution with the weight as its input")
-    out_axis, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
-    me.role(w, [out_axis], "o")
-    me.role(w, [in_axis], "i")
-    me.role(w, window, "k")
     if w.plain and _ops.is_dense_delta(w):
         me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
         return [_met(me, lambda w, x, _: me.bind(eqn, [x, w.dense()])[0], w, x)]

@@ -125,7 +125,6 @@ class _Sliced:
         if len(w.axes[0]) != 1:
             raise Refusal("a scan over joined axes")
         (atom,) = w.axes[0]
-        me.role(w, [0], "s")
         w = w.simplified(atom)
         axes: list[int | None] = []
         if w.lazy is not None and not w.lazy.can(atom, drop=True):

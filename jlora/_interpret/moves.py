@@ -160,7 +160,6 @@ def _slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> li
     before, after = w.shape, eqn.outvars[0].aval.shape
     start, stop = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or (1,) * len(after)
-    me.role(w, [n for n, size in enumerate(after) if size == 1 != before[n]], "s")
     cuts: list[Any] = [
         None if after[n] == before[n] else functools.partial(_static_cut, a=a, b=b, step=s)
         for n, (a, b, s) in enumerate(zip(start, stop, steps, strict=True))
@@ -198,7 +197,6 @@ def _unstack(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> 
     if len(w.axes[axis]) != 1:
         raise Refusal("unstacking joined axes")
     (atom,) = w.axes[axis]
-    me.role(w, [axis], "s")
     w = _cuttable(me, eqn, w, [axis], drop=True)
     axes = tuple(g for n, g in enumerate(w.axes) if n != axis)
     return [
@@ -220,7 +218,6 @@ def _dynamic_slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool
         None if size == w.shape[n] else functools.partial(_dynamic_cut, start=i, size=size)
         for n, (i, size) in enumerate(zip(starts, sizes, strict=True))
     ]
-    me.role(w, [n for n, size in enumerate(sizes) if size == 1 != w.shape[n]], "s")
     w = _cuttable(me, eqn, w, [n for n, cut in enumerate(cuts) if cut])
     return _cut(w, _moved(me, eqn, [w, *starts])[0], sizes, cuts)
 

@@ -78,7 +78,8 @@ class Reader:
     """Takes the modules of a file, one by one, for the leaves of a tree."""
 
     def __init__(self, config: Config, tree: _tree.Named, book: Book, axes: dict[str, str] | None) -> None:
-        self.config, self.book, self.axes = config, book, axes
+        self.config, self.book, self.roles = config, book, _axes.Roles(tree, axes)
+        self.index = {path: n for n, path in enumerate(tree.paths)}
         self.leaves = dict(zip(tree.paths, tree.leaves, strict=True))
         self.parts: dict[str, Part] = {}
         self.givers: dict[tuple[str, Index], str] = {}
@@ -115,7 +116,7 @@ class Reader:
     def _leaf(self, path: str, index: Index) -> tuple[Leaf, Leaf]:
         """A leaf, and the same without stack axes; ValueError where the index is not one into them."""
         shape, dtype = _tree.shape_dtype(self.leaves[path])
-        leaf = Leaf(path, shape, np.dtype(dtype), _axes.roles(path, shape, self.axes))
+        leaf = Leaf(path, shape, np.dtype(dtype), self.roles.likely(self.index[path]))
         vector = not leaf.axes("ik") and not leaf.stack
         stack = leaf.shape[: len(index)] if vector else leaf.stack
         if len(stack) != len(index):

@@ -31,7 +31,8 @@ class Writer:
 
     def __init__(self, adapted: Adapted, book: Book) -> None:
         self.book, self.plan = book, adapted.frozen.plan
-        self.leaves = _tree.flatten(adapted.frozen.base).leaves
+        tree = _tree.flatten(adapted.frozen.base)
+        self.leaves, self.roles = tree.leaves, _axes.Roles(tree)
         self.sides = (adapted.frozen.factors, adapted.trainable)
         self.sites = {site.leaf.path: site for site in self.plan.sites}
         self.tensors: dict[str, np.ndarray] = {}
@@ -134,8 +135,7 @@ class Writer:
         if said is None and weight in self.sites:
             said = len(self.sites[weight].leaf.stack)
         elif said is None:
-            shape = _tree.shape_dtype(self.leaves[list(self.book.paths).index(weight)])[0]
-            said = _axes.roles(weight, shape, None).count("s")
+            said = self.roles.likely(list(self.book.paths).index(weight)).count("s")
         if leaf.name == "scale" and len(leaf.shape) > max(said, len(leaf.stack)) + 1:
             raise ValueError(f"{leaf.path!r} of shape {leaf.shape} is of several layers: name them with names=")
         return weight, said

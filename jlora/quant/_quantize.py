@@ -178,7 +178,8 @@ def quantize(
     leaves = list(tree.leaves)
     todo: dict[int, Codec] = {}
     letters: dict[int, str] = {}
-    bad = []
+    bad, unclear = [], []
+    roles = _axes.Roles(tree, axes)
     for n in taken:
         shape, dtype = _tree.shape_dtype(leaves[n])
         if is_packed(leaves[n]) or not shape or 0 in shape:
@@ -186,12 +187,22 @@ def quantize(
         if not _axes.is_trainable_dtype(dtype):
             bad.append(f"{tree.paths[n]!r} of shape {shape} and dtype {dtype}: only real floating point weights")
             continue
-        letters[n] = _axes.roles(tree.paths[n], shape, axes)
+        said = roles.of(n)
+        if said is None:
+            unclear.append(f"{tree.paths[n]!r} of shape {shape}")
+            continue
+        letters[n] = said
         if set(letters[n]) == {"s"}:
             bad.append(f"{tree.paths[n]!r} of shape {shape} has stack axes alone; write its letters in axes=")
             continue
         todo[n] = codec(scheme, tree.paths[n], shape, dtype, letters[n], parity == "torch")
     bad += [why for n in todo for why in not_finite(tree.paths[n], leaves[n])]
+    if unclear:
+        shown = ", ".join(unclear[:5]) + (f" and {len(unclear) - 5} more" if len(unclear) > 5 else "")
+        bad.append(
+            f"nothing tells which axes are input and which output of {shown}; blocks run along the input: write "
+            "axes=jlora.infer_axes(fn, params, x), where fn(params, x) is a call of the model, or the letters"
+        )
     if bad:  # before any weight is freed
         raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(bad))
     made: dict[Any, Quantized] = {}

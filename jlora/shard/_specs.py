@@ -85,12 +85,10 @@ def _of_leaf(leaf: Any, kernel: Entries, sizes: Sizes) -> Any:
 
 
 def roles_of(tree: _tree.Named, plan: Plan) -> list[str]:
-    """The letters of every leaf: the plan's where it is adapted, else the conventions'."""
-    known = {n: leaf.roles for n, leaf in enumerate(tree.leaves) if is_packed(leaf)}
-    known |= {site.index: site.leaf.roles for site in plan.sites}
-    shapes = [_tree.shape_dtype(leaf)[0] for leaf in tree.leaves]
-    both = zip(tree.paths, shapes, strict=True)
-    return [known.get(n) or _axes.conventions(path, shape) for n, (path, shape) in enumerate(both)]
+    """The letters of every leaf: the plan's where it is adapted, else what the tree says, else likely ones."""
+    known = {site.index: site.leaf.roles for site in plan.sites}
+    roles = _axes.Roles(tree)
+    return [known.get(n) or roles.likely(n) for n in range(len(tree.leaves))]
 
 
 def _factors(plan: Plan, base: list[Entries], sizes: Sizes) -> dict[Place, Entries]:

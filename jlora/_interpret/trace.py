@@ -1,0 +1,64 @@
+"""A call of a function of parameters, traced for what it says of their axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jlora import _axes, _tree
+from jlora._interpret import roles
+
+
+def _is_input(x: Any) -> bool:
+    return isinstance(x, (jax.Array, jax.ShapeDtypeStruct, np.ndarray))
+
+
+def axes(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """`{path: letters}` of every parameter that a call of `fn` says the axes of; nothing is computed.
+
+    Where `params` itself, the very object, stands somewhere in `args` or `kwargs`, the call is `fn(*args, **kwargs)`;
+    else it is `fn(params, *args, **kwargs)`. The `apply` of a Linen module takes parameters alone for its variables.
+    """
+    tree = _tree.flatten(params)
+    ours = [n for n, leaf in enumerate(tree.leaves) if _axes.is_trainable_dtype(_tree.shape_dtype(leaf)[1])]
+    own = lambda x: x is params
+    slots, form = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=own)
+    inside = any(map(own, slots))
+    model = getattr(fn, "__self__", None)
+    wrap = isinstance(model, nn.Module) and fn.__name__ == "apply" and not (_has(params, "params"))
+    places = [n for n, x in enumerate(slots) if not own(x) and _is_input(x)]
+
+    def call(leaves: list[Any], others: list[Any]) -> Any:
+        every = list(tree.leaves)
+        for n, leaf in zip(ours, leaves, strict=True):
+            every[n] = leaf
+        now = jax.tree.unflatten(tree.treedef, every)
+        filled = [now if own(x) else x for x in slots]
+        for n, x in zip(places, others, strict=True):
+            filled[n] = x
+        a, k = jax.tree.unflatten(form, filled)
+        return fn(*a, **k) if inside else fn({"params": now} if wrap else now, *a, **k)
+
+    uses = roles.traced(call, [tree.leaves[n] for n in ours], [slots[n] for n in places])
+    said = {tree.paths[n]: roles.decided(seen) for n, seen in zip(ours, uses, strict=True)}
+    return {path: letters for path, letters in said.items() if letters}
+
+
+def given(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, str]:
+    """`axes` of what a user gave, checked."""
+    if fn is None:
+        raise TypeError("adapt(args=..., kwargs=...) are the arguments of fn=, which is not given")
+    if not callable(fn) or not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"adapt(fn=..., args=(x,)) takes a function and its other arguments in a tuple, not {fn!r:.100} and "
+            f"{type(args).__name__}"
+        )
+    return axes(fn, params, args, kwargs)
+
+
+def _has(params: Any, name: str) -> bool:
+    return isinstance(params, Mapping) and name in params

@@ -1,0 +1,276 @@
+"""Where the letters of a weight's axes come from; what is said where nothing tells, or a function contradicts them."""
+
+import functools
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import jlora
+from jlora import _layouts, _tree
+
+X = jax.ShapeDtypeStruct((3, 6), jnp.float32)
+
+
+class Heads(nn.Module):
+    """Heads first, as gemma has them."""
+
+    @nn.compact
+    def __call__(self, x, scale=1.0):
+        q = self.param("q", nn.initializers.normal(), (2, 6, 4))
+        out = self.param("out", nn.initializers.normal(), (2, 4, 6))
+        return scale * jnp.einsum("tnh,nhd->td", jnp.einsum("td,ndh->tnh", x, q), out)
+
+
+MODEL = Heads()
+PARAMS = MODEL.init(jax.random.key(0), jnp.ones((3, 6)))["params"]
+LORA = jlora.LoRA(rank=2, target=".")
+
+
+def letters(adapted):
+    return {site.leaf.path: site.leaf.roles for site in adapted.frozen.plan.sites}
+
+
+# --- a trace ---
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(fn=MODEL.apply, args=(X,)),
+        dict(fn=MODEL.apply, args=({"params": PARAMS}, X)),
+        dict(fn=MODEL.apply, args=({"params": PARAMS}, X), kwargs={"scale": 2.0}),
+        dict(fn=lambda x, params: MODEL.apply({"params": params}, x), args=(X,), kwargs={"params": PARAMS}),
+        dict(fn=lambda params: MODEL.apply({"params": params}, jnp.ones((3, 6)))),
+    ],
+    ids=["apply", "variables", "keywords", "params by name", "data closed over"],
+)
+def test_a_trace_tells_the_axes(how):
+    """However the parameters stand in the call, a trace finds what the einsums say."""
+    assert letters(jlora.adapt(PARAMS, LORA, **how)) == {"q": "oio", "out": "iio"}
+
+
+def test_what_the_user_says_comes_first():
+    """Letters given in axes= stand before a trace; the others are the trace's."""
+    adapted = jlora.adapt(PARAMS, LORA, axes={"^q$": "sio"}, fn=MODEL.apply, args=(X,))
+    assert letters(adapted) == {"q": "sio", "out": "iio"}
+
+
+def test_args_without_a_function_are_refused():
+    """args= alone would be ignored."""
+    with pytest.raises(TypeError, match="fn="):
+        jlora.adapt(PARAMS, LORA, args=(X,))
+
+
+TRACES = {
+    "looked up and tied": (
+        lambda p, i: p["w"][i] @ p["w"].T, (jnp.ones((7, 4)),), jnp.zeros((2, 3), int), "io"
+    ),
+    "looked up by one-hot": (
+        lambda p, i: jax.nn.one_hot(i, 7) @ p["w"] @ p["w"].T, (jnp.ones((7, 4)),), jnp.zeros((2, 3), int), "io"
+    ),
+    "scanned behind": (
+        lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, jnp.moveaxis(p["w"], 1, 0))[0],
+        (jnp.ones((4, 3, 4)),), jnp.ones((2, 4)), "iso",
+    ),
+    "remat and a custom rule": (
+        lambda p, x: jax.checkpoint(_custom)(x, p["w"]), (jnp.ones((4, 5)),), jnp.ones((2, 4)), "io"
+    ),
+    "cast, scaled, masked": (
+        lambda p, x: x @ (jnp.tril(jnp.ones((5, 4))) * p["w"].astype(jnp.bfloat16) / 3).T,
+        (jnp.ones((5, 4)),), jnp.ones((2, 4)), "oi",
+    ),
+    "normalised": (
+        lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)), (jnp.ones((4, 5)),), jnp.ones((2, 4)), "io"
+    ),
+    "a window": (
+        lambda p, x: jax.lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
+        (jnp.ones((3, 4, 5)),), jnp.ones((1, 6, 4)), "kio",
+    ),
+    "experts": (
+        lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([2, 4])), (jnp.ones((2, 4, 5)),), jnp.ones((6, 4)), "sio"
+    ),
+    "fused and split": (
+        lambda p, x: sum(jnp.split(x @ p["w"].reshape(4, 6), 3, -1)), (jnp.ones((4, 3, 2)),), jnp.ones((2, 4)), "ioo"
+    ),
+    "an axis of the weight alone": (
+        lambda p, x: jnp.einsum("bd,cdh->bh", x, p["w"]), (jnp.ones((3, 4, 5)),), jnp.ones((2, 4)), "iio"
+    ),
+    "positions added": (lambda p, x: x + p["w"], (jnp.ones((1, 6, 4)),), jnp.ones((2, 6, 4)), "ooo"),
+    "turned": (lambda p, x: jnp.einsum("od,bd->bo", p["w"], x), (jnp.ones((5, 4)),), jnp.ones((2, 4)), "oi"),
+}  # fmt: skip
+
+
+@jax.custom_vjp
+def _custom(x, w):
+    return x @ w
+
+
+_custom.defvjp(lambda x, w: (x @ w, (x, w)), lambda res, g: (g @ res[1].T, res[0].T @ g))
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_infer_axes_sees_through(name):
+    """Lookups before tied heads; scans, remat and custom rules; what is cast, scaled, normalised, fused or turned."""
+    fn, (w,), x, right = TRACES[name]
+    assert jlora.infer_axes(fn, {"w": w}, x) == {"^w$": right}
+
+
+# --- nothing tells ---
+
+
+def test_a_refusal_names_all_weights_and_the_lines_to_write():
+    """All at once, layers folded, with letters to check and a pattern that takes them alone."""
+    params = {"a": {"u": jnp.ones((3, 4, 5))}, "b": [{"v": jnp.ones((2, 4, 4))} for _ in range(3)]}
+    with pytest.raises(ValueError, match="nothing here tells") as error:
+        jlora.adapt(params, jlora.LoRA(rank=1, target="u|v"))
+    text = str(error.value)
+    assert "'a/u' of shape (3, 4, 5)" in text and "'b/{0-2}/v' (x3)" in text and "fn=model.apply, args=(x,)" in text
+    written = eval(re.search(r"axes=(\{.*\})", text)[1])
+    assert letters(jlora.adapt(params, jlora.LoRA(rank=1, target="u|v"), axes=written)).keys() == {
+        "a/u", "b/0/v", "b/1/v", "b/2/v",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [jlora.Full, jlora.BitFit, functools.partial(jlora.IntrinsicDimension, 3)])
+def test_methods_that_do_not_split_a_weight_do_not_ask(method):
+    """A delta of the weight's own shape is the same whatever its axes are called."""
+    assert len(jlora.adapt({"u": jnp.ones((3, 4, 5))}, method(target="u")).frozen.plan.sites) == 1
+
+
+def test_quantize_asks_too():
+    """Blocks run along the input: with nothing that tells it, they are refused."""
+    with pytest.raises(ValueError, match="infer_axes"):
+        jlora.quantize({"u": jnp.ones((3, 64, 64))}, target="u")
+
+
+def test_a_saved_adapter_keeps_its_letters(tmp_path):
+    """What a trace found is in the file: load needs neither the function nor axes=."""
+    adapted = jlora.adapt(PARAMS, LORA, fn=MODEL.apply, args=(X,))
+    jlora.save(tmp_path / "a", adapted)
+    assert letters(jlora.load(tmp_path / "a", PARAMS)) == {"q": "oio", "out": "iio"}
+
+
+# --- a function contradicts ---
+
+
+def dense(turned):
+    return lambda p, x: x @ (p["dense"]["kernel"].T if turned else p["dense"]["kernel"])
+
+
+@pytest.mark.parametrize("letters, turned", [("io", True), ("oi", False)])
+def test_lift_and_explain_say_what_contradicts(letters, turned):
+    """A weight whose every use turns its sides: a warning of `lift`, a line of `explain`, and the letters to write."""
+    params = {"dense": {"kernel": jnp.ones((4, 4))}}
+    adapted = jlora.adapt(params, jlora.LoRA(rank=1, target="kernel"), axes={"kernel": letters})
+    right = letters[::-1]
+    with pytest.warns(jlora.RolesWarning, match=re.escape(f"axes={{r'^dense/kernel$': '{right}'}}")):
+        jlora.lift(dense(turned))(adapted, jnp.ones((2, 4)))
+    report = jlora.explain(dense(turned), adapted, jnp.ones((2, 4)))
+    assert report.roles == (("dense/kernel", (4, 4), letters, right),)
+    assert f"'{right}' here, and was taken for '{letters}'" in str(report)
+    assert jlora.explain(dense(not turned), adapted, jnp.ones((2, 4))).roles == ()
+
+
+def test_a_stack_that_is_none_is_said():
+    """Heads taken for a stack train once too many factors a head."""
+    adapted = jlora.adapt(PARAMS, LORA, axes={"^q$": "sio", "^out$": "iio"})
+    call = lambda params, x: MODEL.apply({"params": params}, x)
+    assert jlora.explain(call, adapted, X).roles == (("q", (2, 6, 4), "sio", "oio"),)
+
+
+HONEST = {
+    "tied head alone": ("embedding", (7, 4), "io", lambda p, x: x @ p["embedding"].T, (2, 4)),
+    "used both ways": ("w", (4, 4), "io", lambda p, x: (x @ p["w"]) @ p["w"].T, (2, 4)),
+    "stack unrolled": ("w", (2, 4, 4), "sio", lambda p, x: x @ p["w"][0] @ p["w"][1], (2, 4)),
+    "keys absorbed": ("w", (6, 2, 4), "ioo", lambda p, q: jnp.einsum("tnh,cnh->tnc", q, p["w"]), (3, 2, 4)),
+    "fused, indexed": ("w", (3, 4, 5), "oio", lambda p, x: x @ p["w"][0] + x @ p["w"][1] * (x @ p["w"][2]), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_uses_are_not_contradictions(name):
+    """Tied heads, scores, stacks unrolled by hand and fused kernels that are indexed warn of nothing."""
+    leaf, shape, said, fn, x = HONEST[name]
+    adapted = jlora.adapt({leaf: jnp.ones(shape)}, jlora.LoRA(rank=1, target=leaf), axes={f"^{leaf}$": said})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.eval_shape(jlora.lift(fn), adapted, jnp.ones(x))
+    assert jlora.explain(fn, adapted, jnp.ones(x)).roles == ()
+
+
+# --- transformers ---
+
+SIZES = dict(
+    vocab_size=99, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=36, head_dim=6,
+    num_key_value_heads=2, embedding_size=20, n_embd=24, n_layer=2, n_head=4, n_positions=40, d_model=24, d_ff=36,
+    d_kv=6, max_position_embeddings=40, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=36, decoder_ffn_dim=36, ffn_dim=36, num_layers=2, num_heads=4,
+    num_decoder_layers=2, dim=24,
+    n_heads=4, n_layers=2, hidden_dim=36, word_embed_proj_dim=24, attention_heads=4, image_size=16, patch_size=8,
+    attention_type="original_full", rotary_dim=4, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    max_source_positions=20, max_target_positions=20, num_mel_bins=10, decoder_start_token_id=1,
+)  # fmt: skip
+TINY = dict(vocab_size=99, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, projection_dim=16)
+OWN = {
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "clip": dict(
+        text_config=TINY | dict(hidden_size=24, max_position_embeddings=20),
+        vision_config=TINY | dict(hidden_size=20, image_size=16, patch_size=8),
+    ),
+    "resnet": dict(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2]),
+    "regnet": dict(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8),
+    "wav2vec2": dict(
+        conv_dim=(16, 16, 16), conv_kernel=(4, 3, 2), conv_stride=(2, 2, 2), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, do_stable_layer_norm=True, feat_extract_norm="layer",
+    ),
+}  # fmt: skip
+FAMILIES = (
+    "albert bart beit bert big_bird blenderbot blenderbot-small bloom clip dinov2 distilbert electra gemma gpt-sw3 "
+    "gpt2 gpt_neo gptj llama longt5 marian mbart mistral mt5 opt pegasus regnet resnet roberta roberta-prelayernorm "
+    "roformer t5 vit wav2vec2 whisper xglm xlm-roberta"
+).split()
+IMAGES = ("vit", "beit", "dinov2", "resnet", "regnet")
+
+
+def inputs(name, config):
+    """Shapes of a model's inputs."""
+    ids, of = jax.ShapeDtypeStruct((1, 8), jnp.int32), lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    if name in IMAGES:
+        return (of(1, 3, 16, 16),)
+    first = {"clip": ids, "whisper": of(1, 10, 40), "wav2vec2": of(1, 200)}.get(name, ids)
+    more = {"clip": (of(1, 3, 16, 16),)}.get(name, (ids,) if config.is_encoder_decoder else ())
+    return (first, *more)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_families_are_right_by_their_trees_and_by_a_trace(name, monkeypatch):
+    """For every Flax family of transformers, what the tree decides is what a trace of the model finds."""
+    transformers = pytest.importorskip("transformers", reason="transformers<5 is not installed")
+    auto = pytest.importorskip("transformers.models.auto.modeling_flax_auto", reason="transformers 5 has no Flax")
+    clip = jnp.clip  # T5 calls it by the names that it had
+    monkeypatch.setattr(jnp, "clip", lambda x, *a, a_min=None, a_max=None, **k: clip(x, *(a or (a_min, a_max)), **k))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Flax support ends with version 5
+        make, had = transformers.CONFIG_MAPPING[name], transformers.CONFIG_MAPPING[name]()
+        sizes = {k: v for k, v in SIZES.items() if hasattr(had, k) and name not in ("clip", "resnet", "regnet")}
+        config = make(**sizes | OWN.get(name, {}))
+        which = auto.FLAX_MODEL_MAPPING_NAMES[name]
+        model = getattr(transformers, which if isinstance(which, str) else which[0])(config, _do_init=False)
+        params = model.params_shape_tree
+
+        def call(params, first, *more):
+            if config.is_encoder_decoder:
+                return model(first, decoder_input_ids=more[0], params=params).to_tuple()[0]
+            return model(first, *more, params=params).to_tuple()
+
+        traced = jlora.infer_axes(call, params, *inputs(name, config))
+    tree = _tree.flatten(params)
+    found = _layouts.decide({p: tuple(leaf.shape) for p, leaf in zip(tree.paths, tree.leaves, strict=True)})
+    both = {p: (found[p], traced.get(f"^{re.escape(p)}$")) for p in tree.paths if len(found[p] or "..") > 1}
+    wrong = {p: x for p, x in both.items() if None not in x and x[0] != x[1]}
+    silent = [p for p, x in both.items() if x[0] is None and "weight_" not in p]  # a weight norm's parts are no kernels
+    assert (wrong, silent) == ({}, []) and len(traced) >= 0.9 * len(both) > 0

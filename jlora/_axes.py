@@ -7,6 +7,7 @@ decides, `adapt` refuses for methods to which it matters.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -188,6 +189,16 @@ def _pattern(path: str, alike: set[str], paths: Sequence[str]) -> str:
         if all(p in alike for p in paths if re.search(pattern, p)):
             return pattern if n < len(steps) else "^" + "/".join(steps) + "$"
     return f"^{re.escape(path)}$"
+
+
+def added(weight: Leaf, shape: tuple[int, ...]) -> str | None:
+    """The letters of an array that is added to a weight's output, its layers where they may be; None where none fit."""
+    kept = [n for n, role in enumerate(weight.roles) if role in "so"]
+    for order in itertools.permutations(kept):
+        apart = [[n for n in order if weight.roles[n] == role] for role in "so"]
+        if all(x == sorted(x) for x in apart) and tuple(weight.shape[n] for n in order) == shape:
+            return "".join(weight.roles[n] for n in order)
+    return None
 
 
 def is_trainable_dtype(dtype: Any) -> bool:

@@ -101,6 +101,7 @@ def resolve(
     selected = [_select.select(m.describe(), m.target, m.exclude, tree) for m in methods]
     sites: list[Site] = []
     given: list[tuple[Method, Recipe]] = []
+    rule: list[int] = []  # the number of the rule that took each site
     notes: list[str] = []
     bad: list[str] = [text for _, wrong in selected for text in wrong]
     vectors: dict[int, dict[int, str]] = {}  # of each rule, the leaves without an input side that patterns took
@@ -155,6 +156,8 @@ def resolve(
             continue
         sites.append(Site(leaf, index, named(method), recipe))
         given.append((method, recipe))
+        rule.append(takers[0])
+    _beside(tree, methods, axes, traced or {}, (sites, given, rule), notes, bad)
     for n, said in vectors.items():
         m, (taken, _) = methods[n], selected[n]
         others = [index for index, it in enumerate(taken) if it and index not in said]
@@ -180,6 +183,59 @@ def _splits(method: Method, leaf: Leaf) -> bool:
     except ValueError:
         return True
     return recipe is not None and recipe.splits(one)
+
+
+BIASES = {"kernel": "bias", "weight": "bias", "scale": "bias", "w": "b"}  # what is added to a weight's output
+
+
+def _beside(
+    tree: _tree.Named,
+    methods: Sequence[Method],
+    axes: Any,
+    traced: dict[str, str],
+    found: Any,
+    notes: list[str],
+    bad: list[str],
+) -> None:
+    """The biases of layers whose output a method rescales: sites of the same method, in the order of the tree."""
+    sites, given, rule = found
+    index = {path: n for n, path in enumerate(tree.paths)}
+    held = {site.index: n for n, site in enumerate(sites)}
+    for site, (method, _), n in list(zip(sites, given, rule, strict=True)):
+        layer, slash, name = site.leaf.path.rpartition("/")
+        path = layer + slash + BIASES.get(name, "")
+        other = method.beside(site.leaf) if name in BIASES and path in index else None
+        if other is None:
+            continue
+        at = index[path]
+        if methods[n].exclude and _select.taken(methods[n].exclude, tree)[at]:
+            continue
+        if at in held and rule[held[at]] != n:
+            notes.append(f"{path}: rule {rule[held[at]] + 1} takes it, so {method.describe()} does not rescale it")
+            continue
+        shape, dtype = _tree.shape_dtype(tree.leaves[at])
+        roles = _axes.given(path, shape, axes) or traced.get(path) or _axes.added(site.leaf, shape)
+        if roles is None or not _axes.is_trainable_dtype(dtype):
+            bad.append(
+                f"{path!r} of shape {shape} is no bias of {site.leaf.path!r} of shape {site.leaf.shape} "
+                f"({site.leaf.roles}), and {method.describe()} rescales the output, bias included; "
+                'write exclude="bias$" to leave it as it is'
+            )
+            continue
+        leaf = Leaf(path, shape, np.dtype(dtype), roles)
+        recipe = other.recipe(leaf)
+        assert recipe is not None
+        made = Site(leaf, at, named(other), recipe)
+        if at in held:
+            sites[held[at]], given[held[at]] = made, (other, recipe)
+        else:
+            held[at] = len(sites)
+            sites.append(made)
+            given.append((other, recipe))
+            rule.append(n)
+    order = sorted(range(len(sites)), key=lambda n: sites[n].index)
+    for each in found:
+        each[:] = [each[n] for n in order]
 
 
 def _ties(tree: _tree.Named, sites: Sequence[Site], allow_untied: bool) -> list[str]:

@@ -218,7 +218,7 @@ METHODS = (
     Row(
         "ia3",
         lambda target: jlora.IA3(target=target),
-        lambda leaf: math.prod(leaf.stack) * leaf.size("o"),
+        lambda leaf: math.prod(leaf.stack) * leaf.size("o") * bool(leaf.axes("ik")),  # a bias has its kernel's l
         starts_at_base=False,  # a gain of one is no delta of zero: the last bit may differ
         dense_on=("linen/ragged_experts",),
         everywhere=False,

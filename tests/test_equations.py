@@ -354,6 +354,59 @@ def test_tied_lora_contains_lora_and_vera():
     close(*(jlora.merge(z)["w"] for z in pair))
 
 
+OUTPUTS = {  # kernel, bias, letters of the kernel, letters of the einsum that rescales both
+    "dense": ((4, 3), (3,), "io"),
+    "heads": ((4, 2, 3), (2, 3), "ioo"),
+    "scanned": ((2, 4, 3), (2, 3), "sio"),
+    "scanned on axis 1": ((4, 2, 3), (3, 2), "iso"),
+    "convolution": ((2, 2, 4, 3), (3,), "kkio"),
+}
+
+
+@pytest.mark.parametrize("method", [jlora.IA3, jlora.SSF])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_rescaled_output_has_its_bias_rescaled(name, method, tmp_path):
+    """l (x W + b): one l for the kernel, named alone, and for its bias; SSF adds beta. Saved and loaded as it was."""
+    shape, out, letters = OUTPUTS[name]
+    draw = lambda n, *shape: np.random.default_rng(n).standard_normal(shape)
+    leaves = {"kernel": draw(0, *shape), "bias": draw(1, *out)}
+    params = {"conv": {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}}
+    ad = jlora.adapt(params, method(target="kernel"), axes={"kernel": letters})
+    far = jax.tree.map(lambda x: jnp.asarray(draw(2, *x.shape), x.dtype), ad.trainable)
+    (named,) = far.values()
+    stack_first = [np.float64(x) for x in named.values()]
+    turn = (lambda x: np.swapaxes(x, 0, 1)) if letters == "iso" else (lambda x: x)  # the bias's own order of axes
+    moved = jlora.join(far, ad.frozen)
+    made = jlora.merge(moved)["conv"]
+    gain = stack_first[-1]
+    over = gain.reshape(*(n if r in "so" else 1 for r, n in zip(letters, shape, strict=True)))
+    np.testing.assert_allclose(made["kernel"], leaves["kernel"] * over, rtol=1e-5, atol=1e-6)
+    beta = turn(stack_first[0]) if method is jlora.SSF else 0
+    np.testing.assert_allclose(made["bias"], leaves["bias"] * turn(gain) + beta, rtol=1e-5, atol=1e-5)
+    jlora.save(tmp_path / "x", moved)
+    back = jlora.load(tmp_path / "x", params)
+    assert jax.tree.structure(back) == jax.tree.structure(moved)
+
+
+def test_biases_that_are_not_rescaled(tmp_path):
+    """Excluded, taken by another rule, or with an l of its own in a file; a shape that fits none is refused."""
+    params = {"value": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    paths = lambda ad: [s.leaf.path for s in ad.frozen.plan.sites]
+    assert paths(jlora.adapt(params, jlora.IA3(target="kernel", exclude="bias$"))) == ["value/kernel"]
+    assert paths(jlora.adapt(params, jlora.IA3(side="in", target="kernel"))) == ["value/kernel"]
+    both = jlora.adapt(params, [jlora.IA3(target="kernel"), jlora.BitFit(target="bias")])
+    assert sorted(both.trainable["value/bias"]) == ["delta"] and "does not rescale it" in str(both)
+    apart = jlora.adapt(params, [jlora.IA3(target="kernel", exclude="bias$"), jlora.IA3(target="bias")])
+    assert sorted(apart.trainable) == ["value/bias", "value/kernel"]
+    jlora.save(tmp_path / "x", apart)
+    assert sorted(jlora.load(tmp_path / "x", params).trainable) == ["value/bias", "value/kernel"]
+    assert sorted(jlora.adapt(params, jlora.IA3(target="value")).trainable) == ["value/kernel"]
+    with pytest.raises(
+        ValueError, match=r"'value/bias' of shape \(1, 3\) is no bias of 'value/kernel'.*exclude=\"bias\$\""
+    ):
+        jlora.adapt({"value": params["value"] | {"bias": jnp.ones((1, 3))}}, jlora.IA3(target="kernel"))
+
+
 COMBINATIONS = [
     (tied, trained)
     for tied in ((), ("a",), ("b",), ("a", "b"))

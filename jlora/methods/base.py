@@ -125,6 +125,15 @@ class Method:
         """The method without what is data once it is applied (alpha, the initialiser): it names the program."""
         return self
 
+    def beside(self, leaf: Leaf) -> "Method | None":
+        """What the bias of this weight gets, whether or not a target names it; None where it stays as it is.
+
+        A method that rescales a layer's output rescales its bias with it.
+        """
+        inner = [getattr(self, f.name) for f in dataclasses.fields(self) if f.init]
+        found = (value.beside(leaf) for value in inner if isinstance(value, Method))
+        return next((method for method in found if method is not None), None)
+
     def elsewhere(self, leaf: Leaf, path: Callable[[str], str]) -> "Method":
         """The method for a weight that stood at `leaf` and goes to another tree, where `path` says what goes where.
 

@@ -1,4 +1,4 @@
-"""IA3: W = W0 diag(l), learned rescaling of activations.
+"""IA3: W = W0 diag(l) and b = l b0, learned rescaling of activations.
 
 Liu et al, `Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
 <https://arxiv.org/abs/2205.05638>`_, 2022.
@@ -6,6 +6,7 @@ Liu et al, `Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than 
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -38,8 +39,12 @@ def gain(side: str, array: Array) -> Delta:
 class IA3(Method):
     """W = W0 l: a trained factor for every output (or input) of a weight, one at the start.
 
+    On the output side the bias of the layer is rescaled too, by the same l and whether or not `target` names it, as
+    the activation is in the paper: l (x W0 + b0). `exclude="bias$"` leaves it as it is.
+
     Attributes:
       side: `"out"` for keys and values, `"in"` for the last weight of the feed-forward network.
+      of: on a bias, the path of the weight whose l this is; `adapt` writes it.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -52,10 +57,17 @@ class IA3(Method):
     """
 
     side: Literal["out", "in"] = "out"
+    of: str = ""
     target: Target = keys_and_values
+
+    def beside(self, leaf: Leaf) -> "IA3 | None":
+        return dataclasses.replace(self, of=leaf.path) if self.side == "out" else None
+
+    def elsewhere(self, leaf: Leaf, path: Callable[[str], str]) -> "IA3":
+        return dataclasses.replace(self, of=self.of and path(self.of))
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         roles, letter = ("o", "O") if self.side == "out" else ("ik", "I")
         if not leaf.axes(roles):
             raise ValueError(f"there is no {self.side}put axis to rescale")
-        return Recipe(gain=gain(letter, Array("l", constant(1.0), leaf.sizes(roles))))
+        return Recipe(gain=gain(letter, Array("l", constant(1.0), leaf.sizes(roles), group=self.of or None)))

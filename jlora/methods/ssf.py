@@ -5,6 +5,7 @@ Lian et al, `Scaling & Shifting Your Features: A New Baseline for Efficient Mode
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
@@ -23,8 +24,12 @@ def shifted(gamma: jax.Array, beta: jax.Array, b0: jax.Array) -> jax.Array:
 class SSF(Method):
     """W = W0 gamma and b = gamma b0 + beta: a scale and a shift after linear layers, norms and convolutions.
 
-    `target` names kernels (or a norm's `scale`) and their biases alike; the two share gamma, one at the start, and
-    the bias adds beta, zero at the start. Both merge exactly. The authors start at N(1, 0.02^2) and N(0, 0.02^2).
+    `target` names kernels (or a norm's `scale`); a bias of theirs goes with them, named or not. The two share gamma,
+    one at the start, and the bias adds beta, zero at the start. Both merge exactly. The authors start at N(1, 0.02^2)
+    and N(0, 0.02^2).
+
+    Attributes:
+      of: on a bias, the path of the weight whose gamma it shares, where the layer does not say it; `adapt` writes it.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -36,19 +41,28 @@ class SSF(Method):
       Lian et al, `SSF <https://arxiv.org/abs/2210.08823>`_, 2022.
     """
 
+    of: str = ""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target == "":
             raise ValueError("SSF() needs the layers named, kernels and biases: SSF(target=r'(kernel|scale|bias)$')")
+
+    def beside(self, leaf: Leaf) -> "SSF":
+        return self if leaf.name in ("kernel", "scale") else dataclasses.replace(self, of=leaf.path)
+
+    def elsewhere(self, leaf: Leaf, path: Callable[[str], str]) -> "SSF":
+        return dataclasses.replace(self, of=self.of and path(self.of))
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         sizes = leaf.sizes("o")
         if not sizes:
             raise ValueError("there is no output axis to scale")
         layer = leaf.path.rpartition("/")[0] if leaf.name in ("kernel", "scale", "bias") else leaf.path
+        layer = self.of or layer
         group = f"ssf/{layer}"
         gamma = Array("gamma", constant(1.0), sizes, group=group)
-        if leaf.name != "bias":
+        if leaf.name != "bias" and not self.of:
             return Recipe(gain=gain("O", gamma))
         beta = Array("beta", zeros, sizes, group=group)
         return Recipe((Delta("O -> O", (Function(shifted, (gamma, beta), base=True),)),))

@@ -404,7 +404,8 @@ def test_biases_that_are_not_rescaled(tmp_path):
     with pytest.raises(
         ValueError, match=r"'value/bias' of shape \(1, 3\) is no bias of 'value/kernel'.*exclude=\"bias\$\""
     ):
-        jlora.adapt({"value": params["value"] | {"bias": jnp.ones((1, 3))}}, jlora.IA3(target="kernel"))
+        odd = {"value": params["value"] | {"bias": jnp.ones((1, 3))}}
+        jlora.adapt(odd, jlora.IA3(target="kernel"), axes={"kernel": "io"})
 
 
 COMBINATIONS = [

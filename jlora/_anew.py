@@ -58,13 +58,14 @@ def anew(use: Callable[[Weight, Any, bool], Any], w: Weight, x: Any, forward_mod
     leaves, treedef = jax.tree.flatten((w.terms, w.gain))
     real = [jnp.issubdtype(a.dtype, jnp.inexact) for a in leaves]
     held = (w.base, w.key, [a for a, r in zip(leaves, real, strict=True) if not r])
+    form = w.replace(base=None, key=None, terms=(), gain=())  # what a backward pass keeps holds no array
 
     def call(mode: bool) -> Callable[..., Any]:
         def f(held: Any, x: Any, factors: list[Any]) -> Any:
             base, key, others = held
             parts = {True: iter(factors), False: iter(others)}
             terms, gain = jax.tree.unflatten(treedef, [next(parts[r]) for r in real])
-            return use(w.replace(base=base, key=key, terms=terms, gain=gain), x, mode)
+            return use(form.replace(base=base, key=key, terms=terms, gain=gain), x, mode)
 
         return f
 

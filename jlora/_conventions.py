@@ -243,7 +243,7 @@ NAMES: tuple[tuple[str, int | None, str], ...] = (
 UNCLEAR = r"weight\w*|\w*bias|\w*scale|sinks|\w*norm"
 
 # Steps of a path that say that what stands below is stacked, where no number follows.
-STACKS = r"(\w+_)?(layers|blocks|stack|stacked|scan|scanned|experts)|Scan\w*_\d+"
+STACKS = r"(\w+_)?(layers|blocks|stack|stacked|st|scan|scanned|experts)|Scan\w*_\d+"
 
 # Words of logical axis names: MaxText src/MaxText/configs/base.yml, T5X t5x/partitioning.py
 # standard_logical_axis_rules, MaxDiffusion, Flax examples/lm1b and examples/gemma.

@@ -29,11 +29,12 @@ def _swept(m: jax.Array) -> jax.Array:
     n = m.shape[-1]
 
     def eliminate(k: jax.Array, m: jax.Array) -> jax.Array:
-        here = jnp.arange(n) == k
+        here = lax.broadcasted_iota(jnp.int32, m.shape, m.ndim - 1) == k
         row, column = (lax.dynamic_index_in_dim(m, k, axis) for axis in (m.ndim - 2, m.ndim - 1))
         pivot = lax.dynamic_index_in_dim(row, k, m.ndim - 1)
-        row = jnp.where(here, 1 / pivot, row / pivot)
-        swept = jnp.where(here, 0, m) - jnp.where(here[:, None], 0, column) * row
-        return jnp.where(here[:, None], row, swept)
+        there = here.mT
+        row = jnp.where(here[..., :1, :], 1 / pivot, row / pivot)
+        swept = jnp.where(here, 0, m) - jnp.where(there[..., :1], 0, column) * row
+        return jnp.where(there, row, swept)
 
     return lax.fori_loop(0, n, eliminate, m)

@@ -69,7 +69,8 @@ def _squares(x: jax.Array, stack: int) -> jax.Array:
     flat = x.reshape(*x.shape[: stack + 1], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
     gram = jnp.einsum("...rn,...sn->...rs", flat, flat, precision=lax.Precision.HIGHEST)
     rows = jnp.any(flat != 0, -1).astype(gram.dtype)
-    return jnp.sum((gram - rows[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)) ** 2, (-2, -1))
+    ones = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return jnp.sum((gram - rows[..., None] * ones) ** 2, (-2, -1))
 
 
 def _root(square: jax.Array) -> jax.Array:

@@ -82,7 +82,8 @@ LIBRARIES = (
     Library(
         "keras-hub Gemma",
         "keras_hub/src/models/gemma/gemma_attention.py: EinsumDense('btd,ndh->btnh'), attention_output 'btnh,nhd->btd'",
-        (_heads("query", "key", "value", "attention_output", "kernel", "N D H, K D H, K D H, N H D"),),
+        (_heads("query", "key", "value", "attention_output", "kernel", "N D H, K D H, K D H, N H D")[:4],),
+        whole=True,
     ),
     Library(
         "tunix",

@@ -36,12 +36,12 @@ def decide(shapes: Shapes) -> Letters:
     return {path: None if letters is None or "?" in letters else letters for path, letters in found.items()}
 
 
-def _decided(shapes: Shapes) -> Letters:
-    """The same for a tree or a part of one; `?` where a stack is known, and no more."""
-    found = _flat(shapes)
+def _decided(shapes: Shapes, below_a_stack: bool = False) -> Letters:
+    """The same for a tree, or for what is below a stack without its axis; `?` where a stack is known, and no more."""
+    found = _flat(shapes, below_a_stack)
     for prefix, axis in _stacks(shapes, found):
         below = {p: s[:axis] + s[axis + 1 :] for p, s in shapes.items() if p.startswith(prefix)}
-        for path, inner in _decided(below).items():
+        for path, inner in _decided(below, True).items():
             known, letters = found[path], inner or "?" * len(below[path])
             if "?" not in letters or known is None or "s" not in known:
                 found[path] = letters[:axis] + "s" + letters[axis:]
@@ -83,6 +83,11 @@ def _is_stack(steps: Sequence[str], n: int) -> bool:
     return re.fullmatch(_conventions.STACKS, steps[n]) is not None and not steps[n + 1].isdigit()
 
 
+def _said_stacked(path: str) -> bool:
+    steps = path.split("/")
+    return any(_is_stack(steps, n) for n in range(len(steps) - 1))
+
+
 def _fits(shapes: Shapes, prefix: str, axis: int) -> bool:
     """Whether all leaves below have one size there, and something is left of each of them."""
     below = [s for p, s in shapes.items() if p.startswith(prefix)]
@@ -100,7 +105,7 @@ def _best(shapes: Shapes, fits: Sequence[tuple[str, int]]) -> tuple[str, int] | 
     count = {}
     for prefix, axis in fits:
         rest = {p: s[:axis] + s[axis + 1 :] for p, s in shapes.items() if p.startswith(prefix)}
-        count[prefix, axis] = sum(x is not None and "?" not in x for x in _decided(rest).values())
+        count[prefix, axis] = sum(x is not None and "?" not in x for x in _decided(rest, True).values())
     top = [f for f, n in count.items() if n == max(count.values())]
     return top[0] if len(top) == 1 else None
 
@@ -108,9 +113,9 @@ def _best(shapes: Shapes, fits: Sequence[tuple[str, int]]) -> tuple[str, int] | 
 # --- one level ---
 
 
-def _flat(shapes: Shapes) -> Letters:
+def _flat(shapes: Shapes, below_a_stack: bool) -> Letters:
     options: dict[str, list[tuple[int, set[str]]]] = {path: [] for path in shapes}
-    for n, claims in sorted(_claims(shapes), key=lambda c: -c[0]):
+    for n, claims in sorted(_claims(shapes, below_a_stack), key=lambda c: -c[0]):
         for path, letters in claims.items():
             options[path].append((n, letters))
     found: Letters = {}
@@ -151,7 +156,7 @@ def _by_name(path: str, shape: tuple[int, ...], shapes: Shapes) -> str | None:
     return "io" if len(shape) == 2 and not re.fullmatch(_conventions.UNCLEAR, name) else None
 
 
-def _claims(shapes: Shapes) -> Iterator[tuple[int, dict[str, set[str]]]]:
+def _claims(shapes: Shapes, below_a_stack: bool) -> Iterator[tuple[int, dict[str, set[str]]]]:
     """What the layouts that cover most of a module leave possible: `(members found, {path: letters})`."""
     ends: dict[str, list[str]] = {}
     for path in shapes:
@@ -159,11 +164,15 @@ def _claims(shapes: Shapes) -> Iterator[tuple[int, dict[str, set[str]]]]:
         for n in range(1, min(len(steps), 3) + 1):
             ends.setdefault("/".join(steps[-n:]), []).append(path)
     rows: dict[str, list[_Row]] = {}
+    # one weight of several is no proof against a step that says that it is stacked
+    unproven = lambda here: len(here) == 1 and not below_a_stack and any(map(_said_stacked, here.values()))
     for library in LIBRARIES:
         for members in library.layouts:
             for module, here in _modules(members, ends).items():
                 if re.search(library.module, module) and not (library.whole and len(here) < len(members)):
-                    rows.setdefault(module, []).append(_Row(library, here, tuple(_readings(library, here, shapes))))
+                    rows.setdefault(module, []).append(
+                        _Row(library, here, tuple(() if unproven(here) else _readings(library, here, shapes)))
+                    )
     for found in (cluster for here in rows.values() for cluster in _clusters(here)):
         most = max(len(row.here) for row in found)
         fits = [row for row in found if len(row.here) == most]

@@ -274,3 +274,22 @@ def test_transformers_families_are_right_by_their_trees_and_by_a_trace(name, mon
     wrong = {p: x for p, x in both.items() if None not in x and x[0] != x[1]}
     silent = [p for p, x in both.items() if x[0] is None and "weight_" not in p]  # a weight norm's parts are no kernels
     assert (wrong, silent) == ({}, []) and len(traced) >= 0.9 * len(both) > 0
+
+
+@pytest.mark.parametrize(
+    "module,letters",
+    [
+        pytest.param({"kernel": (2, 16, 16), "bias": (2, 16)}, "sio", id="a bias a layer"),
+        pytest.param({"kernel": (4, 6, 4)}, "sio", id="heads that no step above excludes"),
+        pytest.param({"kernel": (24, 6, 4)}, None, id="two readings"),
+    ],
+)
+def test_a_step_that_says_stacked_outweighs_the_name_of_heads(module, letters):
+    """Below `layers` a query alone is a layer of a scan, or is asked about: its name alone makes no heads of it."""
+    params = {"layers": {"query": {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in module.items()}}}
+    adapt = lambda: jlora.adapt(params, jlora.LoRA(rank=1, target="kernel"))
+    if letters is None:
+        with pytest.raises(ValueError, match="asks which axes"):
+            adapt()
+    else:
+        assert adapt().frozen.plan.sites[0].leaf.roles == letters

@@ -42,7 +42,10 @@ NAMES = {
     "conditioned": (Names(r".*(ada|cond|film|mod).*", "DiT AdaLayerNorm: its kernel makes scales out of a condition"),),
     "layer_scale": (Names(r"(.*_)?(layer_scale|logit_scale|ls)(_\d+)?", "ConvNeXt, CaiT, CLIP"),),
     "bias": (
-        Names(r"(.*_)?(bias|biases|beta|offset)(_.*)?", "Flax; Haiku offset; Keras beta; PyTorch bias_ih; tunix"),
+        Names(
+            r"(.*_)?(bias|biases|beta|offset)(_[a-z0-9]{1,2}(_.*)?)?",
+            "Flax; Haiku offset; Keras beta; PyTorch bias_ih_l0; tunix; no bias_table",
+        ),
     ),
     "state": (
         Names(r"[abcd]", "Mamba, S4", r"(^|[_/])(mixer|mamba\d*|ssm|s4d?|s5|lru)([_/]|$)"),
@@ -59,6 +62,7 @@ NAMES = {
             "ViT pos_embedding; Haiku positional_embeddings; T5X relpos_bias; GPT-2 wpe; HF position_embeddings",
         ),
         Names(r"(.*_)?embed(ding)?s?_positions", "HF Bart embed_positions"),
+        Names(r"(.*_)?bias_table", "Swin relative_position_bias_table"),
         Names(r"rel_(embedding|bias|pos)|(.*_)?relative_(attention|position|pos)(_.*)?bias(_.*)?", "T5X; HF T5, Beit"),
         Names(r"embeddings?", "keras-hub T5: self_attention/embeddings", ATTENTION_END),
         Names(r"(.*_)?(r_w|r_r|r_s)_bias", "Transformer-XL"),

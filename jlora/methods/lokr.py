@@ -16,7 +16,8 @@ from jlora.methods._fields import Alpha, Holds, Rank
 from jlora.methods.base import Dropping, uniform, zeros
 from jlora.methods.krona import factorize
 
-Factor = Annotated[int, Holds(lambda n: n >= -1, "a factor is an integer of at least 0, or -1")]
+_FACTOR = "a factor is an integer of at least 1, or -1 for the squarest; what LyCORIS makes of factor=0 is factor=1"
+Factor = Annotated[int, Holds(lambda n: n == -1 or n >= 1, _FACTOR)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class LoKr(Dropping):
     Attributes:
       rank: r of the low-rank factors.
       alpha: s = alpha / r where a factor is low-rank; the rank by default.
-      factor: the size of the small half of each side, -1 for as near to square as divisors allow; 0 and 1 leave the
+      factor: the size of the small half of each side, -1 for as near to square as divisors allow; 1 leaves the
         sides whole.
       decompose_both: whether c may be low-rank too.
       tucker: on a convolution, a b is t (r, r, window) between a and b, which then hold channels alone.

@@ -439,7 +439,7 @@ def test_tied_lora_in_all_its_forms(tied, trained):
 
 
 def test_lokr_with_whole_factors():
-    """factor=1 leaves the sides whole, (1, n), as LyCORIS does for 0 and 1; where no factor is low-rank s is 1, whatever alpha is."""
+    """factor=1 leaves the sides whole, (1, n); where no factor is low-rank s is 1, whatever alpha is, as in LyCORIS."""
     ad = jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, jlora.LoKr(rank=4, alpha=2, factor=1, target="w"))
     far = jax.tree.map(lambda x: x + 0.5, ad.trainable)["w"]
     assert {n: x.shape for n, x in far.items()} == {"c": (1, 1), "b": (6, 8)} and ad.frozen.factors["w"]["s"] == 1

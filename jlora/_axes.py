@@ -141,7 +141,26 @@ def given(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str
 
 
 class RolesWarning(UserWarning):
-    """A lifted function contracts other axes of a weight than those that `adapt` took for its input."""
+    """A lifted function contracts other axes of a weight than those that `adapt` took for its input.
+
+    It is no error: the adapter still trains, as another method than the one that was asked for. The text has the line
+    to write.
+
+    Example:
+      >>> import warnings
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}  # used transposed below: (out, in)
+      >>> model = lambda params, x: x @ params["dense"]["kernel"].T
+      >>> adapted = jlora.adapt(params, jlora.LoRA(rank=1, target="kernel"))
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always", jlora.RolesWarning)
+      ...     y = jlora.lift(model)(adapted, jnp.ones((2, 3)))
+      >>> print(caught[0].message)
+      this function uses axes otherwise than adapt took them (i in, o out, k window, s stack):
+        'dense/kernel' of shape (4, 3) is 'oi' here, and was taken for 'io':
+          write adapt(..., axes={r'^dense/kernel$': 'oi'})
+        or adapt(params, spec, fn=..., args=...), which reads them off a call
+    """
 
 
 def contradiction(found: Sequence[tuple[str, tuple[int, ...], str, str]]) -> str:

@@ -167,8 +167,9 @@ def vectors(who: str, target: Any, tree: _tree.Named, taken: Sequence[int], left
     from_names = {tree.paths[n].rsplit("/", 1)[-1] for n in taken}
     keep = {tree.paths[n].rsplit("/", 1)[-1] for n in left}
     if not from_names & keep and len(from_names) <= 3:
-        ends = sorted(from_names)
-        lines.append("exclude=" + repr("/" + ends[0] + "$" if len(ends) == 1 else [f"/{name}$" for name in ends]))
+        top = {tree.paths[n] for n in taken} & from_names  # leaves at the top have no slash before their name
+        ends = [("(^|/)" if name in top else "/") + f"{re.escape(name)}$" for name in sorted(from_names)]
+        lines.append("exclude=" + repr(ends if len(ends) > 1 else ends[0]))
     if not lines:
         lines.append("exclude=lambda path, leaf: leaf.ndim < 2")
     return f"{said}: a pattern is searched in the path of each leaf; write {', or '.join(lines)}"

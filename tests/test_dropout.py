@@ -205,7 +205,7 @@ def test_a_dropped_rank_is_away_for_all_rows():
     assert (loop == loop[:, :1]).all()
     assert all(0.1 < np.mean(loop[n] == loop[m]) < 0.9 for n in range(3) for m in range(n))
     np.testing.assert_array_equal(gates(LAYERS["scan"], 3, rank_dropout=RATE), loop)
-    vmapped = gates(lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]), 3, rank_dropout=RATE)
+    vmapped = gates(lambda p, x: jax.vmap(jnp.matmul)(jnp.stack([x] * 3), p["w"]), 3, rank_dropout=RATE)
     assert all((vmapped[n] != vmapped[m]).any() for n in range(3) for m in range(n))
 
 

@@ -50,9 +50,10 @@ FIELDS = [
 
 
 def read_again(adapted):
-    """The methods of a plan by way of the text of a manifest."""
+    """The methods of a plan, and those of its weights, by way of the text of a manifest."""
     written = json.loads(json.dumps(_manifest.write_methods(adapted.frozen.plan)))
-    return [_manifest._read_method(record, _manifest.known([])) for record in written["methods"]]
+    table = [_manifest._read_method(record, _manifest.known([])) for record in written["methods"]]
+    return [table[n] for n in written["rules"]], [table[n] for _, _, n in written["sites"]]
 
 
 def test_every_method_is_here():
@@ -80,8 +81,9 @@ def test_an_odd_value_is_refused_when_a_method_is_made_or_can_be_saved_and_loade
         except ValueError as error:
             assert "cannot adapt this tree" in str(error), (value, error)
             continue
-        again = read_again(adapted)
-        assert list(map(repr, again)) == [repr(m) for m in adapted.frozen.plan.methods], value
+        plan = adapted.frozen.plan
+        held = list(plan.methods), [site.method for site in plan.sites]
+        assert repr(read_again(adapted)) == repr(held), value
     assert refused
 
 

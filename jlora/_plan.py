@@ -86,11 +86,11 @@ def resolve(
     spec: Any,
     axes: dict[str, str] | None,
     allow_untied: bool,
-    traced: dict[str, str] | None = None,
+    traced: _select.Traced | None = None,
 ) -> tuple[Plan, list[tuple[Method, Recipe]]]:
     """Matches a spec against a tree: the plan, and for each site the method and recipe with their data as given.
 
-    `traced` are the letters that a trace found, `{path: letters}`. All bad leaves are reported at once.
+    `traced` is what a trace found, `{path: (use, letters)}`. All bad leaves are reported at once.
 
     Raises:
       ValueError: a pattern without a match, vectors that patterns took, integer or complex leaves, ties adapted at
@@ -98,7 +98,7 @@ def resolve(
     """
     _answers.check_axes(axes)
     methods = rules(spec)
-    selected = [_select.select(m.describe(), m.target, m.exclude, tree) for m in methods]
+    selected = [_select.select(m.describe(), m.target, m.exclude, tree, traced) for m in methods]
     sites: list[Site] = []
     given: list[tuple[Method, Recipe]] = []
     rule: list[int] = []  # the number of the rule that took each site
@@ -106,7 +106,8 @@ def resolve(
     bad: list[str] = [text for _, wrong in selected for text in wrong]
     vectors: dict[int, dict[int, str]] = {}  # of each rule, the leaves without an input side that patterns took
     unclear: list[tuple[Leaf, str]] = []
-    roles = _axes.Roles(tree, axes, traced)
+    letters_of = {path: letters for path, (_, letters) in (traced or {}).items() if letters}
+    roles = _axes.Roles(tree, axes, letters_of)
     places: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
     for index, (path, array) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
         takers = [n for n, (taken, _) in enumerate(selected) if taken[index]]
@@ -157,7 +158,7 @@ def resolve(
         sites.append(Site(leaf, index, named(method), recipe))
         given.append((method, recipe))
         rule.append(takers[0])
-    _beside(tree, methods, axes, traced or {}, (sites, given, rule), notes, bad)
+    _beside(tree, methods, axes, letters_of, (sites, given, rule), notes, bad)
     for n, said in vectors.items():
         m, (taken, _) = methods[n], selected[n]
         others = [index for index, it in enumerate(taken) if it and index not in said]

@@ -212,7 +212,7 @@ def begun(
     return Adapted(trainable, Frozen(params, factors, None, plan))
 
 
-def _traced(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, str] | None:
+def _traced(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]] | None:
     if fn is None and not args and not kwargs:
         return None
     from jlora._interpret import trace  # late: it stands above

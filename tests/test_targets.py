@@ -151,6 +151,23 @@ def test_a_trace_decides_what_is_contracted():
     assert _select.taken(targets.embeddings, tree, looked_up) == [False, True, False]
 
 
+def test_adapt_given_a_call_takes_what_dots_take():
+    """`adapt(fn=, args=)`: a bare array that is looked up or multiplied elementwise is no matrix, one in a dot is."""
+
+    def model(params, ids):
+        x = params["rows"][ids] * params["theta"]
+        return x @ params["mixing"][0] @ params["norm"]["kernel"]
+
+    shape = lambda *s: jnp.ones(s)
+    params = {"mixing": shape(1, 8, 8), "norm": {"kernel": shape(8, 6)}, "rows": shape(50, 8), "theta": shape(4, 8)}
+    call = dict(fn=model, args=(jnp.zeros((2, 4), int),))
+    paths = lambda target, **call: [
+        site.leaf.path for site in jlora.adapt(params, jlora.LoRA(rank=1, target=target), **call).frozen.plan.sites
+    ]
+    assert paths(targets.linear, **call) == ["mixing", "norm/kernel"]
+    assert paths(targets.embeddings, **call) == ["rows"]
+
+
 def test_quantize_takes_attention_whose_name_holds_a_head():
     """Keras's and Haiku's own `multi_head_attention` is quantised, its head-like siblings are not."""
     names = ("query", "key", "value", "linear")

@@ -37,6 +37,11 @@ def read(jaxpr: Any, weights: int, consts: Sequence[bool]) -> list[list[Use]]:
     return reader.uses
 
 
+def first(uses: Sequence[Use]) -> str:
+    """What a weight is for: the first of its uses in the order of `KINDS`, nothing where there is none."""
+    return next((kind for kind in KINDS if any(use.kind == kind for use in uses)), "")
+
+
 def decided(uses: Sequence[Use]) -> str | None:
     """The letters that the uses of a weight say, None where they do not tell."""
     for kind in KINDS:

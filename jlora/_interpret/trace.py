@@ -18,7 +18,15 @@ def _is_input(x: Any) -> bool:
 
 
 def axes(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """`{path: letters}` of every parameter that a call of `fn` says the axes of; nothing is computed.
+    """`{path: letters}` of every parameter that a call of `fn` says the axes of; see `uses`."""
+    return {path: letters for path, (_, letters) in uses(fn, params, args, kwargs).items() if letters}
+
+
+def uses(
+    fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+    """`{path: (use, letters)}` of every parameter that a call of `fn` uses, by its first use in the order of
+    `views.KINDS`; no letters where it does not tell. Nothing is computed.
 
     Where `params` itself, the very object, stands somewhere in `args` or `kwargs`, the call is `fn(*args, **kwargs)`;
     else it is `fn(params, *args, **kwargs)`. The `apply` of a Linen module takes parameters alone for its variables.
@@ -43,13 +51,12 @@ def axes(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mappi
         a, k = jax.tree.unflatten(form, filled)
         return fn(*a, **k) if inside else fn({"params": now} if wrap else now, *a, **k)
 
-    uses = roles.traced(call, [tree.leaves[n] for n in ours], [slots[n] for n in places])
-    said = {tree.paths[n]: roles.decided(seen) for n, seen in zip(ours, uses, strict=True)}
-    return {path: letters for path, letters in said.items() if letters}
+    found = roles.traced(call, [tree.leaves[n] for n in ours], [slots[n] for n in places])
+    return {tree.paths[n]: (roles.first(seen), roles.decided(seen) or "") for n, seen in zip(ours, found, strict=True)}
 
 
-def given(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, str]:
-    """`axes` of what a user gave, checked."""
+def given(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]]:
+    """`uses` of what a user gave, checked."""
     if fn is None:
         raise TypeError("adapt(args=..., kwargs=...) are the arguments of fn=, which is not given")
     if not callable(fn) or not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
@@ -57,7 +64,7 @@ def given(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, str]:
             f"adapt(fn=..., args=(x,)) takes a function and its other arguments in a tuple, not {fn!r:.100} and "
             f"{type(args).__name__}"
         )
-    return axes(fn, params, args, kwargs)
+    return uses(fn, params, args, kwargs)
 
 
 def _has(params: Any, name: str) -> bool:

@@ -179,7 +179,7 @@ def begun(
     key: Any = None,
     axes: dict[str, str] | None = None,
     allow_untied: bool = False,
-    traced: dict[str, str] | None = None,
+    traced: dict[str, tuple[str, str]] | None = None,
 ) -> Adapted:
     """`adapt` without its advice, for what a file says."""
     key = checked_key(key)

@@ -187,13 +187,14 @@ HONEST = {
     "used both ways": ("w", (4, 4), "io", lambda p, x: (x @ p["w"]) @ p["w"].T, (2, 4)),
     "stack unrolled": ("w", (2, 4, 4), "sio", lambda p, x: x @ p["w"][0] @ p["w"][1], (2, 4)),
     "keys absorbed": ("w", (6, 2, 4), "ioo", lambda p, q: jnp.einsum("tnh,cnh->tnc", q, p["w"]), (3, 2, 4)),
+    "all experts": ("experts", (3, 4, 5), "sio", lambda p, x: jnp.einsum("ti,eio->eto", x, p["experts"]), (2, 4)),
     "fused, indexed": ("w", (3, 4, 5), "oio", lambda p, x: x @ p["w"][0] + x @ p["w"][1] * (x @ p["w"][2]), (2, 4)),
 }
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_uses_are_not_contradictions(name):
-    """Tied heads, scores, stacks unrolled by hand and fused kernels that are indexed warn of nothing."""
+    """Tied heads, scores, stacks unrolled by hand, experts that all see a token, fused kernels indexed: no warning."""
     leaf, shape, said, fn, x = HONEST[name]
     adapted = jlora.adapt({leaf: jnp.ones(shape)}, jlora.LoRA(rank=1, target=leaf), axes={f"^{leaf}$": said})
     with warnings.catch_warnings():

@@ -77,7 +77,10 @@ def _agrees(leaf: Leaf, use: Use, deep: Set[int]) -> bool:
     """Whether one use is what the letters of a leaf say; `deep` are the sizes of stacks that the function has."""
     taken, seen = (x.replace("k", "i") for x in (leaf.roles, use.letters))
     axes = [n for n, size in enumerate(leaf.shape) if size > 1 and n not in use.static]
-    alike = lambda n: taken[n] == seen[n] or (taken[n] == "s" and seen[n] == "o" and leaf.shape[n] in deep)
+    # experts that all see one activation look like heads of it
+    experts = re.search(r"(^|[/_])(experts?|moe|moeblock)([/_]|$)", leaf.path, re.IGNORECASE) is not None
+    stacked = lambda n: experts or leaf.shape[n] in deep
+    alike = lambda n: taken[n] == seen[n] or (taken[n] == "s" and seen[n] == "o" and stacked(n))
     if all(map(alike, axes)):
         return True
     turned = all((taken[n], seen[n]) in (("i", "o"), ("o", "i"), ("o", "s"), ("s", "s")) for n in axes)

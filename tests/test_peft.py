@@ -435,7 +435,7 @@ def test_saved_by_jlora(spec, keys, said, tmp_path):
     "spec,names,words",
     [
         (jlora.IA3(target="q/"), None, "'q/kernel': IA3 is neither"),
-        ([LORA, jlora.LoHa(rank=1, target="ln")], None, "no input and output side|LoHa is neither"),
+        ([LORA, jlora.LoHa(rank=1, target="ln")], None, "needs input and output axes, and a vector has one"),
         (jlora.LoRA(rank=1, target="q/kernel", slices=((0, 2),)), None, "slices"),
         (jlora.DoRA(jlora.LoHa(rank=1, target="q/kernel")), None, r"DoRA\(LoHa\) is neither"),
         (jlora.Full(target="ln"), None, "no LoRA or DoRA"),
@@ -458,7 +458,7 @@ def test_no_name_for_numbers(tmp_path):
         peft.save(tmp_path / "x", adapted)
     stacked = {"q": {"kernel": jnp.ones((3, 6, 4))}}
     with pytest.raises(ValueError, match=r"'q/kernel'\[0\] has no name there"):
-        peft.save(tmp_path / "x", jlora.adapt(stacked, LORA))
+        peft.save(tmp_path / "x", jlora.adapt(stacked, LORA, axes={"kernel": "sio"}))
     two = {"a": {"kernel": jnp.ones((6, 4))}, "b": {"kernel": jnp.ones((6, 4))}}
     both = jlora.adapt(two, [jlora.LoRA(rank=2, target="a/"), jlora.DoRA(jlora.LoRA(rank=2, target="b/"))])
     with pytest.raises(ValueError, match="some DoRA's"):
@@ -553,7 +553,8 @@ def test_bad_adapters(tensors, config, words, tmp_path):
 )
 def test_bad_names(tensors, params, names, words, tmp_path):
     with pytest.raises((ValueError, TypeError), match=words):
-        peft.load(write(tmp_path / "x", tensors, rank_pattern={"z": 1}), params, names)
+        axes = {"kernel": "sio"} if params is STACK else None
+        peft.load(write(tmp_path / "x", tensors, rank_pattern={"z": 1}), params, names, axes=axes)
 
 
 def test_everything_bad_is_named_at_once(tmp_path):

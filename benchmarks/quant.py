@@ -41,6 +41,7 @@ import llama
 
 BATCH, LENGTH, RANK = 8, 64, 8
 KERNELS = ("query", "key", "value", "out", "gate", "up", "down")
+AXES = {"kernel": "sio"}  # the layers alone: no name above them says that they are stacked
 OURS = ("float32", "bfloat16", "int8", "nf4", "nf4+double")
 THEIRS = {"qwix, int8": ("int8", None), "qwix, nf4": ("nf4", 64)}
 
@@ -70,8 +71,8 @@ def ours(how, graph, stack, forward):
         cast = lambda path, x: x.astype(jnp.bfloat16) if kernel(path) else x
         stack = jax.tree_util.tree_map_with_path(cast, stack)
     elif how != "float32":
-        stack = jlora.quantize(stack, how)
-    adapted = jlora.adapt(stack, jlora.LoRA(rank=RANK, alpha=16, target=jlora.targets.linear))
+        stack = jlora.quantize(stack, how, axes=AXES)
+    adapted = jlora.adapt(stack, jlora.LoRA(rank=RANK, alpha=16, target=jlora.targets.linear), axes=AXES)
     lifted = jlora.lift(lambda stack, x, places: forward(graph, stack, x, places))
     return *jlora.split(adapted), lambda t, f, x, places: lifted(jlora.join(t, f), x, places)
 

@@ -396,7 +396,7 @@ def test_scanned_and_unrolled_models_take_the_same_steps(tied):
     kernel = base()["layers"]["kernel"]
     fields = {"rank": 2, "target": "kernel"}
     method = jlora.LoRA(**fields) if tied is None else jlora.TiedLoRA(tied=tied, **fields)
-    scanned = jlora.adapt({"layer": {"kernel": kernel}}, method)
+    scanned = jlora.adapt({"layers": {"kernel": kernel}}, method)
     unrolled = jlora.adapt({f"layer_{n}": {"kernel": kernel[n]} for n in range(3)}, method)
     trainable = moved(scanned.trainable)
     grads = gradients(trainable)
@@ -413,15 +413,15 @@ def test_scanned_and_unrolled_models_take_the_same_steps(tied):
 
 
 def test_tied_factors_meet_the_sum_of_their_layers():
-    adapted = jlora.adapt({"layer": {"kernel": draw(1, 3, 6, 5)}}, jlora.TiedLoRA(rank=2, tied="a", target="kernel"))
+    adapted = jlora.adapt({"layers": {"kernel": draw(1, 3, 6, 5)}}, jlora.TiedLoRA(rank=2, tied="a", target="kernel"))
     trainable = moved(adapted.trainable)
     grads = gradients(trainable)
-    b = flat(trainable["layer/kernel"]["b"], 1)
-    g = flat(grads["tied/layer/kernel"]["a"], 0)
+    b = flat(trainable["layers/kernel"]["b"], 1)
+    g = flat(grads["tied/layers/kernel"]["a"], 0)
     got = stepped(riemannian(adapted, eps=1e-3), trainable, grads)
     want = np.linalg.inv(np.einsum("lrn,lsn->rs", b, b) + 1e-3 * np.eye(2)) @ g[0]
-    np.testing.assert_allclose(got["tied/layer/kernel"]["a"], want, rtol=1e-4, atol=1e-5)
-    assert bits(got["layer/kernel"]["u"]) == bits(grads["layer/kernel"]["u"])
+    np.testing.assert_allclose(got["tied/layers/kernel"]["a"], want, rtol=1e-4, atol=1e-5)
+    assert bits(got["layers/kernel"]["u"]) == bits(grads["layers/kernel"]["u"])
 
 
 def test_riemannian_needs_its_partner():

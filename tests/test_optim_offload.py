@@ -26,8 +26,8 @@ def start(method=jlora.LoRA):
     return jax.device_put(adapted, jax.memory.Space.Device)
 
 
-apply = jlora.lift(lambda params, x: jnp.einsum("bi,lio->lbo", x, params["layers"]["query"]["kernel"]))
-X = jnp.asarray(np.random.default_rng(1).standard_normal((4, 9)), jnp.float32)
+apply = jlora.lift(lambda params, x: jnp.einsum("lbi,lio->lbo", x, params["layers"]["query"]["kernel"]))
+X = jnp.asarray(np.random.default_rng(1).standard_normal((3, 4, 9)), jnp.float32)
 
 
 def train(tx, adapted, whole, steps=5):

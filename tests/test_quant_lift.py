@@ -242,8 +242,9 @@ def test_sharded_over_eight_devices(mesh, scheme, kind, model):
 @pytest.mark.slow
 def test_a_stack_that_is_cut_and_taken_whole():
     """A kernel of three axes whose first one is taken for a stack, cut there, without an adapter: gathered as codes."""
-    small = jlora.quantize({"heads": {"kernel": normal(0, WIDTH, 4, 64)}}, "nf4", target="kernel")
-    assert small["heads"]["kernel"].roles == "sio"
+    small = jlora.quantize(
+        {"heads": {"kernel": normal(0, WIDTH, 4, 64)}}, "nf4", target="kernel", axes={"kernel": "sio"}
+    )
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     places = jlora.shard.shardings(mesh, small, [("kernel", P("fsdp"))])
     lifted = jlora.lift(lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["heads"]["kernel"]))
@@ -259,7 +260,9 @@ def test_a_stack_that_is_cut_and_taken_whole():
 @pytest.mark.slow
 def test_a_scan_outside_of_lift():
     """It takes the stack axis from a gathered leaf, which then still knows where its arrays are to be."""
-    small = jlora.quantize({"up": {"kernel": normal(0, 2, WIDTH, WIDTH)}}, "nf4+double", target="up")
+    small = jlora.quantize(
+        {"up": {"kernel": normal(0, 2, WIDTH, WIDTH)}}, "nf4+double", target="up", axes={"up": "sio"}
+    )
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     places = jlora.shard.shardings(mesh, small, [("kernel", P(None, None, "fsdp"))])
     rows, x = NamedSharding(mesh, P("fsdp")), normal(1, 8, WIDTH)
@@ -348,6 +351,7 @@ def test_types_under_explicit_axes(scheme, name):
     mesh = jax.make_mesh((4, 2), names, axis_types=(AxisType.Explicit,) * 2)
     params = {"up": {"kernel": normal(1, *stack, WIDTH, 64)}, "down": {"kernel": normal(2, *stack, 64, WIDTH)}}
     rules = [(f"{layer}/kernel", spec) for layer, spec in zip(("up", "down"), specs, strict=True)]
+    axes = {"kernel": "s" * len(stack) + "io"}
     dense = jlora.shard.abstract(mesh, params, rules)
     x = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32, sharding=NamedSharding(mesh, batch))
     seen = []
@@ -358,9 +362,9 @@ def test_types_under_explicit_axes(scheme, name):
 
     with jax.set_mesh(mesh):
         want = jax.eval_shape(watched, dense, x)
-        base = jlora.quantize(params, scheme, target=".") if scheme else params
+        base = jlora.quantize(params, scheme, target=".", axes=axes) if scheme else params
         for spec in (jlora.LoRA(rank=2, target="."), jlora.DoRA(jlora.LoRA(rank=2, target="."))):
-            ad = jlora.shard.abstract(mesh, jax.eval_shape(lambda spec=spec: jlora.adapt(base, spec)), rules)
+            ad = jlora.shard.abstract(mesh, jax.eval_shape(lambda spec=spec: jlora.adapt(base, spec, axes=axes)), rules)
             got = jax.eval_shape(jlora.lift(watched), ad, x)
             assert got == want and got.sharding == want.sharding
             places = jax.tree.map(lambda a: a.sharding, ad)
@@ -379,17 +383,18 @@ def test_numbers_under_explicit_axes(method, name):
     mesh = jax.make_mesh((4, 2), names, axis_types=(AxisType.Explicit,) * 2)
     params = {"up": {"kernel": normal(1, *stack, WIDTH, 64)}, "down": {"kernel": normal(2, *stack, 64, WIDTH)}}
     rules = [(f"{layer}/kernel", spec) for layer, spec in zip(("up", "down"), specs, strict=True)]
+    axes = {"kernel": "s" * len(stack) + "io"}
     lora = jlora.LoRA(rank=2, target=".")
     spec = {"LoRA": lora, "DoRA": jlora.DoRA(lora), "OFT": jlora.OFT(block=16, target=".")}[method]
     lifted, x, tx = jlora.lift(model), normal(3, 8, WIDTH), optax.sgd(0.1)
     loss = lambda ad, x: jnp.mean(lifted(ad, x) ** 2)
-    for base in (params, jlora.quantize(params, "nf4+double", target=".")):
-        trainable, frozen = jlora.split(jlora.adapt(base, spec))
+    for base in (params, jlora.quantize(params, "nf4+double", target=".", axes=axes)):
+        trainable, frozen = jlora.split(jlora.adapt(base, spec, axes=axes))
         trainable = jax.tree.map(np.asarray, moved(trainable, 0.05))
         want = jax.jit(jax.grad(lambda t, f, x: loss(jlora.join(t, f), x)))(trainable, frozen, x)
         want = jax.tree.map(lambda a, g: a - 0.1 * g, trainable, want)
         with jax.set_mesh(mesh):
-            ad = jlora.shard.init(base, spec, mesh, rules)
+            ad = jlora.shard.init(base, spec, mesh, rules, axes=axes)
             step = jlora.shard.train_step(loss, tx, mesh, ad, batch=batch)
             places = jax.tree.map(lambda a: a.sharding, ad.trainable)
             after, *_ = step(jax.device_put(trainable, places), tx.init(ad.trainable), ad.frozen, x)

@@ -204,7 +204,7 @@ def test_factors_keep_their_dtype(name):
 def test_they_train_in_a_train_state():
     """Flax's own, whole form: what is frozen reaches the transformation, and no bit of it moves."""
     adapted = start(jlora.LoRAFA)
-    apply = jlora.lift(lambda p, x: jnp.tanh(x @ p["dense"]["kernel"]) @ p["layers"]["kernel"][0].T)
+    apply = jlora.lift(lambda p, x: jnp.tanh(x @ p["dense"]["kernel"]) + x @ p["layers"]["kernel"][0])
     x = draw(9, 16, 6)
     tx = jlora.masked(optax.chain(lora_fa(adapted), optax.adam(0.1)))
     state = TrainState.create(apply_fn=apply, params=adapted, tx=tx)

@@ -245,6 +245,7 @@ def params():
     }
 
 
+AXES = {"query/kernel": "sioo"}
 LOW_RANK = {
     "lora": jlora.LoRA(rank=2, alpha=3, target="kernel"),
     "slices": jlora.LoRA(rank=1, slices=((0, 2), (3, 6)), target="kernel"),
@@ -265,7 +266,7 @@ OTHERS = {
 
 def difference(adapted):
     """dW as merging has it, as (stack..., in, out)."""
-    merged = jlora.adapt(jlora.merge(adapted), jlora.Full(target="kernel"))
+    merged = jlora.adapt(jlora.merge(adapted), jlora.Full(target="kernel"), axes=AXES)
     old, new = analysis.weights(adapted), analysis.weights(merged)
     return {path: new[path] - old[path] for path in old}
 
@@ -276,7 +277,7 @@ EVERY = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in (
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_update_of_every_kind_of_method(name):
-    adapted = jlora.adapt(params(), (LOW_RANK | OTHERS)[name])
+    adapted = jlora.adapt(params(), (LOW_RANK | OTHERS)[name], axes=AXES)
     adapted = jlora.join(moved(adapted.trainable), adapted.frozen)
     found, pairs, want = jax.jit(lambda a: (analysis.updates(a), analysis.factors(a), difference(a)))(adapted)
     assert found.keys() == want.keys() and set(pairs) == (set(want) if name in LOW_RANK else set())
@@ -306,7 +307,7 @@ def test_every_method_has_an_update_and_a_budget(row, case):
 
 
 def test_the_factors_of_lora_are_those_stored():
-    adapted = jlora.adapt(params(), LOW_RANK["lora"])
+    adapted = jlora.adapt(params(), LOW_RANK["lora"], axes=AXES)
     pair = analysis.factors(adapted)["layers/query/kernel"]
     assert (pair.a == adapted.trainable["layers/query/kernel"]["a"]).all() and pair.b.shape == (3, 2, 8)
     assert "conv/bias" not in analysis.weights(jlora.adapt(params(), OTHERS["full"]))
@@ -319,8 +320,8 @@ def test_a_budget_from_shapes_is_what_adapting_costs(tmp_path):
     """Counted before training, against what is then there: parameters, the optimizer's state, the saved arrays."""
     shapes = jax.eval_shape(params)
     for spec in (LOW_RANK["adalora"], LOW_RANK["vera"], [jlora.BitFit(), jlora.LoRA(rank=2, target="kernel")]):
-        found = analysis.cost(shapes, spec, optimizer=optax.adam(1e-3))
-        adapted = jlora.adapt(params(), spec)
+        found = analysis.cost(shapes, spec, optimizer=optax.adam(1e-3), axes=AXES)
+        adapted = jlora.adapt(params(), spec, axes=AXES)
         assert (found.trainable, found.trainable + found.base) == jlora.count(adapted)
         size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
         assert found.optimizer_bytes == size(optax.adam(1e-3).init(adapted.trainable))

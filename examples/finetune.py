@@ -101,7 +101,7 @@ def main(args: list[str] | None = None) -> None:
     run = tyro.cli(Run, args=args)
     try:
         folder, file, config, names, params, data = prepare(run)
-        halves(run, run.method, params)  # a rank too large for the model shows here
+        halves(run, run.method, params)  # what does not fit the model shows here
         checkpoints = open_run(run)
     except (ValueError, OSError) as error:
         raise SystemExit(f"finetune: {error}") from error

@@ -88,7 +88,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         with console.status(f"reading {file.name}"):
             config, params, tokenizer = llama.read(file)
         data = Data(tokenizer, lines, run.length)
-        jlora.adapt(jax.eval_shape(lambda: params), lora(run))  # a rank too large for the model shows here
+        jlora.adapt(jax.eval_shape(lambda: params), lora(run))  # what does not fit the model shows here
         run.out.mkdir(parents=True, exist_ok=True)  # what is trained will have a place
     except (ValueError, OSError) as error:
         raise SystemExit(f"qlora_decoder: {error}") from error

@@ -255,7 +255,6 @@ def test_the_whole_program_on_a_small_model(examples, file, tmp_path, capsys):
     given = ["--model", str(file), "--data", str(data), "--length", "96", "--out"]
     for more, words in (
         ([str(data)], "File exists"),  # and not after the training
-        ([str(tmp_path), "--rank", "500"], "rank 500 is above"),
         ([str(tmp_path), "--write", "-1"], "write is -1"),
         ([str(tmp_path), "--lr", "nan"], "lr is nan"),
         ([str(tmp_path), "--model", str(data)], "is no GGUF"),

@@ -32,7 +32,8 @@ def _plan_of(raw: Any) -> Plan:
     content = json.loads(bytes(raw))
     base = [(path, tuple(shape), np.dtype(dtype)) for path, shape, dtype, _ in content["base"]]
     leaves = tuple(jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in base)
-    tree = _tree.Named(tuple(path for path, _, _ in base), leaves, tuple(range(len(base))), None)
+    count = len(base)
+    tree = _tree.Named(tuple(path for path, _, _ in base), leaves, tuple(range(count)), None, (None,) * count)
     plan = _manifest.read_plan({**content, "notes": tuple(content["notes"])}, tree, (), _WHERE)
     placed = [dataclasses.replace(s, index=n) for s, n in zip(plan.sites, content["places"], strict=True)]
     return _plan.intern(tuple(placed), plan.methods, plan.notes)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from jax.core import Tracer
 
 # The names by which libraries call arrays of a layer: what stands under one of them is no factor of an adapter.
 _WEIGHTS = {"kernel", "bias", "scale", "embedding", "weight", "w", "offset", "var", "mean"}
@@ -78,7 +80,7 @@ def no_array(leaf: Any) -> str:
     if dtype is None:
         return "" if isinstance(leaf, (bool, int, float, complex)) else kind(leaf) + ", not an array"
     try:
-        return "" if jax.dtypes.issubdtype(dtype, np.generic) else f"of dtype {dtype}, not of numbers"
+        return "" if jnp.issubdtype(dtype, np.generic) else f"of dtype {dtype}, not of numbers"
     except TypeError:
         library = type(leaf).__module__.partition(".")[0]
         return (
@@ -88,7 +90,7 @@ def no_array(leaf: Any) -> str:
 
 def is_gone(x: Any) -> bool:
     """Whether an array was donated or deleted: it has a shape and no values."""
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted()
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted()
 
 
 def _no_tree(x: Any) -> bool:
@@ -121,10 +123,10 @@ def check_integer(said: str, x: Any, least: int, words: str, most: float = math.
 
 def check_number(said: str, x: Any, allowed: Callable[[float], bool], words: str) -> None:
     """Raises ValueError unless `x` is a real number, no NaN, that is allowed; a traced one is not looked at."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return
     scalar = isinstance(x, numbers.Real) or hasattr(x, "dtype") and np.ndim(x) == 0
-    real = scalar and not isinstance(x, (bool, np.bool_)) and np.isrealobj(x)
+    real = scalar and not isinstance(x, (bool, np.bool_)) and np.isrealobj(np.asarray(x))
     if not real or math.isnan(float(x)) or not allowed(float(x)):
         raise ValueError(f"{said}={x!r}): {words}")
 

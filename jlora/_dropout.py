@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jlora._contract import explicit_mesh, varying
 from jlora._term import Drop, Operand, Term
@@ -34,7 +35,7 @@ def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     for axis in sorted(varying(x) - varying(key)):  # inside shard_map each shard has a mask of its own
         key = jax.random.fold_in(key, lax.axis_index(axis))
     meshed = explicit_mesh([x]) is not None
-    if not isinstance(x, jax.core.Tracer) and jax.sharding.get_abstract_mesh().empty:
+    if not isinstance(x, Tracer) and jax.sharding.get_abstract_mesh().empty:
         meshed = False  # outside of jit and of any mesh, arrays go where the others are
     keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding if meshed else None)
     kept = x / (1 - rate)
@@ -57,7 +58,9 @@ def thinned(w: Weight, term: Term, x: jax.Array | None) -> tuple[Any, Term]:
         keys,
     )
     sizes = term.sizes() if drop.letters else {}
-    gates = [((letter,), gate(n + 2, rate, (sizes[letter],))) for n, (letter, rate) in enumerate(drop.letters)]
+    gates: list[Any] = [
+        ((letter,), gate(n + 2, rate, (sizes[letter],))) for n, (letter, rate) in enumerate(drop.letters)
+    ]
     if drop.module:
         gates.append(((), gate(1, drop.module, ())))
     more = tuple(Operand((value,), None, (), w.key_labels + labels) for labels, value in gates)

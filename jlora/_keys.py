@@ -16,9 +16,10 @@ def checked_key(key: Any) -> Any:
     """A user's key as a typed one, `jax.random.key(0)` for None; TypeError for what is no key, or several."""
     if key is None:
         return jax.random.key(0)
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    dtype: Any = getattr(key, "dtype", None)
+    shape: Any = getattr(key, "shape", None) or ()
     is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    is_raw = dtype == jnp.uint32 and shape is not None and shape[-1:] in ((2,), (4,))
+    is_raw = dtype == jnp.uint32 and shape[-1:] in ((2,), (4,))
     if is_key and shape == ():
         return key
     if is_raw and len(shape) == 1:  # of jax.random.PRNGKey: it does not say its implementation, but its length does

@@ -96,7 +96,7 @@ def _fits(shapes: Shapes, prefix: str, axis: int) -> bool:
     if not 0 < deep <= _DEEP or min(map(len, below)) < 2 or max(map(len, below)) < 3:
         return False
     # behind the input axis it is a number of layers only where the model is no narrower
-    widest = max(max(s) if len(s) > 3 else s[0] for s in below)
+    widest = max(max(s) if len(s) > 3 else max(s[:1]) for s in below)
     return axis == 0 or deep <= widest
 
 

@@ -33,7 +33,7 @@ def _no_node(adapted: Adapted) -> NoReturn:
     )
 
 
-graphlib.register_pytree_node_type(Adapted, _no_node, lambda nodes, aux: None)
+graphlib.register_pytree_node_type(Adapted, _no_node, lambda nodes, aux: None)  # type: ignore[arg-type]
 
 
 def _variables(trees: list[Any]) -> list[tuple[str, nnx.Variable, Any]]:

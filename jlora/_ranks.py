@@ -165,7 +165,8 @@ def _member(site: Site, word: Any, labels: Labels, letter: str, parsed: Parsed) 
         first = (array.shape or (0,))[0] == parsed.sizes[letter]
         width = math.prod(array.shape[1:]) if array.shape else 0
     elif isinstance(word, Difference):
-        (array, began), first = word.arrays, True
+        array, began = word.arrays  # type: ignore[misc]
+        first = True
         width = math.prod(array.shape[1:]) if array.shape else 0
         start, fn = (began.group or site.leaf.path, began.name), word.fn
     else:

@@ -50,7 +50,7 @@ def stack(adapters: Sequence[Adapted]) -> Stacked:
       >>> grads["query/kernel"]["b"].shape
       (2, 2, 4)
     """
-    every = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
+    every: list[Any] = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
     strange = [type(a).__name__ for a in every if not (is_adapted(a) and isinstance(a.frozen, Frozen))]
     if strange or not isinstance(adapters, (list, tuple)):
         kinds = ", ".join(strange or [type(adapters).__name__])

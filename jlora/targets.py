@@ -20,7 +20,7 @@ def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Callable[[str, A
     def decorate(function: Callable[[str, Any], bool]) -> Any:
         @functools.wraps(function)
         def target(path: str, leaf: Any) -> bool:
-            return target.among((path,), (leaf,))[0]
+            return among((path,), (leaf,))[0]
 
         def among(paths: Sequence[str], leaves: Sequence[Any], traced: _kinds.Traced | None = None) -> list[bool]:
             kinds = _kinds.kinds(paths, leaves, traced)
@@ -29,7 +29,7 @@ def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Callable[[str, A
                 for path, kind in zip(paths, kinds, strict=True)
             ]
 
-        target.among = among
+        vars(target)["among"] = among
         return target
 
     return decorate

@@ -123,7 +123,8 @@ class Reader:
         plain = Known((), any(k.data for k in ins), eqn.primitive.name == "eq")
         if not any(k.views or k.product or k.hot for k in ins):
             inner = eqn.primitive.name in ("jit", "pjit", "closed_call")  # for `==` inside, as in one_hot
-            return self.inside(eqn, ins) if inner else [plain] * len(eqn.outvars)
+            made = self.inside(eqn, ins) if inner else None
+            return [plain] * len(eqn.outvars) if made is None else made
         rule = RULES.get(eqn.primitive.name)
         if rule is not None:
             return rule(self, eqn, ins)

@@ -8,10 +8,10 @@ import dataclasses
 import json
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from jax import export
 
 from jlora import _plan, _tree
@@ -56,13 +56,13 @@ def register() -> None:
         deserialize_auxdata=lambda raw: quantised.static(json.loads(bytes(raw)), _WHERE),
     )
     for cls, names in ((Adapted, ("trainable", "frozen")), (Frozen, ("base", "factors", "key"))):
-        flax.serialization.register_serialization_state(cls, *_attributes(names))
-    flax.serialization.register_serialization_state(Quantized, _arrays_of, _with_arrays)
+        serialization.register_serialization_state(cls, *_attributes(names))
+    serialization.register_serialization_state(Quantized, _arrays_of, _with_arrays)
 
 
 def _attributes(names: tuple[str, ...]) -> Any:
     """To and from Flax's dictionaries, by attribute; a dropout key as its numbers."""
-    to_state, from_state = flax.serialization.to_state_dict, flax.serialization.from_state_dict
+    to_state, from_state = serialization.to_state_dict, serialization.from_state_dict
     raw = lambda x: jax.random.key_data(x) if _is_key(x) else x
 
     def state(x: Any) -> dict[str, Any]:

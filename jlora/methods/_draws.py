@@ -98,7 +98,7 @@ def normal(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """N(0, 1), in float32 or float64."""
     least = np.nextafter(np.asarray(-1.0, dtype), np.asarray(0.0, dtype))
     u = jnp.maximum(2 * unit(key, shape, dtype) + least, least)
-    return np.asarray(math.sqrt(2), dtype) * lax.erf_inv(u)
+    return jnp.multiply(np.asarray(math.sqrt(2), dtype), lax.erf_inv(u))
 
 
 def signs(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:

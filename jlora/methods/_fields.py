@@ -45,7 +45,7 @@ def _dtype(value: Any) -> str:
         raise ValueError(words) from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(words)
-    if dtype.itemsize > 4 and not jax.config.jax_enable_x64:
+    if dtype.itemsize > 4 and not jax.config.read("jax_enable_x64"):
         raise ValueError(f"{dtype.name} needs jax.config.update('jax_enable_x64', True); write 'float32'")
     return dtype.name
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jlora import _answers
 from jlora._axes import Leaf
@@ -82,7 +83,7 @@ def _known(data: Mapping[str, Any], leaf: Leaf, what: str) -> Any:
 def _check_finite(arrays: Any, leaf: Leaf, what: str) -> None:
     """A decomposition of NaN is NaN: an adapter that is none from the start. Traced values cannot be looked at."""
     for x in jax.tree.leaves(arrays):
-        if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(jnp.asarray(x)).all()):
+        if not isinstance(x, Tracer) and not bool(jnp.isfinite(jnp.asarray(x)).all()):
             raise ValueError(f"{leaf.path!r} of shape {leaf.shape}: its {what} hold NaN or infinities")
 
 

@@ -188,7 +188,7 @@ def alive(pair: Pair, get: Any) -> np.ndarray:
     rows = [some(m) for m in (*pair.members, *pair.gates) if m.start is None]
     if pair.begun:  # of a difference, one that moved is enough
         rows.append(functools.reduce(np.logical_or, map(some, pair.begun)))
-    return functools.reduce(np.logical_and, rows)
+    return np.asarray(functools.reduce(np.logical_and, rows))
 
 
 def _places(pairs: list[Pair]) -> dict[Place, int]:

@@ -64,6 +64,7 @@ def _gpt2(turned: bool) -> Members:
 
 
 _CONV = r"(?i)conv[^/]*$|dwconv|(^|/)patch[^/]*$"
+_PLAIN_CONV = r"(?i)^(?!.*transpose[^/]*$).*(" + _CONV.removeprefix("(?i)") + ")"  # transposes may hold (out, in)
 _NO_CONV = r"(?i)^(?!.*(conv|patch)[^/]*$)"
 
 LIBRARIES = (
@@ -180,6 +181,7 @@ LIBRARIES = (
             _pair("I O P", "ioo", "O P"),
             _pair("I J O", "iio", "O"),
             _pair("I J O P", "iioo", "O P"),
+            _pair("I O P Q", "iooo", "O P Q"),
             (("w", "I O", "io"), ("b", "O", "o")),
         ),
         module=_NO_CONV,
@@ -222,7 +224,7 @@ LIBRARIES = (
         "flax/linen/linear.py Conv, haiku/_src/conv.py ConvND: (window..., in / groups, out)",
         tuple(((leaf, sizes, roles),) for leaf in ("kernel", "w") for sizes, roles in
               (("A I O", "kio"), ("A B I O", "kkio"), ("A B G I O", "kkkio"))),
-        module=_CONV,
+        module=_PLAIN_CONV,
     ),
 )  # fmt: skip
 

@@ -294,3 +294,28 @@ def test_a_step_that_says_stacked_outweighs_the_name_of_heads(module, letters):
             adapt()
     else:
         assert adapt().frozen.plan.sites[0].leaf.roles == letters
+
+
+def test_what_wraps_apply_is_looked_through():
+    """`jax.jit` and `functools.partial` of a module's apply take bare parameters as apply itself does."""
+    model, x = nn.Sequential([nn.Dense(8)]), jnp.ones((2, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    for fn in (model.apply, jax.jit(model.apply), functools.partial(model.apply, mutable=False)):
+        adapted = jlora.adapt(params, jlora.LoRA(rank=1, target="kernel"), fn=fn, args=(x,))
+        assert [s.leaf.roles for s in adapted.frozen.plan.sites] == ["io"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_transposed_convolution_without_a_bias_is_asked_about(turned):
+    """Flax stores it (in, out) or (out, in), by a flag that the tree does not hold."""
+    layer = nn.ConvTranspose(8, (3, 3), transpose_kernel=turned, use_bias=False)
+    params = {"ConvTranspose_0": layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 4)))["params"]}
+    with pytest.raises(ValueError, match="asks which axes"):
+        jlora.adapt(params, jlora.IA3(target="kernel"))
+
+
+def test_a_bias_of_three_axes_says_the_outputs():
+    """DenseGeneral onto (3, heads, width) with its bias leaves one reading."""
+    params = {"qkv": nn.DenseGeneral((3, 4, 4)).init(jax.random.key(0), jnp.ones((2, 16)))["params"]}
+    adapted = jlora.adapt(params, jlora.LoRA(rank=1, target="kernel"))
+    assert adapted.frozen.plan.sites[0].leaf.roles == "iooo"

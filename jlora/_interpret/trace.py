@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ from jlora._interpret import roles
 
 def _is_input(x: Any) -> bool:
     return isinstance(x, (jax.Array, jax.ShapeDtypeStruct, np.ndarray))
+
+
+def _unwrapped(fn: Any) -> Any:
+    """The method of a module below `jax.jit`, `functools.partial` and whatever else says what it wraps."""
+    while not isinstance(getattr(fn, "__self__", None), nn.Module):
+        inner = fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
+        if inner is None:
+            break
+        fn = inner
+    return fn
 
 
 def axes(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
@@ -36,8 +47,9 @@ def uses(
     own = lambda x: x is params
     slots, form = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=own)
     inside = any(map(own, slots))
-    model = getattr(fn, "__self__", None)
-    wrap = isinstance(model, nn.Module) and fn.__name__ == "apply" and not (_has(params, "params"))
+    inner = _unwrapped(fn)
+    model = getattr(inner, "__self__", None)
+    wrap = isinstance(model, nn.Module) and inner.__name__ == "apply" and not (_has(params, "params"))
     places = [n for n, x in enumerate(slots) if not own(x) and _is_input(x)]
 
     def call(leaves: list[Any], others: list[Any]) -> Any:

@@ -111,7 +111,7 @@ def quantize(
       target: which weights: a pattern, a list, a callable `(path, leaf) -> bool`; all linear layers by default, which
         leaves embeddings, norms, biases and the output head alone.
       exclude: which of those not.
-      axes: as for `adapt`, where the Flax conventions guess wrong. Blocks run along the input axes; along its rows in
+      axes: as for `adapt`, where nothing in the tree tells. Blocks run along the input axes; along its rows in
         an `embedding`.
       parity: `"torch"` lays every weight out as bitsandbytes does: one run, outputs first, whose blocks, codes and
         scales are its own bit for bit. Such a weight cannot be sharded along its own axes. By default that is done

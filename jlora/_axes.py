@@ -86,7 +86,10 @@ class Roles:
         named = self._named[n]
         if "?" not in named:
             return named
-        return (self.traced or {}).get(path) or self._decided[n]
+        traced, decided = (self.traced or {}).get(path), self._decided[n]
+        if traced and decided and all(a == b or (a, b) == ("o", "s") for a, b in zip(traced, decided, strict=True)):
+            return decided  # members that share an input look like outputs to a dot, and the tree knows them as a stack
+        return traced or decided
 
     def likely(self, n: int) -> str:
         """The letters of leaf n, a guess where nothing decides: for what an error proposes, or placement."""

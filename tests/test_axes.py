@@ -319,3 +319,24 @@ def test_a_bias_of_three_axes_says_the_outputs():
     params = {"qkv": nn.DenseGeneral((3, 4, 4)).init(jax.random.key(0), jnp.ones((2, 16)))["params"]}
     adapted = jlora.adapt(params, jlora.LoRA(rank=1, target="kernel"))
     assert adapted.frozen.plan.sites[0].leaf.roles == "iooo"
+
+
+def test_members_that_share_an_input_are_a_stack():
+    """The first layer of an ensemble meets one input: a trace reads members as outputs, and the tree knows better."""
+
+    class Member(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1)(nn.relu(nn.Dense(32)(x)))
+
+    class Ensemble(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            several = nn.vmap(Member, {"params": 0}, {"params": True}, in_axes=None, axis_size=2)
+            return several()(x)
+
+    model, x = Ensemble(), jnp.ones((4, 16))
+    params = model.init(jax.random.key(0), x)["params"]
+    for how in ({}, {"fn": model.apply, "args": (x,)}):
+        adapted = jlora.adapt(params, jlora.LoRA(rank=1, target="kernel"), **how)
+        assert {s.leaf.roles for s in adapted.frozen.plan.sites} == {"sio"}

@@ -93,7 +93,14 @@ class Roles:
 
     def likely(self, n: int) -> str:
         """The letters of leaf n, a guess where nothing decides: for what an error proposes, or placement."""
-        return self.of(n) or guess(self.tree.paths[n], _tree.shape_dtype(self.tree.leaves[n])[0])
+        path, shape = self.tree.paths[n], _tree.shape_dtype(self.tree.leaves[n])[0]
+        beside = f"{path.rpartition('/')[0]}/bias".lstrip("/")
+        bias = self._shapes.get(beside) if path != beside else None
+        return self.of(n) or guess(path, shape, bias)
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {p: _tree.shape_dtype(x)[0] for p, x in zip(self.tree.paths, self.tree.leaves, strict=True)}
 
     @functools.cached_property
     def _named(self) -> list[str]:
@@ -115,8 +122,28 @@ class Roles:
         return [whole(path, named) for path, named in zip(self.tree.paths, self._named, strict=True)]
 
 
-def guess(path: str, shape: tuple[int, ...]) -> str:
-    """Letters that Flax's names and shapes suggest. Nothing that counts rests on them."""
+def guess(path: str, shape: tuple[int, ...], bias: tuple[int, ...] | None = None) -> str:
+    """Letters that Flax's names and shapes suggest, and a bias beside the weight allows. Nothing that counts rests on
+    them.
+    """
+    first = _first_guess(path, shape)
+    made = lambda letters: tuple(n for n, x in zip(shape, letters, strict=True) if x in "so")
+    if bias is None or "i" not in first or made(first) == bias:
+        return first
+    others = ("".join(x) for x in itertools.product("skio", repeat=len(shape)))
+    # the sides in Flax's order first, (in, out), then the other one; windows and stacks in front
+    forms = [x for x in others if re.fullmatch("s?(k*(i+o+|o+i+))", x)]
+    fits = [x for x in forms if made(x) == bias]
+    small = [n <= 16 for n in shape]
+    order = lambda x: (
+        "oi" in x,
+        "s" in x,
+        sum((c == "k") != (n < len(shape) - 2 and small[n]) for n, c in enumerate(x)),
+    )
+    return min(fits, key=order, default=first)
+
+
+def _first_guess(path: str, shape: tuple[int, ...]) -> str:
     steps = path.split("/")
     parent, n = steps[-2] if len(steps) > 1 else "", len(shape)
     if n < 2 or steps[-1] in _VECTOR:
@@ -128,6 +155,12 @@ def guess(path: str, shape: tuple[int, ...]) -> str:
     if n == 4 and max(shape[:2]) <= 16:
         return "kkio"
     return "s" * (n - 2) + "io"
+
+
+def names_heads(owner: str, path: str) -> bool:
+    """Whether a weight's name, below its module's, is one of attention's."""
+    name = path[len(owner) :].strip("/").partition("/")[0]
+    return _INTO_HEADS.search(name) is not None or _OUT_OF_HEADS.search(name) is not None
 
 
 def given(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str | None:

@@ -1,11 +1,13 @@
 """What logical axis names say: `("embed", "layers", "heads", "kv")` is `isoo`.
 
-Names come from Flax's boxes (`nn.LogicallyPartitioned`, `nn.Partitioned`) and from the metadata of `nnx.Variable`s.
-Names of mesh axes ("fsdp", "tensor") say nothing of sides.
+Names come from Flax's boxes (`nn.LogicallyPartitioned`, `nn.Partitioned`), from the metadata of `nnx.Variable`s, and
+from the classes of NNX layers. Names of mesh axes ("fsdp", "tensor") say nothing of sides.
 """
 
 import re
 from typing import Any
+
+from flax import nnx
 
 from jlora import _conventions as words
 
@@ -19,6 +21,42 @@ def of(box: Any) -> tuple[str | None, ...] | None:
     )
     names = next((held[key] for key in _KEYS if isinstance(held.get(key), tuple) and held[key]), None)
     return names and tuple(n if isinstance(n, str) else None for n in names)
+
+
+def of_layers(module: Any) -> dict[tuple[Any, ...], tuple[str, ...]]:
+    """`{steps: names}` of the kernels that the layers of an NNX module hold, by what their classes say."""
+    if not isinstance(module, nnx.Module):
+        return {}
+    kernels = {(*steps, "kernel"): layer for steps, layer in nnx.iter_modules(module) if hasattr(layer, "kernel")}
+    return {
+        steps: names(layer)
+        for steps, layer in kernels.items()
+        for kind, names in _LAYERS
+        if type(layer) is kind and len(names(layer)) == len(layer.kernel.shape)
+    }
+
+
+def _many(size: Any) -> int:
+    return 1 if isinstance(size, int) else len(size)
+
+
+def _window(layer: Any) -> tuple[str, ...]:
+    return ("window",) * _many(layer.kernel_size)
+
+
+# flax/nnx/nn/linear.py: what `kernel_shape` is made of
+_LAYERS: tuple[tuple[type, Any], ...] = (
+    (nnx.Linear, lambda layer: ("conv_in", "conv_out")),
+    (nnx.LinearGeneral, lambda layer: ("conv_in",) * _many(layer.axis) + ("conv_out",) * _many(layer.out_features)),
+    (nnx.Conv, lambda layer: (*_window(layer), "conv_in", "conv_out")),
+    (
+        nnx.ConvTranspose,
+        lambda layer: (
+            *_window(layer),
+            *(("conv_out", "conv_in") if layer.transpose_kernel else ("conv_in", "conv_out")),
+        ),
+    ),
+)
 
 
 def letters(names: tuple[str | None, ...] | None, shape: tuple[int, ...]) -> str:

@@ -64,7 +64,9 @@ def _gpt2(turned: bool) -> Members:
 
 
 _CONV = r"(?i)conv[^/]*$|dwconv|(^|/)patch[^/]*$"
-_PLAIN_CONV = r"(?i)^(?!.*transpose[^/]*$).*(" + _CONV.removeprefix("(?i)") + ")"  # transposes may hold (out, in)
+# flax/linen/linear.py ConvTranspose may hold (in, out) or (out, in)
+TRANSPOSED = r"(?i)transpose|deconv|upconv|upsampl|(^|/)up(_?\d*)?/"
+_PLAIN_CONV = r"(?i)^(?!.*transpose[^/]*$).*(" + _CONV.removeprefix("(?i)") + ")"
 _NO_CONV = r"(?i)^(?!.*(conv|patch)[^/]*$)"
 
 LIBRARIES = (

@@ -40,12 +40,19 @@ def _decided(shapes: Shapes, below_a_stack: bool = False) -> Letters:
     """The same for a tree, or for what is below a stack without its axis; `?` where a stack is known, and no more."""
     found = _flat(shapes, below_a_stack)
     for prefix, axis in _stacks(shapes, found):
-        below = {p: s[:axis] + s[axis + 1 :] for p, s in shapes.items() if p.startswith(prefix)}
+        below = _below(shapes, prefix, axis)
         for path, inner in _decided(below, True).items():
             known, letters = found[path], inner or "?" * len(below[path])
             if "?" not in letters or known is None or "s" not in known:
-                found[path] = letters[:axis] + "s" + letters[axis:]
+                at = axis % len(shapes[path])
+                found[path] = letters[:at] + "s" + letters[at:]
     return found
+
+
+def _below(shapes: Shapes, prefix: str, axis: int) -> dict[str, tuple[int, ...]]:
+    """What stands below a prefix, without one axis; -1 is the last."""
+    without = lambda s: s[: axis % len(s)] + s[axis % len(s) + 1 :]
+    return {p: without(s) for p, s in shapes.items() if p.startswith(prefix)}
 
 
 # --- stacks ---
@@ -64,14 +71,18 @@ def _stacks(shapes: Shapes, found: Letters) -> list[tuple[str, int]]:
         if letters is not None and letters.count("s") == 1 and len(steps) > 2:
             tried, axes = tops[:-1], [letters.index("s")]
         elif vector and len(steps) > 2:
-            tried, axes = tops[:-1], [0, 1]
+            tried, axes = tops, [0, 1, -1]
         elif said and letters is None:
             tried, axes = ["/".join(steps[: said[0] + 1]) + "/"], [0, 1]
+        elif said and len(shape) > 2 and "s" not in letters and re.match("Scan", steps[said[0]]):
+            # a scan's own name: what reads as several output axes is one of them, and the layers behind it
+            tried, axes = ["/".join(steps[: said[0] + 1]) + "/"], [-1]
         else:
             continue
         if any(path.startswith(prefix) for prefix in places):
             continue
-        fits = [(prefix, a) for prefix in tried for a in axes if _fits(shapes, prefix, a)]
+        fits = [(prefix, a) for prefix in tried for a in axes if a >= 0 and _fits(shapes, prefix, a)]
+        fits = fits or [(prefix, a) for prefix in tried for a in axes if a < 0 and _fits(shapes, prefix, a)]
         wide = [(prefix, a) for prefix, a in fits if prefix == fits[0][0]]
         best = _best(shapes, wide)
         if best is not None:
@@ -91,7 +102,7 @@ def _said_stacked(path: str) -> bool:
 def _fits(shapes: Shapes, prefix: str, axis: int) -> bool:
     """Whether all leaves below have one size there, and something is left of each of them."""
     below = [s for p, s in shapes.items() if p.startswith(prefix)]
-    sizes = {s[axis] if len(s) > axis else 0 for s in below}
+    sizes = {s[axis] if len(s) > axis else 0 for s in below}  # -1, the last, is in all of them
     deep = next(iter(sizes)) if len(sizes) == 1 else 0
     if not 0 < deep <= _DEEP or min(map(len, below)) < 2 or max(map(len, below)) < 3:
         return False
@@ -104,8 +115,8 @@ def _best(shapes: Shapes, fits: Sequence[tuple[str, int]]) -> tuple[str, int] | 
     """The one reading under which most leaves are decided; None where two are alike."""
     count = {}
     for prefix, axis in fits:
-        rest = {p: s[:axis] + s[axis + 1 :] for p, s in shapes.items() if p.startswith(prefix)}
-        count[prefix, axis] = sum(x is not None and "?" not in x for x in _decided(rest, True).values())
+        rest = _decided(_below(shapes, prefix, axis), True)
+        count[prefix, axis] = sum(x is not None and "?" not in x for x in rest.values())
     top = [f for f, n in count.items() if n == max(count.values())]
     return top[0] if len(top) == 1 else None
 
@@ -129,6 +140,16 @@ def _flat(shapes: Shapes, below_a_stack: bool) -> Letters:
                     turned.add(_name(path))
                 break
         found[path] = _by_name(path, shape, shapes) if left is None else left.copy().pop() if len(left) == 1 else None
+    if any(letters and letters.startswith("kk") for letters in found.values()):
+        for path, letters in found.items():  # beside convolutions, 1 x 1 and 2 x 2 are windows, too
+            shape = shapes[path]
+            if (
+                letters is None
+                and not options[path]
+                and _name(path) == "kernel"
+                and shape[:-2] in ((1, 1), (2, 2), (4, 4))
+            ):
+                found[path] = None if re.search(_conventions.TRANSPOSED, path) else "kkio"
     for path, shape in shapes.items():
         few = all(n <= 2 for n, _ in options[path])
         if len(shape) == 2 and _name(path) in turned and found[path] == "io" and few:
@@ -152,6 +173,11 @@ def _by_name(path: str, shape: tuple[int, ...], shapes: Shapes) -> str | None:
             if letters == "io" and beside is not None and beside != shape[1:]:
                 return None
             return (letters * len(shape) if axes is None else letters) or None
+    window = shape[:-2]
+    if name == "kernel" and len(window) > 1 and len(set(window)) == 1 and not re.search(_conventions.TRANSPOSED, path):
+        # no stack of stacks and no heads have these sizes: 3 x 3, 7 x 7 in front of two sides
+        if window[0] in (3, 5, 7, 9, 11) and not _said_stacked(path):
+            return "k" * len(window) + "io"
     # x @ w, under any name of a user's own
     return "io" if len(shape) == 2 and not re.fullmatch(_conventions.UNCLEAR, name) else None
 
@@ -244,7 +270,8 @@ def _readings(library: Library, here: dict[tuple[str, str, str], str], shapes: S
                 roles = roles[:place] + "s" + roles[place:]
             fits = fits and all(_agrees(known, w, n) for w, n in zip(words, shape, strict=True))
             letters.append((path, roles))
-        if fits and not (library.last and known["I"] == known["O"]):
+        turns = library.last or any(re.search(_conventions.TRANSPOSED, path) for path in here.values())
+        if fits and not (turns and known.get("I") == known.get("O") is not None):
             yield _Reading(tuple(sorted(letters)), _likely(known, place))
 
 

@@ -87,7 +87,8 @@ NAMES = {
     "head": (
         Names(r"(?!(.*_)?(multi|attention|attn|per|num|n)_heads?$)(.*_)?heads?", "ViT head; HF lm_head; scoring_head"),
         Names(
-            r"(?!pre_)(?!.*_pre_)(.*_)?(logits?|classifiers?|scores?|unembed|unembedding|unembedder|deembed)",
+            r"(?!(.*_)?(pre|router|gate|gating|attn|attention|mask|similarity)_)"
+            r"(.*_)?(logits?|classifiers?|scores?|unembed|unembedding|unembedder|deembed)",
             "Haiku logits; HF classifier, score",
         ),
         Names(r"logits_dense|score_dense", "T5X, MaxText"),

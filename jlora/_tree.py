@@ -70,6 +70,7 @@ def flatten(tree: Any) -> Named:
       ValueError: two leaves with one path (the keys `0` and `"0"`).
     """
     paths, leaves, owners, names = [], [], [], []
+    layers = {"/".join(map(escape, steps)): words for steps, words in _axis_names.of_layers(tree).items()}
 
     def walk(node: Any, prefix: tuple[str, ...], inside: bool) -> None:
         below = lambda x: is_box(x) and x is not node
@@ -89,7 +90,7 @@ def flatten(tree: Any) -> Named:
                 paths.append("/".join(prefix + steps))
                 leaves.append(child)
                 owners.append(id(node) if inside else id(child))
-                names.append(_axis_names.of(node) if inside else None)
+                names.append((_axis_names.of(node) if inside else None) or layers.get(paths[-1]))
 
     walk(tree, (), is_box(tree))
     treedef = jax.tree.structure(tree, is_leaf=is_packed)

@@ -4,13 +4,15 @@ import functools
 import re
 import warnings
 
+import flax
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import jlora
-from jlora import _layouts, _tree
+from jlora import _axes, _layouts, _tree
 
 X = jax.ShapeDtypeStruct((3, 6), jnp.float32)
 
@@ -28,6 +30,7 @@ class Heads(nn.Module):
 MODEL = Heads()
 PARAMS = MODEL.init(jax.random.key(0), jnp.ones((3, 6)))["params"]
 LORA = jlora.LoRA(rank=2, target=".")
+KERNELS = jlora.LoRA(rank=1, target="kernel")
 
 
 def letters(adapted):
@@ -340,3 +343,104 @@ def test_members_that_share_an_input_are_a_stack():
     for how in ({}, {"fn": model.apply, "args": (x,)}):
         adapted = jlora.adapt(params, jlora.LoRA(rank=1, target="kernel"), **how)
         assert {s.leaf.roles for s in adapted.frozen.plan.sites} == {"sio"}
+
+
+@pytest.mark.parametrize("leaf", ["{}", "{}/kernel"])
+def test_experts_that_all_see_one_activation_are_a_stack(leaf):
+    """`td,edf->etf` alone looks like heads; the weight behind it, with one matrix each, tells."""
+    up, down, q, out = (leaf.format(name) for name in ("up", "down", "query", "out"))
+    flat = {up: jnp.ones((3, 4, 5)), down: jnp.ones((3, 5, 4)), q: jnp.ones((3, 4, 5)), out: jnp.ones((3, 5, 4))}
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+
+    def model(params, x):
+        p = flax.traverse_util.flatten_dict(params, sep="/")
+        moe = jnp.einsum("etf,efd->etd", jax.nn.relu(jnp.einsum("td,edf->etf", x, p[up])), p[down])
+        return moe.sum(0) + jnp.einsum("tnh,nhd->td", jnp.einsum("td,ndh->tnh", x, p[q]), p[out])
+
+    adapted = jlora.adapt(params, LORA, fn=model, args=(jnp.ones((2, 4)),))
+    assert letters(adapted) == {up: "sio", down: "sio", q: "oio", out: "iio"}
+    jlora.lift(model)(adapted, jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_scan_is_found_on_any_axis(axis, norm):
+    """Layers in front, behind the input, or last: from the tree alone, and as the function uses them."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            h = nn.LayerNorm()(x) if norm else x
+            return x + nn.Dense(12)(nn.relu(nn.Dense(20)(h))), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes, rngs = {"params": axis}, {"params": True}
+            return nn.Dense(3)(nn.scan(Block, variable_axes=axes, split_rngs=rngs, length=5)()(x, None)[0])
+
+    model, x = Model(), jnp.ones((2, 12))
+    params = model.init(jax.random.key(0), x)["params"]
+    adapted = jlora.adapt(params, KERNELS)
+    stacked = {0: "sio", 1: "iso", -1: "ios"}[axis]
+    assert [x for path, x in letters(adapted).items() if "Scan" in path] == [stacked, stacked]
+    jlora.lift(lambda params, x: model.apply({"params": params}, x))(adapted, x)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_square_transposed_convolution_is_asked_about(turned):
+    """Its bias fits both sides."""
+    layer = nn.ConvTranspose(8, (3, 3), transpose_kernel=turned)
+    params = {"ConvTranspose_0": layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)))["params"]}
+    with pytest.raises(ValueError, match="asks which axes"):
+        jlora.adapt(params, jlora.IA3(target="kernel"))
+
+
+@pytest.mark.parametrize(
+    "layer,right",
+    [
+        (lambda r: nnx.Conv(3, 8, (3,), rngs=r), "kio"),
+        (lambda r: nnx.Conv(3, 8, 3, use_bias=False, rngs=r), "kio"),
+        (lambda r: nnx.Conv(8, 8, (1, 1), use_bias=False, rngs=r), "kkio"),
+        (lambda r: nnx.ConvTranspose(8, 8, (3, 3), rngs=r), "kkio"),
+        (lambda r: nnx.ConvTranspose(8, 8, (3, 3), transpose_kernel=True, rngs=r), "kkoi"),
+        (lambda r: nnx.LinearGeneral((3, 4), (5,), axis=(-2, -1), use_bias=False, rngs=r), "iio"),
+    ],
+)
+def test_the_class_of_an_nnx_layer_tells(layer, right):
+    """What shapes leave open the layer's class knows, alone and inside another module."""
+    one = layer(nnx.Rngs(0))
+    assert letters(jlora.adapt(one, KERNELS)) == {"kernel": right}
+    two = nnx.Sequential(one, nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    assert {right, "io"} == set(letters(jlora.adapt(two, KERNELS)).values())
+
+
+def test_convolutions_without_a_bias_under_any_name():
+    """Windows of 3 x 3 are convolutions, 1 x 1 beside them too; where a transposed one may stand, it is asked about."""
+    params = {name: {"kernel": jnp.ones(shape)} for name, shape in [
+        ("stem", (7, 7, 3, 8)), ("c1", (3, 3, 8, 8)), ("downsample", (1, 1, 8, 16)), ("shortcut", (2, 2, 8, 16)),
+    ]}  # fmt: skip
+    assert set(letters(jlora.adapt(params, LORA)).values()) == {"kkio"}
+    with pytest.raises(ValueError, match="asks which axes"):
+        jlora.adapt(params | {"up": {"kernel": jnp.ones((2, 2, 8, 4))}}, LORA)
+
+
+def test_single_elements_say_nothing_of_axes():
+    """`table[rows, columns]` picks along both axes: neither is an output, and nothing is contradicted."""
+    params, at = {"embedding": jnp.ones((5, 4))}, jnp.array([0, 1])
+    model = lambda params, at: params["embedding"][at, at]
+    assert letters(jlora.adapt(params, LORA, fn=model, args=(at,))) == {"embedding": "io"}
+    jlora.lift(model)(jlora.adapt(params, LORA), at)
+
+
+@pytest.mark.parametrize(
+    "path,shape,bias,right",
+    [
+        ("foo/kernel", (3, 4, 8), (8,), "kio"), ("foo/kernel", (3, 4, 8), (4, 8), "ioo"),
+        ("foo/kernel", (30, 40, 8), (8,), "iio"), ("foo/kernel", (3, 4, 8), (3, 8), "sio"),
+        ("foo/kernel", (5, 6), (5,), "oi"), ("query/kernel", (3, 4, 6), (4, 6), "ioo"),
+    ],
+)  # fmt: skip
+def test_a_proposal_fits_the_bias_beside_it(path, shape, bias, right):
+    """The line that a refusal proposes is one that the tree does not exclude."""
+    assert _axes.guess(path, shape, bias) == right

@@ -60,7 +60,7 @@ def contradictions(
     a score may turn a key's weight.
     """
     read_as = list(zip(named, read(jaxpr, len(named), consts), strict=True))
-    strong = [[use for use in uses if use.kind in ("lookup", "dot")] for _, uses in read_as]
+    strong = [[use for use in uses if use.letters and use.kind in ("lookup", "dot")] for _, uses in read_as]
     deep = {leaf.shape[n] for (_, leaf), uses in zip(named, strong, strict=True) for u in uses for n in _both(leaf, u)}
     return [
         (path, leaf.shape, leaf.roles, uses[0].letters)
@@ -149,7 +149,10 @@ class Reader:
             self.uses[v.source].append(Use("unsure", ""))
             return
         static = frozenset(a for a, how in v.gone if how == "z")
-        self.uses[v.source].append(Use(kind, "".join(letters.get(n, "o") for n in range(len(shape))), static))
+        said_so = "".join(letters.get(n, "o") for n in range(len(shape)))
+        if kind == "lookup" and len(shape) > 1 and "o" not in said_so:
+            said_so = ""  # single elements, `table[rows, columns]`: no axis is what comes out
+        self.uses[v.source].append(Use(kind, said_so, static))
 
     def unsure(self, views: Sequence[View]) -> None:
         for v in views:

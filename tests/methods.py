@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import closed_forms
 import jlora
 import zoo
 
@@ -25,6 +27,7 @@ class Row:
     Attributes:
       name: in the test's id.
       spec: target -> the method. Hyperparameters are small and odd: rank 2, a scale that is not 1.
+      closed_form: (W0, its stored factors) -> W as the paper says it, in float64 NumPy: see `closed_forms.py`.
       count: leaf -> trainable parameters, by the formula of the paper.
       shared: leaf -> (a name, parameters), counted once for each name.
       on: which weights it is for, "matrices", "vectors" or "all".
@@ -38,6 +41,7 @@ class Row:
 
     name: str
     spec: Callable[[Any], Any]
+    closed_form: closed_forms.Form
     count: Callable[[Any], int]
     shared: Callable[[Any], tuple[str, int]] = lambda leaf: ("", 0)
     on: str = "matrices"
@@ -110,16 +114,20 @@ def in_slices(leaf: Any) -> int:
 SLICES = ((0, 1), (1, 3))
 
 METHODS = (
-    Row("lora", lambda target: jlora.LoRA(rank=2, alpha=3, target=target), low_rank),
+    Row(
+        "lora", lambda target: jlora.LoRA(rank=2, alpha=3, target=target), partial(closed_forms.lora, s=3 / 2), low_rank
+    ),
     Row(
         "rslora",
         lambda target: jlora.LoRA(rank=2, alpha=3, scaling="sqrt", init="gaussian", target=target),
+        partial(closed_forms.lora, s=3 / math.sqrt(2)),
         low_rank,
         everywhere=False,
     ),
     Row(
         "lora_slices",
         lambda target: jlora.LoRA(rank=1, alpha=2, slices=SLICES, target=target),
+        partial(closed_forms.lora_slices, s=2, slices=SLICES),
         in_slices,
         fits=lambda leaf: leaf.size("o") >= 3,
         in_parts=True,
@@ -128,26 +136,42 @@ METHODS = (
     Row(
         "lora_fa",
         lambda target: jlora.LoRAFA(rank=2, alpha=3, target=target),
+        partial(closed_forms.lora, s=3 / 2),
         lambda leaf: math.prod(leaf.stack) * 2 * leaf.size("o"),
         everywhere=False,
     ),
     Row(
         "pissa",
         lambda target: jlora.LoRA(rank=2, alpha=3, init="pissa", target=target),
+        partial(closed_forms.pissa, s=3 / 2),
         low_rank,
         everywhere=False,
     ),
     Row(
         "olora",
         lambda target: jlora.LoRA(rank=2, alpha=3, init="olora", target=target),
+        partial(closed_forms.olora, s=3 / 2),
         low_rank,
         everywhere=False,
     ),
-    Row("adalora", lambda target: jlora.AdaLoRA(rank=2, alpha=3, target=target), gated, everywhere=False),
-    Row("sora", lambda target: jlora.SoRA(rank=2, alpha=3, target=target), gated, everywhere=False),
+    Row(
+        "adalora",
+        lambda target: jlora.AdaLoRA(rank=2, alpha=3, target=target),
+        partial(closed_forms.adalora, s=3 / 2),
+        gated,
+        everywhere=False,
+    ),
+    Row(
+        "sora",
+        lambda target: jlora.SoRA(rank=2, alpha=3, target=target),
+        partial(closed_forms.sora, s=3 / 2),
+        gated,
+        everywhere=False,
+    ),
     Row(
         "loha",
         lambda target: jlora.LoHa(rank=2, alpha=3, target=target),
+        partial(closed_forms.loha, s=3 / 2),
         lambda leaf: 2 * low_rank(leaf),
         dense_on=("linen/convolutions", "linen/ragged_experts"),
         everywhere=False,
@@ -155,6 +179,7 @@ METHODS = (
     Row(
         "krona",
         lambda target: jlora.KronA(scale=0.5, target=target),
+        partial(closed_forms.krona, s=0.5),
         kronecker,
         dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
         everywhere=False,
@@ -162,13 +187,16 @@ METHODS = (
     Row(
         "krona_residual",
         lambda target: jlora.KronA(scale=0.5, residual=True, target=target),
+        partial(closed_forms.krona_residual, s=0.5),
         lambda leaf: kronecker(leaf) + math.prod(leaf.stack),
+        fits=lambda leaf: leaf.size("ik") == leaf.size("o"),  # s_res I is for square weights
         everywhere=False,
-        models=("plain/square",),  # s_res I is for square weights
+        models=("plain/square",),
     ),
     Row(
         "vera",
         lambda target: jlora.VeRA(rank=3, target=target),
+        closed_forms.vera,
         lambda leaf: math.prod(leaf.stack) * (3 + leaf.size("o")),
         dense_on=("linen/ragged_experts",),
         everywhere=False,
@@ -176,6 +204,7 @@ METHODS = (
     Row(
         "hira",
         lambda target: jlora.HiRA(rank=2, alpha=3, target=target),
+        partial(closed_forms.hira, s=3 / 2),
         low_rank,
         dense_on=("linen/convolutions", "linen/ragged_experts"),
         everywhere=False,
@@ -183,6 +212,7 @@ METHODS = (
     Row(
         "oft",
         lambda target: jlora.OFT(block=24, target=target),
+        closed_forms.oft,
         rotated,
         starts_at_base=False,  # the identity as a matrix: a product with it may round
         dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
@@ -191,12 +221,14 @@ METHODS = (
     Row(
         "sum",
         lambda target: jlora.Sum(jlora.LoRA(rank=1), jlora.LoRAFA(rank=2, alpha=3), target=target),
+        partial(closed_forms.lora_and_lora_fa, s=1, s_2=3 / 2),
         lambda leaf: low_rank(leaf, 1) + math.prod(leaf.stack) * 2 * leaf.size("o"),
         everywhere=False,
     ),
     Row(
         "lokr_tucker",
         lambda target: jlora.LoKr(rank=2, alpha=3, tucker=True, target=target),
+        partial(closed_forms.lokr, alpha=3),
         lokr,
         dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
         everywhere=False,
@@ -204,6 +236,7 @@ METHODS = (
     Row(
         "loha_tucker",
         lambda target: jlora.LoHa(rank=2, alpha=3, tucker=True, target=target),
+        partial(closed_forms.loha_tucker, s=3 / 2),
         lambda leaf: 2 * math.prod(leaf.stack) * (tucker(leaf) + 2 * (leaf.size("i") + leaf.size("o"))),
         dense_on=("linen/convolutions", "linen/ragged_experts"),
         everywhere=False,
@@ -211,6 +244,7 @@ METHODS = (
     Row(
         "randlora",
         lambda target: jlora.RandLoRA(rank=2, alpha=3, target=target),
+        partial(closed_forms.randlora, s=3 / 2),
         lambda leaf: math.prod(leaf.stack) * -(-narrow(leaf) // 2) * (2 + narrow(leaf)),
         dense_on=("linen/ragged_experts", "linen/convolutions"),
         everywhere=False,
@@ -218,6 +252,7 @@ METHODS = (
     Row(
         "ia3",
         lambda target: jlora.IA3(target=target),
+        closed_forms.ia3,
         lambda leaf: math.prod(leaf.stack) * leaf.size("o") * bool(leaf.axes("ik")),  # a bias has its kernel's l
         starts_at_base=False,  # a gain of one is no delta of zero: the last bit may differ
         dense_on=("linen/ragged_experts",),
@@ -226,6 +261,7 @@ METHODS = (
     Row(
         "dora",
         lambda target: jlora.DoRA(jlora.LoRA(rank=2, alpha=3, target=target)),
+        partial(closed_forms.dora, inner=partial(closed_forms.lora, s=3 / 2)),
         lambda leaf: low_rank(leaf) + math.prod(leaf.stack) * leaf.size("o"),
         starts_at_base=False,
         dense_on=("linen/ragged_experts",),
@@ -234,6 +270,7 @@ METHODS = (
     Row(
         "ssf",
         lambda target: jlora.SSF(target=target),
+        closed_forms.ssf,
         lambda leaf: math.prod(leaf.stack) * leaf.size("o"),
         starts_at_base=False,
         dense_on=("linen/ragged_experts",),
@@ -242,6 +279,7 @@ METHODS = (
     Row(
         "tied",
         lambda target: jlora.TiedLoRA(rank=2, target=target),
+        closed_forms.tied,
         lambda leaf: math.prod(leaf.stack) * (2 + leaf.size("o")),
         shared=lambda leaf: (re.sub(r"\d+", "#", leaf.path), 2 * (leaf.size("ik") + leaf.size("o"))),
         dense_on=("linen/ragged_experts",),
@@ -250,13 +288,26 @@ METHODS = (
     Row(
         "intrinsic",
         lambda target: jlora.IntrinsicDimension(7, target=target),
+        closed_forms.intrinsic,
         lambda leaf: math.prod(leaf.stack),
         shared=lambda leaf: ("theta", 7),
         on="all",
         everywhere=False,
     ),
-    Row("bitfit", lambda target: jlora.BitFit(target=target), lambda leaf: math.prod(leaf.shape), on="vectors"),
-    Row("full", lambda target: jlora.Full(target=target), lambda leaf: math.prod(leaf.shape), on="all"),
+    Row(
+        "bitfit",
+        lambda target: jlora.BitFit(target=target),
+        closed_forms.full,
+        lambda leaf: math.prod(leaf.shape),
+        on="vectors",
+    ),
+    Row(
+        "full",
+        lambda target: jlora.Full(target=target),
+        closed_forms.full,
+        lambda leaf: math.prod(leaf.shape),
+        on="all",
+    ),
 )
 LORA = METHODS[0]
 # One row for each word of the algebra: the laws of composition take these in the fast part, all in the slow one.

@@ -1,0 +1,209 @@
+"""The weight W of every method as its paper says it, in float64 NumPy: the oracle of `test_closed_forms.py`.
+
+Written from the papers. Nothing here reads an equation of jlora or shares code with what reads it; the random signs,
+order and numbers of Fastfood alone are drawn by jlora, and multiplied here.
+
+    form(W0, f) -> W
+
+W0 is one weight (one layer, one expert) as a matrix (in, out); the window of a convolution is part of the input, and a
+bias is one row. `f.a`, `f.b`, ... are its factors in the shapes in which they are stored: the rank first, then the
+weight's own axes. `f.fixed` has the same ones where the paper's gradient takes them as constants.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from jlora.methods._projections import draws
+
+Form: TypeAlias = Callable[[np.ndarray, Any], np.ndarray]
+
+
+def rows(x: np.ndarray) -> np.ndarray:
+    """(r, ...) as a matrix of r rows."""
+    return x.reshape(len(x), -1)
+
+
+# Low rank ---------------------------------------------------------------------------------
+
+
+def lora(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s A B. Hu et al, 2021, 4.1; A frozen: LoRA-FA, Zhang et al, 2023; s: rsLoRA, Kalajdzievski, 2023."""
+    return W0 + s * rows(f.a).T @ rows(f.b)
+
+
+def lora_slices(W0: np.ndarray, f: Any, s: float, slices: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """W0 + s A_n B_n in columns start to stop, W0 elsewhere. loralib's MergedLinear, with unlike widths."""
+    W = W0.copy()
+    for n, (start, stop) in enumerate(slices):
+        A, B = rows(getattr(f, f"a{n}")), getattr(f, f"b{n}")
+        W[:, start:stop] += s * A.T @ B
+    return W
+
+
+def pissa(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W_res + s A B, W_res what the r leading singular values leave of W0. Meng et al, 2024."""
+    U, S, Vt = np.linalg.svd(W0, full_matrices=False)
+    r = len(f.a)
+    return lora(W0 - (U[:, :r] * S[:r]) @ Vt[:r], f, s)
+
+
+def olora(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W_res + s A B, W_res = W0 - s (Q_r R_r)^T where W0^T = Q R. Büyükakyüz, 2024."""
+    Q, R = np.linalg.qr(W0.T)
+    r = len(f.a)
+    return lora(W0 - s * (Q[:, :r] @ R[:r]).T, f, s)
+
+
+def adalora(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s P diag(lam) Q. Zhang et al, 2023; s = alpha / r as in the authors' code."""
+    return W0 + s * rows(f.p).T @ np.diag(f.lam) @ rows(f.q)
+
+
+def sora(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s A diag(g) B. Ding et al, 2023."""
+    return W0 + s * rows(f.a).T @ np.diag(f.g) @ rows(f.b)
+
+
+def tied(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + A diag(u) B diag(v). Renduchintala et al, 2023."""
+    return W0 + rows(f.a).T @ np.diag(f.u) @ rows(f.b) @ np.diag(f.v.ravel())
+
+
+def vera(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + A diag(d) B diag(b), A and B random. Kopiczko et al, 2023."""
+    return W0 + rows(f.A).T @ np.diag(f.d) @ rows(f.B) @ np.diag(f.b.ravel())
+
+
+def lora_and_lora_fa(W0: np.ndarray, f: Any, s: float, s_2: float) -> np.ndarray:
+    """W0 + s A B + s_2 A_2 B_2: updates that add up."""
+    return W0 + s * rows(f.a).T @ rows(f.b) + s_2 * rows(f.a_2).T @ rows(f.b_2)
+
+
+# Products of other kinds ------------------------------------------------------------------
+
+
+def tucker(t: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(window, in, out): a core t (out's rank, in's rank, window) between a and b. Yeh et al, 2023."""
+    return np.einsum("urw,ri,uo->wio", t.reshape(*t.shape[:2], -1), a, b)
+
+
+def loha(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s (A1 B1) * (A2 B2). Hyeon-Woo et al, 2021; Yeh et al, 2023."""
+    return W0 + s * (rows(f.a1).T @ rows(f.b1)) * (rows(f.a2).T @ rows(f.b2))
+
+
+def loha_tucker(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """The same, each product with a core on a convolution."""
+    if not hasattr(f, "t1"):
+        return loha(W0, f, s)
+    one, two = (tucker(t, rows(a), rows(b)) for t, a, b in ((f.t1, f.a1, f.b1), (f.t2, f.a2, f.b2)))
+    return W0 + s * (one * two).reshape(W0.shape)
+
+
+def krona(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s A x B. Edalati et al, 2022."""
+    return W0 + s * np.kron(f.a, f.b)
+
+
+def krona_residual(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s A x B + s_res I. Edalati et al, 2022."""
+    return krona(W0, f, s) + f.s_res * np.eye(len(W0))
+
+
+def lokr(W0: np.ndarray, f: Any, alpha: float) -> np.ndarray:
+    """W0 + s C x W2 at each place of the window. Yeh et al, 2023.
+
+    W2 is A B with s = alpha / r, A with the window; or A, a core and B; or whole with s = 1.
+    """
+    if not hasattr(f, "a"):
+        j, p = f.b.shape[0], f.b.shape[-1]
+        s, W2 = 1.0, f.b.reshape(j, -1, p).transpose(1, 0, 2)
+    elif hasattr(f, "t"):
+        s, W2 = alpha / len(f.a), tucker(f.t, f.a, f.b)
+    else:
+        s, W2 = alpha / len(f.a), np.einsum("rjw,rp->wjp", f.a.reshape(*f.a.shape[:2], -1), f.b)
+    return W0 + s * np.concatenate([np.kron(f.c, at) for at in W2])
+
+
+def randlora(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s sum_n B_n diag(lam_n) A diag(gam_n), (wide side, narrow side). Albert et al, 2025."""
+    r, N = f.lam.shape
+    A, B = rows(f.A), f.B.reshape(N, r, -1)
+    gam = rows(f.gam)
+    made = sum(B[n].T @ np.diag(f.lam[:, n]) @ A @ np.diag(gam[n]) for n in range(N))
+    d_in, d_out = W0.shape
+    return W0 + s * (made.T if d_in <= d_out else made)
+
+
+# Of W0 itself -----------------------------------------------------------------------------
+
+
+def hira(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + W0 * (s A B). Huang et al, 2025."""
+    return W0 + W0 * (s * rows(f.a).T @ rows(f.b))
+
+
+def dora(W0: np.ndarray, f: Any, inner: Form) -> np.ndarray:
+    """m V / ||V||, V = W0 + dW, a norm for each output, constant in the gradient. Liu et al, 2024, 4.3."""
+    norm = np.linalg.norm(inner(W0, f.fixed), axis=0)
+    return f.m.ravel() * inner(W0, f) / norm
+
+
+def oft(W0: np.ndarray, f: Any) -> np.ndarray:
+    """R W0, R = (I + Q) (I - Q)^-1 in blocks, Q skew, q what stands above its diagonal. Qiu et al, 2023."""
+    blocks = len(f.q)
+    n = len(W0) // blocks
+    R, I = np.zeros((len(W0), len(W0))), np.eye(n)
+    for block in range(blocks):
+        Q = np.zeros((n, n))
+        Q[np.triu_indices(n, 1)] = f.q[block]
+        Q -= Q.T
+        at = slice(block * n, (block + 1) * n)
+        R[at, at] = (I + Q) @ np.linalg.inv(I - Q)
+    return R @ W0
+
+
+def ia3(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 diag(l), and l * b0: the activation x W0 + b0 times l. Liu et al, 2022."""
+    return W0 * f.l.ravel()
+
+
+def ssf(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 diag(gamma), and gamma * b0 + beta. Lian et al, 2022."""
+    beta = f.beta.ravel() if hasattr(f, "beta") else 0
+    return W0 * f.gamma.ravel() + beta
+
+
+# The whole of it --------------------------------------------------------------------------
+
+
+def full(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + delta; of biases alone BitFit, Ben Zaken et al, 2021."""
+    return W0 + f.delta.reshape(W0.shape)
+
+
+def intrinsic(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + lam P theta. Li et al, 2018; lam: Aghajanyan et al, 2020."""
+    P = fastfood(place(f.place), W0.size, len(f.theta))
+    return W0 + f.lam * (P @ f.theta).reshape(W0.shape)
+
+
+@functools.cache
+def fastfood(place: tuple[int, ...], D: int, d: int) -> np.ndarray:
+    """P = H G Pi H B / sqrt(D sum G^2), of which D rows and d columns are used. Le et al, 2013."""
+    log = math.ceil(math.log2(max(D, d)))
+    B, order, G = (np.asarray(x) for x in draws(np.array(place, np.uint32), log, np.dtype("float32")))
+    H = functools.reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * log)
+    Pi = np.eye(2**log)[order]
+    G = np.float64(G)
+    return (H @ np.diag(G) @ Pi @ H @ np.diag(B) / math.sqrt(D * np.sum(G**2)))[:D, :d]
+
+
+def place(signs: np.ndarray) -> tuple[int, ...]:
+    """Which P: three whole numbers of 16, 16 and 32 bits, the lowest first, +1 for a one."""
+    bits = (signs > 0).astype(np.int64)
+    return tuple(int(np.sum(part << np.arange(len(part)))) for part in np.split(bits, (16, 32)))

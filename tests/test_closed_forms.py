@@ -1,0 +1,351 @@
+"""Every method's equation is its paper's, on every kind of weight.
+
+The oracle is `closed_forms.py` and, for what a model does with the weight, NumPy: no step of it is a step of jlora.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import closed_forms
+import jlora
+import zoo
+from jlora import network
+from jlora._axes import Leaf
+from methods import CHOSEN, METHODS, adapted, assert_close, moved
+
+Leaves = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One way in which a model uses its weights.
+
+    Attributes:
+      axes: the letters of each leaf.
+      shapes: the shape of each leaf.
+      x: the shape of the input, or the input.
+      model: of JAX.
+      output: the same, of NumPy.
+      all: which leaves a method takes that is for all weights.
+    """
+
+    axes: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    x: Any
+    model: Callable[[Any, Any], Any]
+    output: Callable[[Leaves, np.ndarray], np.ndarray]
+    all: str = "kernel|embedding"
+
+    def case(self, on: str) -> zoo.Case:
+        """As a model for methods that train `on` these weights."""
+        target = {"matrices": "kernel|embedding", "vectors": "bias", "all": self.all}[on]
+        return zoo.Case("", self.build, target, {f"^{name}$": letters for name, letters in self.axes.items()})
+
+    def takes(self, row: Any) -> bool:
+        """Whether there is a weight that the method is for, of a shape that fits its formula."""
+        target = re.compile(self.case(row.on).target)
+        leaves = [Leaf(name, shape, np.float32, self.axes[name]) for name, shape in self.shapes.items()]
+        return any(target.search(leaf.path) and row.fits(leaf) for leaf in leaves)
+
+    def build(self) -> tuple[Leaves, np.ndarray]:
+        """The leaves and the input, in float32 so that both sides have the same numbers."""
+        draw = lambda seed, shape: np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        leaves = {name: draw(seed, shape) for seed, (name, shape) in enumerate(self.shapes.items())}
+        return leaves, draw(9, self.x) if isinstance(self.x, tuple) else np.array(self.x)
+
+
+def layers(step: Callable[[Any, Any], Any], p: Any, h: Any) -> Any:
+    """Through one layer after the other."""
+    for n in range(len(p["kernel"])):
+        h = step(h, {name: x[n] for name, x in p.items()})
+    return h
+
+
+def convolution(p: Any, x: Any) -> Any:
+    """No padding, no stride; channels last."""
+    space = "DHW"[-(x.ndim - 2) :]
+    numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
+    return lax.conv_general_dilated(x, p["kernel"], (1,) * len(space), "VALID", dimension_numbers=numbers)
+
+
+def windows(p: Leaves, x: np.ndarray) -> np.ndarray:
+    """The same, as a sum over the places of the window."""
+    window, size = p["kernel"].shape[:-2], x.shape[1:-1]
+    made = 0.0
+    for place in itertools.product(*map(range, window)):
+        seen = tuple(slice(at, at + n - k + 1) for at, n, k in zip(place, size, window, strict=True))
+        made = made + np.tensordot(x[:, *seen], p["kernel"][place], 1)
+    return made
+
+
+# Few sizes in all, 4, 5, 6 and 12: what a method draws is compiled once for each.
+KINDS = {
+    "matrix": Kind(
+        {"kernel": "io", "bias": "o"},
+        {"kernel": (6, 5), "bias": (5,)},
+        (3, 6),
+        lambda p, x: x @ p["kernel"] + p["bias"],
+        lambda p, x: np.einsum("ni,io->no", x, p["kernel"]) + p["bias"],
+        all=".",
+    ),
+    "turned": Kind(
+        {"kernel": "oi"},
+        {"kernel": (5, 6)},
+        (3, 6),
+        lambda p, x: x @ p["kernel"].T,
+        lambda p, x: np.einsum("ni,oi->no", x, p["kernel"]),
+    ),
+    "scan": Kind(
+        {"kernel": "sio", "bias": "so"},
+        {"kernel": (3, 4, 4), "bias": (3, 4)},
+        (2, 4),
+        lambda p, x: lax.scan(lambda h, p: (jnp.tanh(h @ p["kernel"] + p["bias"]), None), x, p)[0],
+        lambda p, x: layers(lambda h, p: np.tanh(np.einsum("ni,io->no", h, p["kernel"]) + p["bias"]), p, x),
+    ),
+    "experts": Kind(
+        {"kernel": "sio"},
+        {"kernel": (2, 6, 5)},
+        (2, 3, 6),
+        lambda p, x: jnp.einsum("end,edf->enf", x, p["kernel"]),
+        lambda p, x: np.stack([np.einsum("ni,io->no", *pair) for pair in zip(x, p["kernel"], strict=True)]),
+    ),
+    "into heads": Kind(
+        {"kernel": "ioo", "bias": "oo"},
+        {"kernel": (6, 3, 4), "bias": (3, 4)},
+        (2, 6),
+        lambda p, x: lax.dot_general(x, p["kernel"], (((1,), (0,)), ((), ()))) + p["bias"],
+        lambda p, x: np.einsum("ni,ihk->nhk", x, p["kernel"]) + p["bias"],
+    ),
+    "out of heads": Kind(
+        {"kernel": "iio"},
+        {"kernel": (3, 4, 5)},
+        (2, 3, 4),
+        lambda p, x: lax.dot_general(x, p["kernel"], (((1, 2), (0, 1)), ((), ()))),
+        lambda p, x: np.einsum("nhk,hko->no", x, p["kernel"]),
+    ),
+    "table": Kind(
+        {"embedding": "io"},
+        {"embedding": (6, 5)},
+        [[0, 3, 5], [3, 1, 3]],
+        lambda p, ids: jnp.take(p["embedding"], ids, axis=0),
+        lambda p, ids: np.stack([[p["embedding"][n] for n in row] for row in ids]),
+    ),
+    "convolution 1-D": Kind({"kernel": "kio"}, {"kernel": (3, 4, 5)}, (1, 5, 4), convolution, windows),
+    "convolution 2-D": Kind({"kernel": "kkio"}, {"kernel": (3, 2, 2, 5)}, (1, 4, 3, 2), convolution, windows),
+    "convolution 3-D": Kind({"kernel": "kkkio"}, {"kernel": (2, 1, 3, 2, 4)}, (1, 3, 2, 4, 2), convolution, windows),
+}
+
+
+# What the papers say ----------------------------------------------------------------------
+
+
+def as_matrices(array: np.ndarray, letters: str) -> np.ndarray:
+    """(stack..., in, out) of an array in a weight's own axes."""
+    stack, into, out = ([n for n, letter in enumerate(letters) if letter in side] for side in ("s", "ik", "o"))
+    size = lambda axes: math.prod(array.shape[n] for n in axes)
+    return array.transpose(*stack, *into, *out).reshape(*(array.shape[n] for n in stack), size(into), size(out))
+
+
+def in_own_axes(made: np.ndarray, letters: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `as_matrices`."""
+    order = [n for side in ("s", "ik", "o") for n, letter in enumerate(letters) if letter in side]
+    return made.reshape([shape[n] for n in order]).transpose(np.argsort(order))
+
+
+def weights(form: closed_forms.Form, ad: jlora.Adapted, leaves: Leaves, trained: Any, fixed: Any) -> Leaves:
+    """Every leaf in float64, those that are adapted by the closed form, layer for layer of a stack."""
+    made = {name: np.float64(leaf) for name, leaf in leaves.items()}
+    for site in ad.frozen.plan.sites:
+        leaf, held = site.leaf, site.recipe.arrays(site.leaf)
+
+        def factors(layer: tuple[int, ...], trained: Any, held: Any = held, **more: Any) -> types.SimpleNamespace:
+            of = lambda group, name: (trained if held[group, name][0].trained else ad.frozen.factors)[group][name]
+            layers = lambda group, name: layer if held[group, name][0].stacked else ()
+            return types.SimpleNamespace(
+                **{name: np.float64(of(group, name))[layers(group, name)] for group, name in held}, **more
+            )
+
+        W = as_matrices(made[leaf.path], leaf.roles).copy()
+        for layer in np.ndindex(*leaf.stack):
+            W[layer] = form(W[layer].copy(), factors(layer, trained, fixed=factors(layer, fixed)))
+        made[leaf.path] = in_own_axes(W, leaf.roles, leaf.shape)
+    return made
+
+
+def slopes(f: Callable[[Any], float], trained: Any, step: float = 1e-5) -> Any:
+    """df / d(each element), by central differences in float64."""
+    found = jax.tree.map(np.zeros_like, trained)
+    for group, named in trained.items():
+        for name, array in named.items():
+            for at in np.ndindex(array.shape):
+
+                def there(change: float, group=group, named=named, name=name, array=array, at=at) -> float:
+                    other = array.copy()
+                    other[at] += change
+                    return f(trained | {group: named | {name: other}})
+
+                found[group][name][at] = (there(step) - there(-step)) / (2 * step)
+    return found
+
+
+def pull(y: Any) -> np.ndarray:
+    """One number for each output: `sum(pull(y) * y)` is a scalar in which no two outputs play the same part."""
+    return np.random.default_rng(5).standard_normal(y.shape)
+
+
+# What jlora makes -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What one method makes of one kind of weight: parameters, the output, the gradient of `sum(pull(y) * y)`."""
+
+    merged: Any
+    output: Any
+    gradient: Any
+
+
+def by_jlora(ad: jlora.Adapted, kind: Kind, x: np.ndarray, trained: Any) -> Made:
+    """Merged, lifted, and differentiated."""
+
+    @jax.jit
+    def program(trained: Any, frozen: Any, x: Any) -> tuple[Any, ...]:
+        y, back = jax.vjp(lambda t: jlora.lift(kind.model)(jlora.join(t, frozen), x), trained)
+        return jlora.merge(jlora.join(trained, frozen)), y, back(jnp.asarray(pull(y), y.dtype))[0]
+
+    return Made(*program(trained, ad.frozen, x))
+
+
+def by_paper(row: Any, ad: jlora.Adapted, kind: Kind, leaves: Leaves, x: np.ndarray, trained: Any) -> Made:
+    """The closed form, the model of NumPy over it, and that moved a little in each element of each factor."""
+    here = jax.tree.map(lambda a: np.array(a, np.float64), trained)
+    W = lambda at: weights(row.closed_form, ad, leaves, at, fixed=here)
+    y = kind.output(W(here), x)
+    return Made(W(here), y, slopes(lambda at: float(np.sum(pull(y) * kind.output(W(at), x))), here))
+
+
+def both(row: Any, kind: Kind) -> tuple[Made, Made]:
+    """jlora's and the paper's, with factors away from their start."""
+    leaves, x = kind.build()
+    ad = adapted(row, kind.case(row.on), {name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+    trained = moved(ad.trainable)
+    return by_jlora(ad, kind, x, trained), by_paper(row, ad, kind, leaves, x, trained)
+
+
+# The laws ---------------------------------------------------------------------------------
+
+PAIRS = [
+    pytest.param((row, kind), id=f"{row.name}-{name}", marks=() if row.name in CHOSEN else pytest.mark.slow)
+    for row in METHODS
+    for name, kind in KINDS.items()
+    if kind.takes(row)
+]
+
+
+@pytest.fixture(scope="module", params=PAIRS)  # one program for all laws of a method on a kind of weight
+def made(request):
+    """jlora's and the paper's."""
+    return both(*request.param)
+
+
+def test_merged_weights_are_the_closed_form(made):
+    """`merge` gives W as the paper writes it, and every other leaf as it was."""
+    ours, papers = made
+    assert_close(ours.merged, papers.merged)
+
+
+def test_outputs_are_those_of_the_closed_form(made):
+    """The lifted model computes what the model computes with the paper's W."""
+    ours, papers = made
+    assert_close(ours.output, papers.output)
+
+
+def test_gradients_are_those_of_the_closed_form(made):
+    """Every element of every trained factor has the slope of the paper's W, by central differences."""
+    ours, papers = made
+    assert_close(ours.gradient, papers.gradient)
+
+
+# What the laws find -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrongLoRA(jlora.LoRA):
+    """W0 - s A B."""
+
+    def recipe(self, leaf):
+        (delta,) = super().recipe(leaf).deltas
+        return network.Recipe((dataclasses.replace(delta, scale=-delta.scale),))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrongKronA(jlora.KronA):
+    """W0 + s B x A."""
+
+    def recipe(self, leaf):
+        (delta,) = super().recipe(leaf).deltas
+        return network.Recipe((dataclasses.replace(delta, equation="i o, j p -> (j i) (p o)"),))
+
+
+def less(s, l):
+    return 1 - s * (l - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrongIA3(jlora.IA3):
+    """W0 diag(2 - l)."""
+
+    def recipe(self, leaf):
+        gain = super().recipe(leaf).gain
+        (word,) = gain.operands
+        return network.Recipe(gain=dataclasses.replace(gain, operands=(network.Function(less, word.arrays),)))
+
+
+def shifted_back(gamma, beta, b0):
+    return (gamma - 1) * b0 - beta
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrongSSF(jlora.SSF):
+    """gamma * b0 - beta."""
+
+    def recipe(self, leaf):
+        made = super().recipe(leaf)
+        if not made.deltas:
+            return made
+        arrays = made.deltas[0].operands[0].arrays
+        word = network.Function(shifted_back, arrays, base=True)
+        return network.Recipe((dataclasses.replace(made.deltas[0], operands=(word,)),))
+
+
+WRONG = {
+    "lora": lambda target: WrongLoRA(rank=2, alpha=3, target=target),
+    "krona": lambda target: WrongKronA(scale=0.5, target=target),
+    "ia3": lambda target: WrongIA3(target=target),
+    "ssf": lambda target: WrongSSF(target=target),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_sign_that_is_wrong_is_found(name):
+    """An equation with one sign flipped, or two factors exchanged, fails each of the laws."""
+    row = next(row for row in METHODS if row.name == name)
+    made = both(dataclasses.replace(row, spec=WRONG[name]), KINDS["matrix"])
+    for law in (
+        test_merged_weights_are_the_closed_form,
+        test_outputs_are_those_of_the_closed_form,
+        test_gradients_are_those_of_the_closed_form,
+    ):
+        with pytest.raises(AssertionError, match="off by"):
+            law(made)

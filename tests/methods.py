@@ -354,6 +354,22 @@ def pairs(rows: Any = METHODS, names: Any = None, fast: Any = None, newest: Any 
     return made
 
 
+def in_turn(made: list[Any], each: int = 2) -> list[Any]:
+    """Of `pairs` all of LoRA's, and of any other row `each`, another choice for each row, besides the fast ones.
+
+    For laws that come on top of the first ones, which hold every pair: the interpreter knows no method, and no method
+    knows an operation, so what a row adds to a model shows on any.
+    """
+    kept, rows = [], list(METHODS)
+    for n, row in enumerate(rows):
+        mine = [p for p in made if p.values[0] is row]
+        late = [p for p in mine if any(mark.name == "slow" for mark in p.marks)]
+        start = n * each % max(len(late), 1)
+        chosen = late if row is LORA else [*late[start:], *late[:start]][:each]
+        kept += [p for p in mine if p not in late or p in chosen]
+    return kept
+
+
 def adapted(row: Row, case: zoo.Case, params: Any) -> jlora.Adapted:
     """The model of a case under a method, which leaves out what its formula cannot take."""
     axes = dict(case.axes or {})

@@ -12,7 +12,7 @@ import jlora
 from jlora import analysis
 from jlora.methods._projections import PROJECTIONS, draws, permutation
 from jlora.methods.starts import sides
-from methods import FEW, adapted, assert_close, bits, moved, pairs
+from methods import FEW, adapted, assert_close, bits, in_turn, moved, pairs
 
 pytestmark = pytest.mark.slow  # nothing else stands on this room
 
@@ -290,7 +290,7 @@ def test_the_update_of_every_kind_of_method(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row,case", pairs(names=FEW, fast=()))
+@pytest.mark.parametrize("row,case", in_turn(pairs(names=FEW, fast=())))
 def test_every_method_has_an_update_and_a_budget(row, case):
     """Methods and shapes of the laws: dW against merging, and the budget from shapes against what is there."""
     _, tree, _ = case.build()

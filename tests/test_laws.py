@@ -26,6 +26,7 @@ from methods import (
     closed,
     errors,
     floats,
+    in_turn,
     moved,
     pairs,
     pulled,
@@ -105,7 +106,7 @@ def test_first_laws(row, case, subtests):
         assert not forced or case.name in row.dense_on, f"made dense: {forced}"
 
 
-@pytest.mark.parametrize("row,case", pairs([row for row in METHODS if row.starts_at_base]))
+@pytest.mark.parametrize("row,case", in_turn(pairs([row for row in METHODS if row.starts_at_base]), 3))
 def test_start_is_the_base_bit_for_bit(row, case):
     """Each operation as the model wrote it, and a delta of exact zeros. Eager, where XLA has nothing to fuse."""
     fn, params, args = case.build()
@@ -229,7 +230,7 @@ def setting(row, case):
 
 
 # JAX itself has no vmap of ragged_dot
-@pytest.mark.parametrize("row,case", pairs(names=[n for n in COMPOSED if "ragged" not in n]))
+@pytest.mark.parametrize("row,case", in_turn(pairs(names=[n for n in COMPOSED if "ragged" not in n])))
 def test_vmap_over_adapters(row, case):
     """Three adapters of one plan, stacked: outputs and gradients as one by one."""
     call, arrays, frozen, one = setting(row, case)
@@ -254,7 +255,7 @@ def test_vmap_over_examples(row, case):
     assert_close([y[:, 0] for y in mapped], floats(jax.jit(lifted)(ad, arrays)))
 
 
-@pytest.mark.parametrize("row,case", pairs(names=COMPOSED))
+@pytest.mark.parametrize("row,case", in_turn(pairs(names=COMPOSED)))
 def test_products_with_the_hessian(row, case):
     """`jvp` of `grad`, without `forward_mode`."""
     call, arrays, frozen, trainable = setting(row, case)
@@ -273,7 +274,7 @@ def test_products_with_the_hessian(row, case):
     assert_close(lifted, dense, 2e-5)
 
 
-@pytest.mark.parametrize("row,case", pairs(names=(*COMPOSED, "linen/einsum", "linen/dense_general")))
+@pytest.mark.parametrize("row,case", in_turn(pairs(names=(*COMPOSED, "linen/einsum", "linen/dense_general"))))
 def test_forward_mode(row, case):
     """`jvp` where a custom rule of reverse mode would refuse."""
     call, arrays, frozen, trainable = setting(row, case)
@@ -299,7 +300,7 @@ def test_jacobian_in_forward_mode(row):
     assert_close(forward, jax.jit(jax.jacrev(f))(trainable))
 
 
-@pytest.mark.parametrize("row,case", pairs(names=COMPOSED))
+@pytest.mark.parametrize("row,case", in_turn(pairs(names=COMPOSED)))
 def test_eager_equals_jit(row, case):
     call, arrays, frozen, trainable = setting(row, case)
     lifted, ad = jlora.lift(call), jlora.join(trainable, frozen)

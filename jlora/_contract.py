@@ -15,6 +15,7 @@ import opt_einsum
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jlora._dtypes import promoted
 from jlora._network import Labels
 from jlora._packed import is_packed
 
@@ -188,8 +189,8 @@ def _by_rows(lead: int, dimensions: Any, how: Any, a: jax.Array, b: jax.Array) -
     (ca, cb), _ = dimensions
     rows = tuple(range(lead))
     rest = lambda axes: tuple(n for n in axes if n >= lead)
-    dtype = how["preferred_element_type"] or jnp.promote_types(a.dtype, b.dtype)
-    how = how | {"preferred_element_type": jnp.promote_types(dtype, jnp.float32)}  # as one dot would sum
+    dtype = how["preferred_element_type"] or promoted(a.dtype, b.dtype)
+    how = how | {"preferred_element_type": promoted(dtype, jnp.float32)}  # as one dot would sum
     return jnp.sum(lax.dot_general(a, b, ((rest(ca), rest(cb)), (rows, rows)), **how), rows).astype(dtype)
 
 
@@ -233,7 +234,8 @@ def contract(
             if mesh is not None:  # each operand gives up a mesh axis that the product has elsewhere
                 own = dict(zip(result, _sharding(mesh, specs, result).spec, strict=True))
                 a, b = settled(a, _sharding(mesh, own, la)), settled(b, _sharding(mesh, own, lb))
-            live.append((_spread(a, la, result) * _spread(b, lb, result), result))
+            dtype = promoted(a.dtype, b.dtype)  # a scale behind a sum that is not rounded yet
+            live.append((_spread(a.astype(dtype), la, result) * _spread(b.astype(dtype), lb, result), result))
             continue
         free_a, free_b = ([x for x in p if x not in q] for p, q in ((la, lb), (lb, la)))
         if free_a and free_b and set(free_a + free_b) <= set(out) and out.index(free_b[0]) < out.index(free_a[0]):

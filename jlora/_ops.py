@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._contract import contract, elements, explicit_mesh, settled, spread, varying
 from jlora._dropout import thinned
+from jlora._dtypes import promoted
 from jlora._network import Labels
 from jlora._rule import Dot, Product, cost, rule
 from jlora._term import Operand, Term
@@ -272,7 +273,7 @@ def dot(
         y = w.given(lambda _: plain, x, held=held, forward_mode=forward_mode)
         return _gained(w, after, y_groups, y)
 
-    compute = jnp.promote_types(x.dtype, w.dtype)
+    compute = promoted(x.dtype, w.dtype)
     like = jax.ShapeDtypeStruct(w.shape, w.dtype)  # W0 in the planning: only its shape matters
     xs, products, operands, passed = [x], [], [], []
     for term in w.terms:

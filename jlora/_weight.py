@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora._contract import View, automatic, contract, explicit_mesh, placed
+from jlora._dtypes import wide
 from jlora._lazy import Lazy, again
 from jlora._network import Labels
 from jlora._term import Drop, Operand, Sides, Term
@@ -376,11 +377,6 @@ class Weight:
             blocks = tuple(b for b in t.blocks if b[0][0] not in side)
             terms.append(Term((*shown, *operands), (*blocks, (side, makes)), t.dropout))
         return me.replace(terms=tuple(terms))
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype that deltas are summed in: at least float32."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def is_weight(x: Any) -> bool:

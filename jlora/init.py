@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _answers, _express, _interpret, _merge, _network, _plan, _ranks, _tree
+from jlora._dtypes import widened
 from jlora._interpret import moments as _moments
 from jlora._plan import Plan, Site
 from jlora.adapted import Adapted, Frozen, check_adapted
@@ -105,9 +106,7 @@ def gradients(
         leaves = _tree.leaves(bare.frozen.base)
         at = lambda values: loss(_merge.replaced(bare, values), batch)
         found = jax.grad(at)([jnp.asarray(leaves[s.index]) for s in sites])
-        return {
-            s.leaf.path: g.astype(jnp.promote_types(g.dtype, jnp.float32)) for s, g in zip(sites, found, strict=True)
-        }
+        return {s.leaf.path: widened(g) for s, g in zip(sites, found, strict=True)}
 
     total, count = _summed(batches, lambda batch: one(bare, batch), "gradients")
     return {path: g / count for path, g in total.items()}

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "jlora"
 
 # From the ground up: a room imports from those before it. A package counts as one room.
 ROOMS = (
-    "_version", "_answers", "_keys",  # what everybody says
+    "_version", "_answers", "_keys", "_dtypes",  # what everybody says
     "_inverse", "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_layouts", "_axes", "_network",
     "_contract", "_rule", "_term", "_lazy", "_weight", "_anew", "_express", "_names", "_kinds",
     "targets", "network", "methods", "_plan", "_ranks", "adapted", "_stack", "_merge",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora._dtypes import widened
 from jlora._term import Operand
 from jlora._weight import Weight
 
@@ -32,7 +33,7 @@ def moment(
     lead = [m for n, m in sorted(batch, key=lambda pair: [place(a) for a in w.axes[pair[0]]])]
     last = [m for _, m in pairs]
     free = [m for m in range(x.ndim) if m not in (*lead, *last)]
-    rows = lax.transpose(x, (*lead, *free, *last)).astype(jnp.promote_types(x.dtype, jnp.float32))
+    rows = widened(lax.transpose(x, (*lead, *free, *last)))
     rows = rows.reshape(*(x.shape[m] for m in lead), -1, *(w.size[a] for a in inner))
     front = len(lead) + 1
     order = sorted(range(len(inner)), key=lambda n: place(inner[n]))

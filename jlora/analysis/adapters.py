@@ -14,10 +14,11 @@ from jax import lax
 
 from jlora import _merge, _tree
 from jlora._contract import contract
+from jlora._dtypes import wide
 from jlora._network import Labels
 from jlora._plan import Site
 from jlora._term import Term
-from jlora._weight import Weight, wide
+from jlora._weight import Weight
 from jlora.adapted import Adapted, check_adapted
 from jlora.analysis.decompositions import SVD, factored_svd, svd
 from jlora.methods.starts import sides

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _answers
+from jlora._dtypes import widened
 
 
 class SVD(NamedTuple):
@@ -33,12 +34,6 @@ class Truncation(NamedTuple):
     svd: SVD
     frobenius: jax.Array
     spectral: jax.Array
-
-
-def wide(x: Any) -> jax.Array:
-    """An array in at least float32."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -81,7 +76,7 @@ def svd(matrix: Any) -> SVD:
       Array([3., 2., 1.], dtype=float32)
     """
     check_matrix(matrix, "an array")
-    u, s, vh = jnp.linalg.svd(wide(matrix), full_matrices=False)
+    u, s, vh = jnp.linalg.svd(widened(matrix), full_matrices=False)
     return SVD(u, s, vh.mT)
 
 
@@ -107,8 +102,8 @@ def factored_svd(a: Any, b: Any) -> SVD:
     check_matrix(b, "b")
     if jnp.shape(a)[-2] != jnp.shape(b)[-2]:
         raise ValueError(f"a {jnp.shape(a)} and b {jnp.shape(b)} differ in their rank, the last axis but one")
-    qa, ra = jnp.linalg.qr(wide(a).mT)
-    qb, rb = jnp.linalg.qr(wide(b).mT)
+    qa, ra = jnp.linalg.qr(widened(a).mT)
+    qb, rb = jnp.linalg.qr(widened(b).mT)
     core = svd(product(ra, rb.mT))
     return SVD(product(qa, core.u), core.s, product(qb, core.v))
 
@@ -128,7 +123,7 @@ def effective_rank(s: Any) -> jax.Array:
       <https://infoscience.epfl.ch/record/110188>`_, 2007.
     """
     check_array(s, "effective_rank: the spectrum s")
-    s = wide(s)
+    s = widened(s)
     total = jnp.sum(s, -1, keepdims=True)
     p = s / jnp.where(total == 0, 1, total)
     entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), -1)
@@ -147,7 +142,7 @@ def stable_rank(s: Any) -> jax.Array:
       Rudelson and Vershynin, `Sampling from large matrices <https://arxiv.org/abs/math/0503442>`_, 2007.
     """
     check_array(s, "stable_rank: the spectrum s")
-    s = wide(s)
+    s = widened(s)
     largest = jnp.max(s, -1, keepdims=True)
     return jnp.sum((s / jnp.where(largest > 0, largest, 1)) ** 2, -1)
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _answers
-from jlora.analysis.decompositions import SVD, check_matrix, product, svd, wide
+from jlora._dtypes import widened
+from jlora.analysis.decompositions import SVD, check_matrix, product, svd
 from jlora.analysis.subspaces import basis, check_space
 
 
@@ -84,7 +85,7 @@ def amplification(update: SVD, weight: Any, rank: int | None = None) -> Amplific
       Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, section 7.3.
     """
     check_matrix(weight, "a weight")
-    weight = wide(weight)
+    weight = widened(weight)
     _check_shapes(update, *weight.shape[-2:])
     size = update.s.shape[-1]
     rank = size if rank is None else rank

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _answers
-from jlora.analysis.decompositions import SVD, check_matrix, check_svd, product, wide
+from jlora._dtypes import widened
+from jlora.analysis.decompositions import SVD, check_matrix, check_svd, product
 
 
 class Distances(NamedTuple):
@@ -82,7 +83,8 @@ def similarity(one: SVD, other: SVD, side: Literal["left", "right"] = "left") ->
     square = product(u.mT, v) ** 2
     shared = jnp.cumsum(jnp.cumsum(square, -2), -1)
     i, j = (jnp.arange(1, n + 1) for n in square.shape[-2:])
-    return shared / jnp.minimum(i[:, None], j[None, :]).astype(square.dtype)
+    smaller = jnp.minimum(i[:, None], j[None, :]).astype(square.dtype)
+    return shared / jnp.broadcast_to(smaller, shared.shape)
 
 
 def random_similarity(d: int, i: int, j: int) -> jax.Array:
@@ -129,7 +131,7 @@ def principal_angles(a: Any, b: Any) -> jax.Array:
     """
     check_matrix(a, "a")
     check_matrix(b, "b")
-    a, b = wide(a), wide(b)
+    a, b = widened(a), widened(b)
     check_space(a, b)
     if a.shape[-1] < b.shape[-1]:  # the residual is taken of the smaller subspace
         a, b = b, a

@@ -14,6 +14,7 @@ from jax import lax
 from jlora import _network
 from jlora._axes import Leaf
 from jlora._contract import automatic, contract
+from jlora._dtypes import alike
 from jlora._network import Array, Delta, Function, Labels, Recipe, constant
 from jlora._tree import Target
 from jlora.methods.base import Method, zeros
@@ -53,6 +54,7 @@ class Gain:
 
         # of a batch of experts that are cut along outputs too, JAX's select wants the predicate cut as they are
         norm = jnp.sqrt(automatic(exact, lax.stop_gradient([square, w0, n0, *values])))
+        t, m, norm = alike(t, m, norm)
         return 1 + t * (m / jnp.where(norm > 0, norm, 1.0) - 1)
 
     def _terms(self, arrays: list[jax.Array]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 
 from jlora._axes import Leaf, is_trainable_dtype
+from jlora._dtypes import alike
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target, shape_dtype
 from jlora.methods.base import Method
@@ -26,6 +27,7 @@ def keys_and_values(path: str, leaf: Any) -> bool:
 
 def weakened(s: jax.Array, gain: jax.Array) -> jax.Array:
     """1 + s (gain - 1): the gain at s = 1, none at s = 0."""
+    s, gain = alike(s, gain)
     return 1 + s * (gain - 1)
 
 

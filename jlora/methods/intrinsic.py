@@ -17,6 +17,7 @@ from jax import lax
 
 from jlora import targets
 from jlora._axes import Leaf
+from jlora._dtypes import alike, widened
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
 from jlora.methods._fields import Seed, at_least
@@ -62,9 +63,9 @@ class Projected:
 
     def __call__(self, theta: jax.Array, place: jax.Array, *lam: jax.Array) -> jax.Array:
         project = jax.checkpoint(PROJECTIONS[self.kind], static_argnums=2)
-        theta = theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
+        theta, *rest = alike(widened(theta), *lam)
         flat = project(theta, jnp.stack(read(place)), math.prod(self.shape))
-        return math.prod(lam, start=flat.reshape(self.shape))
+        return math.prod(rest, start=flat.reshape(self.shape))
 
 
 @dataclasses.dataclass(frozen=True)

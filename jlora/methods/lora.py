@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jlora import targets
 from jlora._axes import Leaf
 from jlora._contract import automatic
+from jlora._dtypes import alike
 from jlora._network import Array, Delta, Difference, Function, Recipe
 from jlora._tree import Target
 from jlora.methods._fields import Alpha, Holds, Rank
@@ -51,6 +52,7 @@ class Moved:
     also: Literal["x0", "x", ""] = ""
 
     def __call__(self, x: jax.Array, x0: jax.Array) -> jax.Array:
+        x, x0 = alike(x, x0)
         moved = x - x0
         return jnp.concatenate({"x0": [moved, x0], "x": [x, moved], "": [moved]}[self.also])
 

@@ -34,7 +34,7 @@ class Cayley:
     def _made(self, s: jax.Array, q: jax.Array) -> jax.Array:
         above = jnp.zeros((len(q), self.n, self.n), jnp.float32)
         above = above.at[(slice(None), *np.triu_indices(self.n, 1))].set(s * q.astype(jnp.float32))
-        skew, eye = above - above.mT, jnp.broadcast_to(jnp.eye(self.n), above.shape)
+        skew, eye = above - above.mT, jnp.broadcast_to(jnp.eye(self.n, dtype=above.dtype), above.shape)
         times = lambda a, b: jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
         # (I - Q)^-1 = (I + Q) (I - Q^2)^-1, and I - Q^2 = I + Q^T Q is symmetric with eigenvalues of at least 1
         return times(times(eye + skew, eye + skew), inverse(eye - times(skew, skew)))

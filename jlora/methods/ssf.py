@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 
 from jlora._axes import Leaf
+from jlora._dtypes import alike
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora.methods.base import Method, zeros
 from jlora.methods.ia3 import gain
@@ -17,6 +18,7 @@ from jlora.methods.ia3 import gain
 
 def shifted(gamma: jax.Array, beta: jax.Array, b0: jax.Array) -> jax.Array:
     """What takes b0 to gamma * b0 + beta."""
+    gamma, beta, b0 = alike(gamma, beta, b0)
     return (gamma - 1) * b0 + beta
 
 

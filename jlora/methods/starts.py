@@ -23,6 +23,7 @@ from jax.core import Tracer
 
 from jlora import _answers
 from jlora._axes import Leaf
+from jlora._dtypes import widened
 from jlora.methods.base import check_low_rank
 
 Factors = tuple[jax.Array, jax.Array]
@@ -33,9 +34,8 @@ def sides(array: Any, leaf: Leaf) -> jax.Array:
     array = jnp.asarray(array)
     if array.shape != leaf.shape:
         raise ValueError(f"an array of shape {array.shape} for {leaf.path!r} of shape {leaf.shape}")
-    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     order = (*leaf.axes("s"), *leaf.axes("ik"), *leaf.axes("o"))
-    return lax.transpose(wide, order).reshape(*leaf.stack, leaf.size("ik"), leaf.size("o"))
+    return lax.transpose(widened(array), order).reshape(*leaf.stack, leaf.size("ik"), leaf.size("o"))
 
 
 def unsided(matrix: jax.Array, leaf: Leaf) -> jax.Array:
@@ -196,7 +196,7 @@ class Orthogonal(Start):
         if rank % 2:
             raise ValueError(f"init='orthogonal' on {leaf.path!r} halves the rank {rank}; write an even one")
         keys = jax.random.split(key, 3)
-        draw = lambda key, *shape: jax.random.normal(key, (*leaf.stack, *shape))
+        draw = lambda key, *shape: jax.random.normal(key, (*leaf.stack, *shape), jnp.float32)
         q, _ = jnp.linalg.qr(draw(keys[0], rank, rank))
         a = flipped(q[..., 0::2, :]) @ draw(keys[1], rank // 2, leaf.size("ik"))
         b = flipped(q[..., 1::2, :]) @ draw(keys[2], rank // 2, leaf.size("o"))
@@ -283,8 +283,8 @@ class EVA(Start):
             raise ValueError(f"the second moment for {leaf.path!r} has shape {moment.shape}, not {want}")
         if rank > want[-1]:
             raise ValueError(f"EVA on {leaf.path!r} of shape {leaf.shape}: its inputs have {want[-1]} directions")
-        _, vectors = jnp.linalg.eigh(moment.astype(jnp.promote_types(moment.dtype, jnp.float32)))  # ascending
-        return flipped(vectors[..., ::-1][..., :rank]), jnp.zeros((*leaf.stack, rank, leaf.size("o")))
+        _, vectors = jnp.linalg.eigh(widened(moment))  # ascending
+        return flipped(vectors[..., ::-1][..., :rank]), jnp.zeros((*leaf.stack, rank, leaf.size("o")), moment.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -93,7 +93,7 @@ def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
             if isinstance(word, Array):
                 return False
             value = _at_zero(site, word, x, adapted)
-            one = jnp.ones(()) if delta is site.recipe.gain else jnp.eye(value.shape[-1])
+            one = np.ones(()) if delta is site.recipe.gain else np.eye(value.shape[-1])
             if not np.allclose(value, one, atol=1e-6):
                 return False
     return True
@@ -109,9 +109,9 @@ def _at_zero(site: Site, word: Function, x: Array, adapted: Adapted) -> Any:
 
     def value(array: Array) -> jax.Array:
         if (array.group, array.name) == (x.group, x.name):
-            return jnp.zeros(array.shape or ())
+            return jnp.zeros(array.shape or (), jnp.float32)
         if array.trained:
-            return jnp.ones(array.shape or ())
+            return jnp.ones(array.shape or (), jnp.float32)
         held = adapted.frozen.factors[array.group or site.leaf.path][array.name]
         if isinstance(held, (Tracer, jax.ShapeDtypeStruct)):
             return jnp.ones(array.shape or (), held.dtype)
@@ -119,4 +119,4 @@ def _at_zero(site: Site, word: Function, x: Array, adapted: Adapted) -> Any:
 
     arrays = [value(array) for array in word.arrays]
     kept = tuple(n for n, role in zip(site.leaf.shape, site.leaf.roles, strict=True) if role != "s")
-    return word.fn(*arrays, *((jnp.ones(kept),) if word.base else ()))
+    return word.fn(*arrays, *((jnp.ones(kept, jnp.float32),) if word.base else ()))

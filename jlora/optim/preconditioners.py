@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jlora._dtypes import promoted, widened
 from jlora._inverse import inverse
 from jlora._ranks import Member, Pair
 from jlora.optim._checks import number
@@ -160,7 +161,7 @@ def _frozen(frozen: Places, place: tuple[str, str]) -> Any:
 
 def _gram(x: jax.Array, stack: int) -> jax.Array:
     """x x^T of (stack..., r, n...), in float32 or better: (stack..., r, r)."""
-    flat = x.reshape(*x.shape[: stack + 1], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    flat = widened(x.reshape(*x.shape[: stack + 1], -1))
     return jnp.einsum("...rn,...sn->...rs", flat, flat, precision=lax.Precision.HIGHEST)
 
 
@@ -176,7 +177,8 @@ def _solve(metric: jax.Array, g: jax.Array, stack: int, eps: Any) -> jax.Array:
     """(metric + eps I)^-1 g over the rank axis."""
     rank, dtype = metric.shape[-1], metric.dtype
     rounding = 4 * rank * jnp.finfo(dtype).eps * jnp.max(jnp.diagonal(metric, axis1=-2, axis2=-1), -1)
-    damped = metric + jnp.asarray(eps + rounding).astype(dtype)[..., None, None] * jnp.eye(rank, dtype=dtype)
+    ones = jnp.broadcast_to(jnp.eye(rank, dtype=dtype), metric.shape)
+    damped = metric + jnp.asarray(eps + rounding).astype(dtype)[..., None, None] * ones
     flat = g.reshape(*g.shape[: stack + 1], math.prod(g.shape[stack + 1 :])).astype(dtype)
     solved = jnp.matmul(inverse(damped), flat, precision=lax.Precision.HIGHEST)
     return solved.reshape(g.shape).astype(g.dtype)
@@ -186,4 +188,4 @@ def _over_square(g: jax.Array, s: jax.Array) -> jax.Array:
     """g / s^2, and zero where s is; in two divisions, since the square of a small s is zero."""
     s = s.reshape(s.shape + (1,) * (g.ndim - s.ndim))
     inverse = jnp.where(s == 0, 0, 1 / jnp.where(s == 0, 1, s))
-    return (g.astype(jnp.promote_types(g.dtype, s.dtype)) * inverse * inverse).astype(g.dtype)
+    return (g.astype(promoted(g.dtype, s.dtype)) * inverse * inverse).astype(g.dtype)

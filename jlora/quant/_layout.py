@@ -95,7 +95,8 @@ class Layout:
         per = 8 // plane
         if per == 1:
             return codes
-        shifts = np.arange(8 - plane, -1, -plane, dtype=np.uint8).reshape(per, *[1] * (codes.ndim - 1 - self.pack))
+        shifts = np.arange(8 - plane, -1, -plane, dtype=np.uint8)
+        shifts = np.expand_dims(shifts, [n for n in range(codes.ndim + 1) if n != self.pack + 1])
         q = jnp.expand_dims(codes, self.pack + 1) >> shifts & np.uint8(2**plane - 1)
         return q.reshape(*codes.shape[: self.pack], -1, *codes.shape[self.pack + 1 :])
 

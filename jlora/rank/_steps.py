@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora.adapted import is_adapted
+from jlora._dtypes import wide
+from jlora._plan import Plan
+from jlora.adapted import is_adapted, shapes
+from jlora.optim._halves import Halves
 from jlora.rank.prune import Places
 
 
@@ -38,7 +41,14 @@ def begun(state: Any, places: Places) -> Any:
     """`Gathered` of nothing where the optimizer inside gathers, () where each call is an update."""
     if not gathering(state):
         return ()
-    return Gathered(jnp.zeros((), jnp.int32), nested({p: jnp.zeros_like(x, wide(x)) for p, x in places.items()}))
+    return Gathered(jnp.zeros((), jnp.int32), nested({p: jnp.zeros_like(x, wide(x.dtype)) for p, x in places.items()}))
+
+
+def started(caller: str, halves: Halves, params: Any, plan: Plan) -> Places:
+    """The factors at the start; from the plan alone where optax asks for the structure of the state."""
+    if any(hasattr(x, "shape") for x in jax.tree.leaves(params)):
+        return halves.read(params, caller)
+    return {place: jnp.zeros(shape, jnp.float32) for place, (shape, trained) in shapes(plan).items() if trained}
 
 
 def stepped(before: Any, after: Any) -> Any:
@@ -65,11 +75,6 @@ def gathered(held: Any, given: Places, good: Any, before: Any, after: Any) -> tu
 def chosen(real: Any, new: Any, old: Any) -> Any:
     """The new state after a real update, the old one else."""
     return jax.tree.map(lambda x, y: jnp.where(real, x, y), new, old)
-
-
-def wide(x: Any) -> Any:
-    """float32 or better."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def nested(values: Places) -> dict[str, dict[str, Any]]:

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jlora._plan import Plan
+from jlora._dtypes import wide
 from jlora._ranks import Member, Pair, pairs
-from jlora.adapted import shapes
 from jlora.optim._checks import number, transformation_of, whole
 from jlora.optim._halves import Halves, check_masked, chosen
-from jlora.rank._steps import begun, finite, flat, gathered, nested, stepped, wide
+from jlora.rank._steps import begun, finite, flat, gathered, nested, started, stepped
 from jlora.rank.budget import Budget
 from jlora.rank.prune import Places, Ties, check_ties, top
 
@@ -141,13 +140,13 @@ def adalora(
     scored = factors if importance == "sensitivity" else []
 
     def init(params: Any) -> AdaLoRAState:
-        start = _start(halves, params, plan)
+        start = started("adalora", halves, params, plan)
         missing = [place for place in factors if place not in start]
         if missing:
             raise ValueError(
                 f"adalora sees no {missing[:3]}: it wraps the whole optimizer, and masks or optax.partition go inside"
             )
-        zeros = lambda: nested({p: jnp.zeros_like(start[p], wide(start[p])) for p in scored})
+        zeros = lambda: nested({p: jnp.zeros_like(start[p], wide(start[p].dtype)) for p in scored})
         mask = nested({place: jnp.ones_like(start[place], bool) for place in gates})
         held = inner.init(params)
         check_masked("adalora", held)
@@ -204,13 +203,6 @@ def _budget(triplets: tuple[Pair, ...], rank: float | None, budget: int | None, 
 
 def _members(pair: Pair) -> tuple[Member, ...]:
     return (*pair.members, *pair.gates)
-
-
-def _start(halves: Halves, params: Any, plan: Plan) -> Places:
-    """The factors at the start; from the plan alone where optax asks for the structure of the state."""
-    if any(hasattr(x, "shape") for x in jax.tree.leaves(params)):
-        return halves.read(params, "adalora")
-    return {place: jnp.zeros(shape) for place, (shape, trained) in shapes(plan).items() if trained}
 
 
 def _smoothed(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _ranks
+from jlora._dtypes import widened
 from jlora.adapted import check_adapted
 
 
@@ -66,7 +67,7 @@ def _matrices(adapted: Any) -> list[tuple[jax.Array, int]]:
 
 def _squares(x: jax.Array, stack: int) -> jax.Array:
     """||x x^T - I||_F^2 of each matrix of a stack; a row of zeros, where a compacted stack is padded, is no row."""
-    flat = x.reshape(*x.shape[: stack + 1], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    flat = widened(x.reshape(*x.shape[: stack + 1], -1))
     gram = jnp.einsum("...rn,...sn->...rs", flat, flat, precision=lax.Precision.HIGHEST)
     rows = jnp.any(flat != 0, -1).astype(gram.dtype)
     ones = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)

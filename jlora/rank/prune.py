@@ -11,6 +11,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jlora import _merge, _ranks
+from jlora._dtypes import widened
 from jlora._plan import Plan
 from jlora._ranks import Member, Pair
 from jlora.adapted import Adapted, check_adapted
@@ -171,13 +172,13 @@ def _prune(trainable: Any, scores: Places, b: Any, rests: Places, plan: Plan, ti
 
 def _norms(x: jax.Array, member: Member) -> jax.Array:
     """(stack..., r): the norm over the axes of the side."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widened(x)
     return jnp.sqrt(jnp.sum(x * x, tuple(range(member.stack + 1, x.ndim))))
 
 
 def _change(pair: Pair, get: Any) -> jax.Array:
     """(stack..., r): ||a_i b_i - a0_i b0_i||, of d b_i + a0_i e with d = a_i - a0_i, e = b_i - b0_i."""
-    flat = lambda m, x: x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*x.shape[: m.stack + 1], -1)
+    flat = lambda m, x: widened(x).reshape(*x.shape[: m.stack + 1], -1)
     a, b = (flat(m, get(*m.place)) for m in pair.members)
     a0, b0 = (flat(m, get(*m.start)) if m.start else flat(m, get(*m.place)) for m in pair.members)
     dot = lambda x, y: jnp.sum(x * y, -1)

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from jlora import _merge, _ranks
+from jlora._dtypes import widened
 from jlora._plan import Site
 from jlora._ranks import Pair
 from jlora.adapted import Adapted
@@ -112,7 +113,7 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
 
 def _svd(pair: Pair, get: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U^T (stack..., r', in), S (stack..., r'), V^T (stack..., r', out) of a^T diag(gate) b; r' = min(in, out, r)."""
-    flat = lambda m: (lambda x: x.reshape(*x.shape[: m.stack + 1], -1).astype(_wide(x)))(m.operand(get))
+    flat = lambda m: (lambda x: widened(x.reshape(*x.shape[: m.stack + 1], -1)))(m.operand(get))
     a, b = map(flat, pair.members)
     for gate in pair.gates:
         a = a * get(*gate.place)[..., None]
@@ -129,10 +130,6 @@ def _unpaired(site: Site, k: int) -> Site | None:
     method = with_rank(site.method.unpaired(), k)
     recipe = None if method is None else method.recipe(site.leaf)
     return None if method is None or recipe is None else dataclasses.replace(site, method=method, recipe=recipe)
-
-
-def _wide(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _needed(sizes: np.ndarray, energy: float, path: str) -> int:

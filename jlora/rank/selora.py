@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jlora._dtypes import widened
 from jlora._ranks import Member, Pair, pairs
 from jlora.adapted import shapes
 from jlora.optim._checks import number, transformation_of, whole
 from jlora.optim._halves import Halves, check_masked, chosen
-from jlora.rank._steps import begun, finite, gathered, nested, stepped
+from jlora.rank._steps import begun, finite, gathered, nested, started, stepped
 from jlora.rank.prune import Places
 
 
@@ -109,7 +110,8 @@ def selora(
         ratio = filled(jnp.float32, lambda _: 1.0)
         held = inner.init(params)
         check_masked("selora", held)
-        some = {m.place: jnp.zeros(shapes(plan)[m.place][0]) for pair in growing for m in pair.members}
+        factors = started("selora", halves, params, plan)
+        some = {m.place: factors[m.place] for pair in growing for m in pair.members}
         return SeLoRAState(jnp.zeros((), jnp.int32), filled(jnp.int32, ranks.get), ratio, held, begun(held, some))
 
     def update(
@@ -143,16 +145,20 @@ def selora(
 def fisher_ratio(pair: Pair, n: jax.Array, grads: Places) -> jax.Array:
     """(stack...,): the squared gradient of n + 1 rows over that of n; 1 where there is no gradient at all."""
     squares = sum(_squares(grads[m.place], m) for m in pair.members)
-    rows = lax.iota(jnp.int32, pair.rank)
-    upto = lambda last: jnp.sum(jnp.where(rows < last[..., None], squares, 0), -1)
+    upto = lambda last: jnp.sum(jnp.where(_below(last, pair.rank), squares, 0), -1)
     old, more = upto(n), upto(n + 1)
     some = jnp.where(old > 0, more / jnp.where(old > 0, old, 1), jnp.where(more > 0, jnp.inf, 1.0))
     return jnp.maximum(some, 1.0).astype(jnp.float32)  # a sum of one more square, but for rounding
 
 
+def _below(n: jax.Array, rank: int) -> jax.Array:
+    """(stack..., r): whether a row is one of the first n of its layer."""
+    return lax.broadcasted_iota(jnp.int32, (*n.shape, rank), n.ndim) < n[..., None]
+
+
 def _squares(x: jax.Array, member: Member) -> jax.Array:
     """(stack..., r)"""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widened(x)
     return jnp.sum(x * x, tuple(range(member.stack + 1, x.ndim)))
 
 
@@ -161,7 +167,7 @@ def _active(growing: tuple[Pair, ...], ranks: Any, values: Places) -> Places:
     made = {}
     for pair in growing:
         n = ranks[pair.output.place[0]][pair.output.place[1]]
-        rows = lax.iota(jnp.int32, pair.rank) < n[..., None]
+        rows = _below(n, pair.rank)
         for m in pair.members:
             x = values[m.place]
             keep = rows.reshape(*rows.shape, *(1,) * (x.ndim - rows.ndim))

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from jlora._ranks import pairs
-from jlora.adapted import shapes
 from jlora.optim._checks import number, rate, transformation_of
 from jlora.optim._halves import Halves, check_masked, chosen
-from jlora.rank._steps import begun, finite, gathered, gathering, stepped
+from jlora.rank._steps import begun, finite, gathered, gathering, started, stepped
 from jlora.rank._steps import chosen as chosen_state
 
 Prox: TypeAlias = Literal["exact", "reference"]
@@ -171,7 +170,8 @@ def sora(
     def init(params: Any) -> SoRAState:
         held = others.init(params), theirs.init(params)
         check_masked("sora", held)
-        some = {p: jnp.zeros(shapes(plan)[p][0]) for p in places}
+        start = started("sora", halves, params, plan)
+        some = {p: start[p] for p in places}
         return SoRAState(jnp.zeros((), jnp.int32), held, () if gathering(held[1]) else begun(held[0], some))
 
     return optax.GradientTransformationExtraArgs(init, update)

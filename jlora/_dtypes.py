@@ -1,0 +1,32 @@
+"""The dtype in which things meet: JAX's promotion, also where a user forbids it (`jax_numpy_dtype_promotion="strict"`).
+
+What jlora adds to a model has dtypes of its own, and says in words of code which casts it makes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def promoted(*dtypes: Any) -> Any:
+    """The dtype that has room for all of these."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays in the dtype that has room for all of them."""
+    dtype = promoted(*(x.dtype for x in arrays))
+    return [x.astype(dtype) for x in arrays]
+
+
+def wide(dtype: Any) -> Any:
+    """What sums of this dtype are made in: float32 or better."""
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 4 else jnp.float32
+
+
+def widened(x: Any) -> jax.Array:
+    """An array in at least float32."""
+    x = jnp.asarray(x)
+    return x.astype(wide(x.dtype))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jlora import _network
@@ -45,6 +46,9 @@ def express(
         if isinstance(w, Array):
             value, front = get(w)
             return Operand((value,), None, (), front + labels)
+        if not w.arrays and not w.base:
+            constant = jnp.asarray(w.fn())
+            return Operand((constant.astype(jnp.promote_types(constant.dtype, jnp.float32)),), None, (), labels)
         got, fn = [get(a) for a in w.arrays], w.fn
         if w.base and isinstance(w0, Lazy):
             assert w0.source.fn is not None

@@ -57,6 +57,7 @@ class Function:
 
     A view of a shared array, a placement into ranges of an axis, a norm, a mask, a seed. `fn(*arrays)`, or
     `fn(*arrays, W0)`, sees arrays without their stack axes; it must be hashable, so that equal plans are equal.
+    Without arrays it is a constant, such as a fixed mask or pattern of signs.
     """
 
     fn: Callable[..., Any]
@@ -171,7 +172,7 @@ class Recipe:
                     add(word, word.shape or tuple(parsed.sizes[x] for x in labels))
                 elif isinstance(word, Function):
                     for array in word.arrays:
-                        assert array.shape is not None, f"{array.name}: an array inside a Function needs a shape"
+                        assert array.shape is not None  # `_wellformed` has said so in words
                         add(array, array.shape)
             if any(delta is d for d in self.deltas):
                 _check_covers(delta, parsed, leaf)
@@ -201,8 +202,11 @@ def _check_covers(delta: Delta, parsed: "Parsed", leaf: Leaf) -> None:
     held = {x for labels in parsed.operands for x in labels} | set(atoms(leaf)[n] for n in leaf.axes("s"))
     covered = {a for side, _ in parsed.blocks for a in side}
     if covered != set(atoms(leaf)) or not all(set(made) <= held for _, made in parsed.blocks):
+        sides = (("I", "i"), ("O", "o"), ("K", "k"))
+        lost = [side for side, role in sides if set(atoms(leaf)[n] for n in leaf.axes(role)) - covered]
         raise ValueError(
             f"the equation {delta.equation!r} does not make every axis of a weight with axes {leaf.roles!r}"
+            + (f": there is no {' and no '.join(lost)}" if lost else "")
         )
 
 

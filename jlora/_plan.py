@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _answers, _axes, _select, _tree
+from jlora import _answers, _axes, _select, _tree, _wellformed
 from jlora._axes import Leaf
 from jlora._network import Difference, Recipe
 from jlora._packed import Packed
@@ -140,6 +140,7 @@ def resolve(
             if recipe is None:
                 notes.append(f"{path}: rank 0, left as it is")
                 continue
+            _wellformed.check(recipe, leaf)
             for place, (array, full) in recipe.arrays(leaf).items():
                 if places.setdefault(place, (full, array.trained)) != (full, array.trained):
                     raise ValueError(

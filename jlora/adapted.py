@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jlora import _answers, _kinds, _packed, _plan, _ranks, _table, _tree
+from jlora import _answers, _kinds, _packed, _plan, _ranks, _table, _tree, _wellformed
 from jlora._keys import checked_key, stable_hash
 from jlora._plan import Plan, Site, dropouts, shapes, trainable_size
 from jlora._plan import derived as derived
@@ -200,6 +200,7 @@ def begun(
                 was = f"{site.leaf.path!r} of shape {site.leaf.shape}"
                 raise ValueError(f"{was} was donated or deleted: it has no values")
             made = method.initial(site.leaf, recipe, named, _packed.dense(weight))
+            _wellformed.check_start(site.leaf, arrays, made)
         except ValueError as error:
             bad.append(str(error))
             continue

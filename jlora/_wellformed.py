@@ -1,0 +1,125 @@
+"""What the author of a method is told: equations, words and starts that do not fit each other."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jlora import _network
+from jlora._axes import Leaf
+from jlora._network import Array, Base, Delta, Function, Recipe, Word
+
+
+def check(recipe: Recipe, leaf: Leaf) -> None:
+    """Raises ValueError unless each equation of a recipe can be read on this leaf, and its words have its shapes."""
+    _check(recipe, dataclasses.replace(leaf, path=""))  # thousands of leaves are alike in all else
+
+
+@functools.lru_cache(maxsize=1024)
+def _check(recipe: Recipe, leaf: Leaf) -> None:
+    for delta, sides in recipe.networks:
+        try:
+            _check_letters(delta, sides)
+            parsed = _network.parse(delta, leaf, sides)
+            for word, labels in zip(delta.operands, parsed.operands, strict=True):
+                shape = [parsed.sizes.get(x) for x in labels]
+                if isinstance(word, Array):
+                    _check_array(word, labels, shape)
+                elif isinstance(word, Function):
+                    _check_function(word, leaf, labels, shape)
+        except ValueError as error:
+            raise ValueError(f"{error} (in the equation {delta.equation!r})") from error.__cause__
+
+
+def check_start(leaf: Leaf, arrays: Mapping[tuple[str, str], tuple[Array, tuple[int, ...]]], made: Any) -> None:
+    """Raises ValueError unless `initial` made the arrays of the recipe."""
+    if not isinstance(made, Mapping):
+        raise ValueError(f"{leaf.path!r}: initial returns {{(group, name): array}}, not {type(made).__name__}")
+    bad = [f"without {place}" for place in arrays if place not in made]
+    bad += [f"{place}, which the recipe has not" for place in made if place not in arrays]
+    for place, value in made.items():
+        want, shape = arrays.get(place, (None, ()))[1], tuple(getattr(value, "shape", ()))
+        if place in arrays and shape != want:
+            stack = f", the stack {leaf.stack} in front" if leaf.stack else ""
+            bad.append(f"{place} of shape {shape}, where the recipe has {want}{stack}")
+    if bad:
+        raise ValueError(f"initial of {leaf.path!r} of shape {leaf.shape} returns " + "; ".join(bad))
+
+
+def _named(words: Sequence[Word]) -> str:
+    name = lambda w: w.name if isinstance(w, Array) else type(w).__name__
+    return ", ".join(map(name, words))
+
+
+def _check_letters(delta: Delta, sides: str) -> None:
+    """What can be said without a leaf: the arrow, the commas, sizes of letters, what is made of what."""
+    if delta.equation.count("->") != 1:
+        raise ValueError("it has no one '->' between the operands and what they make: write 'r I, r O -> I O'")
+    left, right = delta.equation.split("->")
+    operands = [part.split() for part in left.split(",")]
+    if len(operands) != len(delta.operands):
+        raise ValueError(
+            f"{len(operands)} operands between its commas, and {len(delta.operands)} words ({_named(delta.operands)})"
+        )
+    sized = dict(delta.sizes)
+    for word, letters in zip(delta.operands, operands, strict=True):
+        needs = [] if isinstance(word, Base | Function) or word.shape is not None else letters
+        for letter in needs:
+            if letter not in ("I", "O", "K") and letter not in sized:
+                blanks = "; letters are separated by blanks" if len(letter) > 1 else ""
+                raise ValueError(f"the letter {letter!r} has no size: write sizes=(({letter!r}, 4), ...){blanks}")
+    held = {x for letters in operands for x in letters}
+    groups = re.findall(r"\(([^)]*)\)", right)
+    plain = re.sub(r"\([^)]*\)", " ", right).split()
+    for letter in plain:
+        if letter not in ("I", "O", "K"):
+            raise ValueError(f"{letter!r} on its right is no side of the weight: write I, O, K or a group (i j)")
+    if len(groups) > len([side for side in sides if side not in plain]):
+        raise ValueError(f"{len(groups)} groups in parentheses, and the weight has the sides {' and '.join(sides)}")
+    for letter in (x for group in groups for x in group.split()):
+        if letter not in held:
+            raise ValueError(f"no operand carries the letter {letter!r} that its right side makes an axis of")
+        if letter not in sized:
+            raise ValueError(f"the letter {letter!r} has no size: write sizes=(({letter!r}, 4), ...)")
+    for letter in (*delta.ranks, *(x for x, _ in delta.rank_dropout)):
+        if letter not in held:
+            raise ValueError(f"no operand carries {letter!r}, which is said to be a rank")
+
+
+def _check_array(word: Array, labels: Sequence[str], shape: Sequence[int | None]) -> None:
+    if word.shape is None:
+        return
+    fits = len(word.shape) == len(shape) and all(b in (None, a) for a, b in zip(word.shape, shape, strict=True))
+    if not fits:
+        raise ValueError(f"{word.name!r} has the shape {word.shape}, and its letters {_spoken(labels, shape)}")
+
+
+def _check_function(word: Function, leaf: Leaf, labels: Sequence[str], shape: Sequence[int | None]) -> None:
+    given = []
+    for array in word.arrays:
+        if array.shape is None:
+            raise ValueError(f"{array.name!r} stands in a Function, so its shape is said: Array(..., shape=(4,))")
+        given.append(jax.ShapeDtypeStruct(array.shape, "float32"))
+    if word.base:
+        whole = tuple(n for n, role in zip(leaf.shape, leaf.roles, strict=True) if role != "s")
+        given.append(jax.ShapeDtypeStruct(whole, leaf.dtype))
+    shapes = ", ".join(str(x.shape) for x in given)
+    try:
+        made: Any = jax.eval_shape(word.fn, *given)
+    except Exception as error:  # whatever an author's function raises
+        raise ValueError(f"a Function of arrays {shapes} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(made, jax.ShapeDtypeStruct):
+        raise ValueError(f"a Function of arrays {shapes} returns {type(made).__name__}, not one array")
+    if len(made.shape) != len(shape) or any(b not in (None, a) for a, b in zip(made.shape, shape, strict=True)):
+        raise ValueError(
+            f"a Function of arrays {shapes} returns {made.shape}, and its letters {_spoken(labels, shape)}"
+        )
+
+
+def _spoken(labels: Sequence[str], shape: Sequence[int | None]) -> str:
+    if not labels:
+        return "are none, so that it is a scalar"
+    return f"{' '.join(labels)} are ({', '.join('any' if n is None else str(n) for n in shape)})"

@@ -1,0 +1,162 @@
+"""What the author of a method does wrong is answered with the method, the equation and the letter."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora import methods
+from jlora.network import Array, Base, Delta, Function, Recipe
+
+ZEROS = methods.base.zeros
+A, B = Array("a", ZEROS), Array("b", ZEROS)
+R = (("r", 2),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(methods.Method):
+    """A method with any recipe, and a start that is changed after it was made."""
+
+    made: Callable[[Any], Recipe]
+    spoilt: Callable[[Any, dict], dict] | None = None
+    target: Any = "kernel$"
+
+    def recipe(self, leaf):
+        return self.made(leaf)
+
+    def initial(self, leaf, recipe, keys, weight):
+        arrays = super().initial(leaf, recipe, keys, weight)
+        return arrays if self.spoilt is None else self.spoilt(leaf, arrays)
+
+
+def delta(equation, *words, sizes=R, **more):
+    return lambda leaf: Recipe((Delta(equation, words, sizes, **more),))
+
+
+def shaped(fn, *shapes, base=False):
+    return Function(fn, tuple(Array(f"x{n}", ZEROS, shape) for n, shape in enumerate(shapes)), base)
+
+
+RECIPES = {
+    "a letter without a size": (delta("r I, r t, t O -> I O", A, Array("m", ZEROS), B), "letter 't' has no size"),
+    "a blank forgotten": (delta("rI, r O -> I O", A, B), "letter 'rI' has no size.*separated by blanks"),
+    "a comma forgotten": (delta("r I r O -> I O", A, B), r"1 operands between its commas, and 2 words \(a, b\)"),
+    "an operand too many": (delta("r I, r O, r -> I O", A, B), "3 operands between its commas, and 2 words"),
+    "a word too many": (delta("r I -> I O", A, B), "1 operands between its commas, and 2 words"),
+    "no arrow": (delta("r I, r O", A, B), "no one '->'"),
+    "a side forgotten": (delta("r I -> I", A), "does not make every axis.*there is no O"),
+    "a letter where a side is made": (delta("r I, r o -> I o", A, B, sizes=(*R, ("o", 4))), "'o' on its right is no"),
+    "a group of a letter that nobody carries": (
+        delta("r I, r p -> I (p q)", A, B, sizes=(*R, ("p", 2), ("q", 2))), "no operand carries the letter 'q'",
+    ),
+    "a group of another size": (
+        delta("r I, r p -> I (p)", A, B, sizes=(*R, ("p", 3))), r"\(p\) of .* does not fit it",
+    ),
+    "three groups": (delta("r I -> (I) (r) (r)", A), "3 groups in parentheses"),
+    "a rank that is none": (delta("r I, r O -> I O", A, B, ranks=("q",)), "no operand carries 'q'.*a rank"),
+    "an array of another shape": (
+        delta("r I, r O -> I O", Array("a", ZEROS, (3, 6)), B), r"'a' has the shape \(3, 6\), and its letters r i0 are",
+    ),
+    "a function of another shape": (
+        delta("r I, r O -> I O", shaped(lambda x: x.T, (2, 6)), B),
+        r"returns \(6, 2\), and its letters r i0 are \(2, 6\)",
+    ),
+    "a function that fails": (
+        delta("r I, r O -> I O", shaped(lambda x, y: x @ y, (2, 6), (2, 6)), B),
+        "a Function of arrays .* fails: TypeError",
+    ),
+    "a function of several results": (
+        delta("r I, r O -> I O", shaped(lambda x: (x, x), (2, 6)), B), "returns tuple, not one array",
+    ),
+    "a function without W0": (
+        delta("I O -> I O", shaped(lambda x: x, (6, 4), base=True)), "takes 1 positional argument but 2 were given",
+    ),
+    "a function's array without a shape": (
+        delta("r I, r O -> I O", Function(lambda x: x, (A,)), B), r"'a' stands in a Function.*shape=",
+    ),
+}  # fmt: skip
+
+PLACE = ("dense/kernel", "a")
+STARTS = {
+    "misshapen": (
+        lambda leaf, made: made | {PLACE: made[PLACE].T}, r"'a'\) of shape \(6, 2\), where .* \(2, 6\)",
+    ),
+    "lost": (lambda leaf, made: {k: v for k, v in made.items() if k != PLACE}, r"without \('dense/kernel', 'a'\)"),
+    "one too many": (lambda leaf, made: made | {("dense/kernel", "c"): made[PLACE]}, "'c'.*which the recipe has not"),
+    "no dictionary": (lambda leaf, made: list(made.values()), "initial returns .*not list"),
+}  # fmt: skip
+
+
+def adapted(method, shape=(6, 4)):
+    return jlora.adapt({"dense": {"kernel": jnp.ones(shape)}}, method)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_does_not_fit_is_refused_in_words(name):
+    """The message has the method, the weight, the equation and the letter."""
+    made, words = RECIPES[name]
+    with pytest.raises(ValueError, match=words) as error:
+        adapted(Mine(made=made))
+    equation = made(None).deltas[0].equation
+    assert "Mine on 'dense/kernel' of shape (6, 4)" in str(error.value) and repr(equation) in str(error.value)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_that_does_not_fit_is_refused_in_words(name):
+    """Where a factor has another shape, or is not there, `adapt` says so, and not the first call."""
+    spoilt, words = STARTS[name]
+    with pytest.raises(ValueError, match=words):
+        adapted(Mine(made=delta("r I, r O -> I O", A, B), spoilt=spoilt))
+
+
+def test_a_start_that_forgets_the_stack_is_told_of_it():
+    """`initial` makes every layer's factors."""
+    params = {"layers": {"kernel": jnp.ones((3, 6, 4))}}
+    lost = lambda leaf, arrays: {k: v[0] if k[1] == "a" else v for k, v in arrays.items()}
+    with pytest.raises(ValueError, match=re.escape("the recipe has (3, 2, 6), the stack (3,) in front")):
+        jlora.adapt(params, Mine(made=delta("r I, r O -> I O", A, B), spoilt=lost), axes={"layers": "sio"})
+
+
+def signs(shape):
+    return jnp.asarray(np.where(np.indices(shape).sum(0) % 2, -1, 1))
+
+
+@pytest.mark.parametrize("roles,shape", [("io", (6, 4)), ("sio", (3, 6, 4))])
+def test_a_function_without_arrays_is_a_constant(roles, shape):
+    """dW = sum_r M * (a b) with a fixed mask M: never W0, merged and lifted, values and gradients."""
+    mask = Function(functools.partial(signs, (6, 4)), ())
+    params = {"layers": {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)}}
+    method = Mine(made=delta("I O, r I, r O -> I O", mask, A, B))
+    start = jlora.adapt(params, method, axes={"layers": roles})
+    draw = lambda n, x: jnp.asarray(np.random.default_rng(n).standard_normal(x.shape), jnp.float32)
+    leaves, form = jax.tree.flatten(start.trainable)
+    trainable = form.unflatten([draw(n + 1, x) for n, x in enumerate(leaves)])
+    a, b = (np.asarray(trainable["layers/kernel"][n], np.float64) for n in "ab")
+    w = np.asarray(params["layers"]["kernel"], np.float64) + np.asarray(signs((6, 4))) * (np.swapaxes(a, -1, -2) @ b)
+    np.testing.assert_allclose(jlora.merge(jlora.join(trainable, start.frozen))["layers"]["kernel"], w, atol=1e-5)
+
+    def model(params, x):
+        w = params["layers"]["kernel"]
+        return jax.lax.scan(lambda x, w: (x, x @ w), x, w)[1] if w.ndim == 3 else x @ w
+
+    x = draw(9, jnp.ones((5, 6)))
+    loss = lambda t, **how: jnp.sin(jlora.lift(model, **how)(jlora.join(t, start.frozen), x)).sum()
+    np.testing.assert_allclose(jlora.lift(model)(jlora.join(trainable, start.frozen), x), np.asarray(x) @ w, atol=1e-4)
+    lifted, dense = jax.grad(loss)(trainable), jax.grad(functools.partial(loss, dense=True))(trainable)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), lifted, dense)
+
+
+def test_the_base_is_said_outright():
+    """`Base()` is W0, and nothing else is: dW = W0 * (a b) beside a constant of ones."""
+    ones = Function(functools.partial(jnp.ones, (6, 4)), ())
+    a, b = Array("a", jax.nn.initializers.ones), Array("b", jax.nn.initializers.ones)
+    params = {"dense": {"kernel": jnp.full((6, 4), 3.0)}}
+    both = lambda leaf: Recipe((Delta("I O, I O, r I, r O -> I O", (ones, Base(), a, b), R),))
+    assert (jlora.merge(jlora.adapt(params, Mine(made=both)))["dense"]["kernel"] == 3 + 2 * 3).all()

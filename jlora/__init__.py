@@ -32,6 +32,7 @@ from jlora.adapted import trainable_mask as trainable_mask
 from jlora.adapted import with_dropout as with_dropout
 from jlora.explain import explain as explain
 from jlora.explain import infer_axes as infer_axes
+from jlora.io._untrained import UntrainedWarning as UntrainedWarning
 from jlora.io.orbax import export as export
 from jlora.io.orbax import load as load
 from jlora.io.orbax import save as save

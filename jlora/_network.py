@@ -193,6 +193,12 @@ def _constant(value: float, key: Any, shape: tuple[int, ...], dtype: Any) -> Any
     return jnp.full(shape, value, dtype)
 
 
+def begins(array: Array) -> float | None:
+    """The number that a factor is filled with at the start; None where it is another start."""
+    init = array.init
+    return init.args[0] if isinstance(init, functools.partial) and init.func is _constant else None
+
+
 def scale_of(delta: Delta) -> Array:
     """The scalar factor of a delta: data and not metadata, so that alphas share one compiled program."""
     return Array(delta.s, constant(delta.scale), (), trained=False, scale=True)

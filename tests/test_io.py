@@ -5,10 +5,12 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import flax.linen as nn
 import jax
@@ -22,7 +24,8 @@ from flax.training.train_state import TrainState
 
 import jlora
 from jlora import methods, network
-from jlora.io import _arrays, _fingerprint, _folder, _manifest, export, load, save
+from jlora.io import _arrays, _fingerprint, _folder, _manifest, _untrained, export, load, save
+from methods import METHODS, moved
 
 # --- bases and adapters -------------------------------------------------------------------------------------------
 
@@ -293,6 +296,33 @@ def test_inside_an_event_loop(saved, tmp_path):
         return load(tmp_path / "x", base)
 
     assert same(asyncio.run(cell()), adapter)
+
+
+@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+def test_an_untrained_adapter_is_recognised(row):
+    """Whatever the method: all factors where they began, and none once they have moved."""
+    base = {"query": {"kernel": array(6, 6), "bias": array(6)}}
+    fresh = jlora.adapt(base, row.spec("bias" if row.on == "vectors" else "kernel"))
+    with pytest.warns(jlora.UntrainedWarning):
+        _untrained.warn("save(path", fresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", jlora.UntrainedWarning)
+        _untrained.warn("save(path", jlora.join(moved(fresh.trainable), fresh.frozen))
+
+
+SAVES = {"save": jlora.save, "export": jlora.export, "jlora.io.peft.save": jlora.io.peft.save}
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("name", SAVES)
+def test_saving_what_was_not_trained_says_so(name, init, tmp_path):
+    """Training went on in `trainable`, and the Adapted of before was saved: the line that saves the trained one."""
+    adapted = jlora.adapt(plain(), jlora.LoRA(rank=2, init=init, target="query/kernel"))
+    seen = {"kaiming": "'b' of 'query/kernel' is 0.0 everywhere", "pissa": "'a' of 'query/kernel' is where it began"}
+    line = re.escape(f"{name}(path, jlora.join(trainable, adapted.frozen))")
+    with pytest.warns(jlora.UntrainedWarning, match=f"{seen[init]}, .* write {line}") as said:
+        SAVES[name](tmp_path / "adapter", adapted)
+    assert said[0].filename == __file__
 
 
 # --- what cannot be saved, and where ------------------------------------------------------------------------------

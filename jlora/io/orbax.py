@@ -21,7 +21,7 @@ from jlora._merge import MergeReport, merge, merge_report
 from jlora._packed import is_packed
 from jlora._version import __version__
 from jlora.adapted import Adapted, Frozen, derived, is_adapted, shapes
-from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training
+from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training, _untrained
 from jlora.io._record import several
 from jlora.methods import _draws
 from jlora.methods.base import Method
@@ -50,6 +50,9 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
       opt_state: the optimizer's state, if at hand. It is not saved, but asked whether a schedule of ranks ran.
       overwrite: replace an adapter that was saved there. Nothing else is ever replaced, and other files there stay.
 
+    Warns:
+      UntrainedWarning: all factors are where they began: training moved another `trainable`.
+
     Raises:
       FileExistsError: the path exists (with `overwrite`: and holds no saved adapter).
       NotImplementedError: in one of several processes; the message says how they save together.
@@ -72,6 +75,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
     target = _manifest.STORE.place(path, overwrite)
     _arrays.check_concrete(adapted, lambda x: (x.trainable, x.frozen.factors, x.frozen.base), "jlora.save")
     arrays, factors, drawn = _arrays.gather(adapted)
+    _untrained.warn("save(path", adapted)
     tree = _tree.flatten(adapted.frozen.base)
     content = {
         "jlora": __version__,
@@ -228,6 +232,7 @@ def export(
         next export puts it back.
 
     Warns:
+      UntrainedWarning: all factors are where they began.
       UserWarning: less than 0.9 of some update survives (`jlora.merge_report`).
 
     Raises:
@@ -253,6 +258,7 @@ def export(
     stands = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape) if is_packed(x) else x
     params = _plain_tree(jax.tree.map(stands, adapted.frozen.base, is_leaf=is_packed))
     _check_loss(merge_report(adapted), allow_loss)
+    _untrained.warn("export(path", adapted)
     params = _plain_tree(merge(adapted))
     with _folder.beside(target) as folder:
         new = folder / target.name

@@ -13,7 +13,7 @@ import numpy as np
 
 from jlora import _tree
 from jlora.adapted import Adapted, begun, is_adapted, join, split
-from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read
+from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read, _untrained
 from jlora.io._peft_config import Config
 from jlora.io._peft_names import Book, Names
 from jlora.io._peft_write import Writer
@@ -162,6 +162,9 @@ def save(
       base_model: its name on the hub or its folder, from which `AutoPeftModelFor...` makes it.
       overwrite: replace an adapter of peft that is there. Other files of the folder stay.
 
+    Warns:
+      UntrainedWarning: all factors are where they began.
+
     Raises:
       FileExistsError: the path exists (with `overwrite`: and holds no adapter of peft).
       NotImplementedError: in one of several processes; the message says how they save together.
@@ -188,6 +191,7 @@ def save(
     paths = _tree.flatten(adapted.frozen.base).paths
     tensors, config = Writer(adapted, Book(names, paths)).write()
     said = _peft_config.write(config, task_type, base_model)
+    _untrained.warn("jlora.io.peft.save(path", adapted)
     with _folder.beside(target) as temporary:
         new = temporary / "adapter"
         new.mkdir()

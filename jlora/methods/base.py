@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._axes import Leaf
-from jlora._network import Delta, Recipe
+from jlora._network import Delta, Recipe, constant
 from jlora._tree import Target
 from jlora.methods import _fields
 from jlora.methods._fields import Alpha, Dtype, Rank, Rate
@@ -17,9 +17,8 @@ from jlora.methods._fields import Alpha, Dtype, Rank, Rate
 Init: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
-def zeros(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The factor that makes a delta exactly zero at initialisation."""
-    return jnp.zeros(shape, dtype)
+#: Of the factor that makes a delta exactly zero at the start.
+zeros: Init = constant(0.0)
 
 
 def uniform(bound: float) -> Init:

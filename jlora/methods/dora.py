@@ -17,7 +17,12 @@ from jlora._contract import automatic, contract
 from jlora._dtypes import alike
 from jlora._network import Array, Delta, Function, Labels, Recipe, constant
 from jlora._tree import Target
-from jlora.methods.base import Method, zeros
+from jlora.methods.base import Method
+
+
+def of_the_weight(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Room for what `DoRA.initial` reads off the weight."""
+    return jnp.zeros(shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +156,9 @@ class DoRA(Method):
                     arrays += word.arrays
             arrays.append(_network.scale_of(delta))
         out = leaf.sizes("o")
-        n0 = Array("n0", zeros, out, trained=False)
+        n0 = Array("n0", of_the_weight, out, trained=False)
         t = Array("t", constant(1.0), (), trained=False, scale=True)
-        gain = Function(Gain(one, inner.deltas), (*arrays, n0, Array("m", zeros, out), t), base=True)
+        gain = Function(Gain(one, inner.deltas), (*arrays, n0, Array("m", of_the_weight, out), t), base=True)
         return Recipe(inner.deltas, Delta("O -> O", (gain,)))
 
     def initial(

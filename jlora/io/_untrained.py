@@ -1,0 +1,61 @@
+"""An adapter that is as it began: where training went on in `trainable`, the `Adapted` of before holds the start."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from jlora._network import Array, Difference, begins
+from jlora.adapted import Adapted
+
+
+class UntrainedWarning(UserWarning):
+    """An adapter is saved, or exported, whose factors are all where they began.
+
+    Example:
+      >>> import tempfile, warnings, jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))
+      >>> with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+      ...     warnings.simplefilter("always", jlora.UntrainedWarning)
+      ...     jlora.save(folder + "/adapter", adapted)
+      >>> print(str(said[0].message).partition(":")[0])
+      this adapter was never trained
+    """
+
+
+def warn(caller: str, adapted: Adapted) -> None:
+    """Warns, for the user's line that called `caller`, where no factor has left its start."""
+    seen = _start(adapted)
+    if seen:
+        warnings.warn(
+            f"this adapter was never trained: {seen}, and so is every factor whose start is known. Training moves "
+            f"`trainable`, and the Adapted of before stays as it was; write {caller}, jlora.join(trainable, "
+            "adapted.frozen)), of the half that was trained",
+            UntrainedWarning,
+            stacklevel=3,
+        )
+
+
+def _start(adapted: Adapted) -> str:
+    """One factor that is where it began, in words; "" where some factor has moved, or none says how it began.
+
+    A start is known of factors that begin at a constant, and of pairs, which keep theirs beside them. So every method
+    is asked by the words of its equation alone.
+    """
+    found = ""
+    for site in adapted.frozen.plan.sites:
+        for word in (word for delta, _ in site.recipe.networks for word in delta.operands):
+            arrays: Any = (word,) if isinstance(word, Array) else getattr(word, "arrays", ())
+            for array in (a for a in arrays if a.trained):
+                x = np.asarray(adapted.trainable[array.group or site.leaf.path][array.name])
+                start: Any = begins(array)
+                where = f"{start} everywhere"
+                if isinstance(word, Difference):
+                    kept = word.arrays[1]
+                    start, where = adapted.frozen.factors[kept.group or site.leaf.path][kept.name], "where it began"
+                if start is None:
+                    continue
+                if not np.array_equal(x, np.broadcast_to(np.asarray(start, x.dtype), x.shape)):
+                    return ""
+                found = found or f"{array.name!r} of {array.group or site.leaf.path!r} is {where}"
+    return found

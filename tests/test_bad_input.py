@@ -266,6 +266,7 @@ def test_a_module_that_changes_itself_when_called_is_refused(kind, path, form):
 
 
 @pytest.mark.parametrize("use", [lambda ad: nnx.Optimizer(ad, optax.adam(1e-3), wrt=nnx.Param),
+                                 lambda ad: nnx.Optimizer(ad, optax.sgd(1), wrt=nnx.Param, graph=False).update(ad, ad),
                                  lambda ad: nnx.state({"model": ad}, nnx.Param), nnx.split])  # fmt: skip
 def test_nnx_would_find_the_base_in_an_adapted(use):
     """An optimizer of these parameters would move the frozen base and train nothing; `nnx.jit` is fine."""

@@ -144,7 +144,7 @@ def adapt(
 
     Raises:
       ValueError: weights whose axes nothing tells, for methods to which it matters (with the lines that would); a
-        pattern that matches nothing (with the nearest paths), integer or complex leaves, ties; all at once.
+        pattern that matches nothing, integer or complex leaves, ties, all at once; a call of `fn` that fails.
       TypeError: a key or a spec of the wrong kind, dictionary keys that cannot be sorted, quantised leaves that were
         cast.
 

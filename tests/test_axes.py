@@ -68,6 +68,43 @@ def test_args_without_a_function_are_refused():
         jlora.adapt(PARAMS, LORA, args=(X,))
 
 
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+FAILING = {
+    "a collection is missing": (dict(args=(X,)), '"batch_stats": batch_stats}, x)'),
+    "a key is missing": (dict(args=(X,), kwargs={"train": True, "mutable": ["batch_stats"]}), 'kwargs={"rngs": '),
+    "no input": ({}, "write args=(x,)"),
+    "the module for its apply": (dict(fn=Noisy(), args=(X,)), "the function is fn=model.apply"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_call_that_fails_while_it_is_traced(name):
+    """In words: which call it was, what failed, what to write; the model's own error is the cause."""
+    how, line = FAILING[name]
+    variables = Noisy().init(jax.random.key(0), jnp.ones((3, 6)))
+    params = variables if "key" in name else variables["params"]
+    with pytest.raises(ValueError, match=r"the call fn\(.*failed with \w+: ") as caught:
+        jlora.adapt(params, KERNELS, **{"fn": Noisy().apply, **how})
+    assert line in str(caught.value) and "axes={pattern: letters}" in str(caught.value)
+    assert type(caught.value.__cause__).__name__ in str(caught.value)
+
+
+def test_the_lines_that_the_answer_gives_work():
+    """Collections beside the parameters, keys and what is mutable."""
+    variables = Noisy().init(jax.random.key(0), jnp.ones((3, 6)))
+    kwargs = {"train": True, "rngs": {"dropout": jax.random.key(0)}, "mutable": ["batch_stats"]}
+    for params in (variables, variables["params"]):
+        args = (X,) if params is variables else ({"params": params, "batch_stats": variables["batch_stats"]}, X)
+        found = letters(jlora.adapt(params, KERNELS, fn=Noisy().apply, args=args, kwargs=kwargs))
+        assert set(found.values()) == {"io"}
+
+
 TRACES = {
     "looked up and tied": (
         lambda p, i: p["w"][i] @ p["w"].T, (jnp.ones((7, 4)),), jnp.zeros((2, 3), int), "io"

@@ -62,7 +62,11 @@ def uses(
         for n, x in zip(places, others, strict=True):
             filled[n] = x
         a, k = jax.tree.unflatten(form, filled)
-        return fn(*a, **k) if inside else fn({"params": now} if wrap else now, *a, **k)
+        try:
+            return fn(*a, **k) if inside else fn({"params": now} if wrap else now, *a, **k)
+        except Exception as error:
+            made = "" if inside else '{"params": params}, ' if wrap else "params, "
+            raise ValueError(_failed(fn, f"fn({made}*args, **kwargs)", bool(slots), error)) from error
 
     found = roles.traced(call, [tree.leaves[n] for n in ours], [slots[n] for n in places])
     paths, shapes = [tree.paths[n] for n in ours], [_tree.shape_dtype(tree.leaves[n])[0] for n in ours]
@@ -92,6 +96,23 @@ def given(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, 
             f"{type(args).__name__}"
         )
     return uses(fn, params, args, kwargs)
+
+
+def _failed(fn: Any, call: str, given: bool, error: Exception) -> str:
+    """What to write where the model's own call fails."""
+    model = fn if isinstance(fn, nn.Module) else getattr(_unwrapped(fn), "__self__", None)
+    hints = [] if given else ["args=() has no input of the model: write args=(x,), an array or a ShapeDtypeStruct"]
+    if isinstance(model, nn.Module):
+        hints += [] if getattr(_unwrapped(fn), "__name__", "") == "apply" else ["the function is fn=model.apply"]
+        hints += [
+            'collections beside the parameters go with them, args=({"params": params, "batch_stats": batch_stats}, x)',
+            'keys and other arguments are kwargs={"rngs": {"dropout": key}, "mutable": ["batch_stats"]}',
+        ]
+    hints += ["without fn=, axes={pattern: letters} says the same"]
+    return (
+        f"the call {call}, traced to see which axes of the weights are input and output, failed with "
+        f"{type(error).__name__}: {str(error)[:300].rstrip('.')}. It has to run as it stands: " + "; ".join(hints)
+    )
 
 
 def _has(params: Any, name: str) -> bool:

@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo qlora study multihost tpu test fast newest lint format types bench hooks clean
+.PHONY: help demo qlora study multihost tpu test fast laws newest lint format types bench hooks clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -21,6 +21,7 @@ help:
 	@echo "make multihost  train in two processes on this machine"
 	@echo "make tpu      compile training steps for TPUs that are not there (half an hour)"
 	@echo "make test     the whole test suite       make fast   without the slow tests"
+	@echo "make laws METHOD=lora_xs   what must hold for one method, by the name of its row in tests/methods.py"
 	@echo "make newest   the fast part, and what a new JAX breaks first"
 	@echo "make lint     ruff, style and format     make types  pyright"
 	@echo "make format   rewrite what lint can      make bench  the timings of benchmarks/"
@@ -43,6 +44,9 @@ test: $(VENV)/.test
 
 fast: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(ARGS)
+
+laws: $(VENV)/.test
+	$(PYTEST) tests/test_laws.py tests/test_closed_forms.py -k "[$(METHOD)- or [$(METHOD)]" $(ARGS)
 
 newest: $(VENV)/.test
 	$(PYTEST) -m "not slow or newest" $(ARGS)

@@ -49,6 +49,7 @@ FOUNDATION = ("floor, lifted", "q, v", "all", "materialise", "full", "full, lift
 METHODS = {
     "LoRA": lambda target: jlora.LoRA(rank=RANK, alpha=16, target=target),
     "rsLoRA": lambda target: jlora.LoRA(rank=RANK, alpha=16, scaling="sqrt", target=target),
+    "LoRAXS": lambda target: jlora.LoRAXS(rank=RANK, alpha=16, target=target),
     "LoRAFA": lambda target: jlora.LoRAFA(rank=RANK, alpha=16, target=target),
     "AdaLoRA": lambda target: jlora.AdaLoRA(rank=RANK, alpha=16, target=target),
     "SoRA": lambda target: jlora.SoRA(rank=RANK, alpha=16, target=target),

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jlora import _axis_names, _layouts, _table, _tree
@@ -53,6 +54,43 @@ class Leaf:
     def stack(self) -> tuple[int, ...]:
         """The sizes of the stack axes, which stand first in every stored factor."""
         return self.sizes("s")
+
+    @property
+    def layer(self) -> "Leaf":
+        """The leaf without its stack axes, as a `Function` sees W0."""
+        kept = self.axes("iok")
+        return Leaf(self.path, tuple(self.shape[n] for n in kept), self.dtype, "".join(self.roles[n] for n in kept))
+
+    def matrix(self, array: Any) -> jax.Array:
+        """An array in the weight's own axes as matrices `(stack..., in, out)`, in at least float32.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jlora.network import Leaf
+          >>> leaf = Leaf("layers/conv/kernel", (5, 3, 3, 4, 8), jnp.dtype("float32"), "skkio")
+          >>> leaf.matrix(jnp.ones(leaf.shape)).shape, leaf.layer.matrix(jnp.ones((3, 3, 4, 8))).shape
+          ((5, 36, 8), (36, 8))
+        """
+        array = jnp.asarray(array)
+        if array.shape != self.shape:
+            raise ValueError(f"an array of shape {array.shape} for {self.path!r} of shape {self.shape}")
+        wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        order = (*self.axes("s"), *self.axes("ik"), *self.axes("o"))
+        return jax.lax.transpose(wide, order).reshape(*self.stack, self.size("ik"), self.size("o"))
+
+    def kernel(self, matrix: jax.Array) -> jax.Array:
+        """The inverse of `matrix`.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jlora.network import Leaf
+          >>> leaf = Leaf("query/kernel", (2, 6, 4), jnp.dtype("float32"), "oio")
+          >>> leaf.kernel(jnp.ones((6, 8))).shape
+          (2, 6, 4)
+        """
+        order = (*self.axes("s"), *self.axes("ik"), *self.axes("o"))
+        back = [order.index(n) for n in range(len(order))]
+        return jax.lax.transpose(matrix.reshape([self.shape[n] for n in order]), back)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,15 @@ def lora_slices(W0: np.ndarray, f: Any, s: float, slices: tuple[tuple[int, int],
     return W
 
 
+def lora_xs(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s A R B, A = U_r S_r, B = V_r of W0 = U S V, with the signs that are stored. Bałazy et al, 2024, eq. 2."""
+    U, S, Vt = np.linalg.svd(W0, full_matrices=False)
+    r = len(f.r)
+    A, B = U[:, :r] * S[:r], Vt[:r]
+    sign = np.sign(np.sum(A.T * rows(f.a), 1))
+    return W0 + s * (A * sign) @ f.r @ (sign[:, None] * B)
+
+
 def pissa(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     """W_res + s A B, W_res what the r leading singular values leave of W0. Meng et al, 2024."""
     U, S, Vt = np.linalg.svd(W0, full_matrices=False)

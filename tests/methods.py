@@ -202,6 +202,14 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "lora_xs",
+        lambda target: jlora.LoRAXS(rank=2, alpha=3, target=target),
+        partial(closed_forms.lora_xs, s=3 / 2),
+        lambda leaf: math.prod(leaf.stack) * 4,
+        fits=lambda leaf: narrow(leaf) >= 2,
+        everywhere=False,
+    ),
+    Row(
         "hira",
         lambda target: jlora.HiRA(rank=2, alpha=3, target=target),
         partial(closed_forms.hira, s=3 / 2),

@@ -11,7 +11,6 @@ import pytest
 import jlora
 from jlora import analysis
 from jlora.methods._projections import PROJECTIONS, draws, permutation
-from jlora.methods.starts import sides
 from methods import FEW, adapted, assert_close, bits, in_turn, moved, pairs
 
 pytestmark = pytest.mark.slow  # nothing else stands on this room
@@ -301,7 +300,7 @@ def test_every_method_has_an_update_and_a_budget(row, case):
     updates, merged = jax.jit(analysis.updates)(start), jax.tree.leaves(jlora.merge(start))
     for site in start.frozen.plan.sites:
         if site.leaf.path in updates:
-            want = sides(merged[site.index], site.leaf) - analysis.weights(start)[site.leaf.path]
+            want = site.leaf.matrix(merged[site.index]) - analysis.weights(start)[site.leaf.path]
             largest = float(jnp.abs(want).max())  # the merged weight is rounded at its own size, of about 1
             assert_close(updates[site.leaf.path].matrix, want, 3e-5 * max(1, 1 / largest))
 

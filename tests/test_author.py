@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 import jlora
+import test_laws
 from jlora import methods
 from jlora.network import Array, Base, Delta, Function, Recipe
+from methods import CASES, FEW, METHODS
 
 ZEROS = methods.base.zeros
 A, B = Array("a", ZEROS), Array("b", ZEROS)
@@ -160,3 +163,26 @@ def test_the_base_is_said_outright():
     params = {"dense": {"kernel": jnp.full((6, 4), 3.0)}}
     both = lambda leaf: Recipe((Delta("I O, I O, r I, r O -> I O", (ones, Base(), a, b), R),))
     assert (jlora.merge(jlora.adapt(params, Mine(made=both)))["dense"]["kernel"] == 3 + 2 * 3).all()
+
+
+# The guide --------------------------------------------------------------------------------
+
+
+@functools.cache
+def of_the_guide():
+    """The row of LoRA-XS with the class that the guide shows in the library's place."""
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "adding_a_method.md").read_text()
+    block = re.search(r"```python\n(.*?class LoRAXS.*?)```", text, re.DOTALL)[1]
+    shown = {"__name__": "guide"}
+    exec(block, shown)
+    row = next(row for row in METHODS if row.name == "lora_xs")
+    return dataclasses.replace(row, spec=lambda target: shown["LoRAXS"](rank=2, alpha=3, target=target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FEW if not CASES[name].vectors])
+def test_what_the_guide_shows_passes_the_laws(name, subtests):
+    """On a dense layer, a tied head, convolutions, a scan and experts."""
+    test_laws.test_first_laws(of_the_guide(), CASES[name], subtests)
+    test_laws.test_count(of_the_guide(), CASES[name])
+    test_laws.test_start_is_the_base_bit_for_bit(of_the_guide(), CASES[name])

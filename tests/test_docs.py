@@ -88,9 +88,9 @@ def modules(n):
 
 
 def another_method(n):
-    """The class is a method: its one trained factor is m, (r, r)."""
+    """The class is a method: its one trained factor is r, (r, r)."""
     made = jlora.adapt(nn.Dense(6).init(jax.random.key(0), jnp.ones((1, 8)))["params"], n.LoRAXS(rank=2))
-    assert {name: a.shape for name, a in made.trainable["kernel"].items()} == {"m": (2, 2)}
+    assert {name: a.shape for name, a in made.trainable["kernel"].items()} == {"r": (2, 2)}
 
 
 # What blocks come to that assert nothing themselves: {(page, first line): check of the namespace after it}.

@@ -152,6 +152,7 @@ METHODS = {
     "LoKr, both low-rank": lambda **o: jlora.LoKr(rank=1, decompose_both=True, **o),
     "VeRA": lambda **o: jlora.VeRA(rank=6, **o),
     "TiedLoRA": lambda **o: jlora.TiedLoRA(rank=3, **o),
+    "LoRAXS": lambda **o: jlora.LoRAXS(rank=2, **o),
     "HiRA": lambda **o: jlora.HiRA(rank=2, **o),
     "RandLoRA": lambda **o: jlora.RandLoRA(rank=3, **o),
     "DoRA": lambda **o: jlora.DoRA(jlora.LoRA(rank=3, **o)),

@@ -21,7 +21,6 @@ from jlora._term import Term
 from jlora._weight import Weight
 from jlora.adapted import Adapted, check_adapted
 from jlora.analysis.decompositions import SVD, factored_svd, svd
-from jlora.methods.starts import sides
 
 
 class Factors(NamedTuple):
@@ -41,7 +40,7 @@ def weights(adapted: Adapted) -> dict[str, jax.Array]:
       (8, 4)
     """
     leaves = _tree.leaves(check_adapted("analysis.weights", adapted).frozen.base)
-    return {s.leaf.path: sides(leaves[s.index], s.leaf) for s in adapted.frozen.plan.sites if _is_matrix(s)}
+    return {s.leaf.path: s.leaf.matrix(leaves[s.index]) for s in adapted.frozen.plan.sites if _is_matrix(s)}
 
 
 def factors(adapted: Adapted) -> dict[str, Factors]:
@@ -78,7 +77,7 @@ def updates(adapted: Adapted) -> dict[str, SVD]:
     found = {}
     for site, weight in _matrices("analysis.updates", adapted):
         pair = _factored(site, weight)
-        found[site.leaf.path] = svd(sides(weight.delta(), site.leaf)) if pair is None else factored_svd(*pair)
+        found[site.leaf.path] = svd(site.leaf.matrix(weight.delta())) if pair is None else factored_svd(*pair)
     return found
 
 

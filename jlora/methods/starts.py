@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
 
 from jlora import _answers
@@ -27,21 +26,6 @@ from jlora._dtypes import widened
 from jlora.methods.base import check_low_rank
 
 Factors = tuple[jax.Array, jax.Array]
-
-
-def sides(array: Any, leaf: Leaf) -> jax.Array:
-    """An array in a weight's axes as matrices `(stack..., in, out)`, in at least float32."""
-    array = jnp.asarray(array)
-    if array.shape != leaf.shape:
-        raise ValueError(f"an array of shape {array.shape} for {leaf.path!r} of shape {leaf.shape}")
-    order = (*leaf.axes("s"), *leaf.axes("ik"), *leaf.axes("o"))
-    return lax.transpose(widened(array), order).reshape(*leaf.stack, leaf.size("ik"), leaf.size("o"))
-
-
-def unsided(matrix: jax.Array, leaf: Leaf) -> jax.Array:
-    """The inverse of `sides`."""
-    order = (*leaf.axes("s"), *leaf.axes("ik"), *leaf.axes("o"))
-    return lax.transpose(matrix.reshape([leaf.shape[n] for n in order]), [order.index(n) for n in range(len(order))])
 
 
 def flipped(matrix: jax.Array) -> jax.Array:
@@ -68,7 +52,7 @@ def values(weight: Any, leaf: Leaf) -> jax.Array:
             "none; give arrays, or write init='kaiming'"
         )
     _check_finite(weight, leaf, "values")
-    return sides(weight, leaf)
+    return leaf.matrix(weight)
 
 
 def _known(data: Mapping[str, Any], leaf: Leaf, what: str) -> Any:
@@ -244,7 +228,7 @@ class GA(Start):
                 f"LoRA-GA on {leaf.path!r} of shape {leaf.shape} takes 2 * rank = {2 * rank} singular vectors, and "
                 f"there are {least}; write a rank of at most {least // 2}"
             )
-        u, _, vh = jnp.linalg.svd(sides(_known(self.gradients, leaf, "gradient"), leaf), full_matrices=False)
+        u, _, vh = jnp.linalg.svd(leaf.matrix(_known(self.gradients, leaf, "gradient")), full_matrices=False)
         c = leaf.size("o") ** 0.25 / math.sqrt(self.gamma)
         return c * flipped(u[..., :rank]), c * vh[..., rank : 2 * rank, :]
 

@@ -12,7 +12,7 @@ from jlora._packed import is_packed
 from jlora.adapted import is_adapted
 from jlora.methods.base import check_low_rank
 from jlora.methods.lora import LoRA
-from jlora.methods.starts import Given, best, sides, unsided
+from jlora.methods.starts import Given, best
 from jlora.quant._quantize import codec, not_finite, quantized
 from jlora.quant._schemes import Scheme, resolve
 
@@ -150,7 +150,7 @@ def _quantised(
         if is_packed(leaves[site.index]):
             raise ValueError(f"{name} quantises plain weights, and {leaf.path!r} of shape {leaf.shape} is quantised")
         check_low_rank(leaf, method.rank)
-        w = sides(leaves[site.index], leaf)
+        w = leaf.matrix(leaves[site.index])
         make = quantise
         if scheme is not None:
             how = codec(scheme, leaf.path, leaf.shape, leaf.dtype, leaf.roles, False)
@@ -158,9 +158,9 @@ def _quantised(
         kept: list[Any] = []
 
         def again(mended: jax.Array, leaf: Any = leaf, make: Any = make, kept: list[Any] = kept) -> jax.Array:
-            kept[:] = [make(unsided(mended, leaf))]
+            kept[:] = [make(leaf.kernel(mended))]
             # as stored, so that a b mends that cast, too
-            return sides(_packed.dense(kept[0]).astype(leaf.dtype), leaf)
+            return leaf.matrix(_packed.dense(kept[0]).astype(leaf.dtype))
 
         fit = lambda x: best(x, method.rank, method.scale)
         pairs[leaf.path] = pair(w, again, fit, method.scale)

@@ -1,0 +1,56 @@
+"""LoRA-XS: dW = s a r b, with a = U_r S_r and b = V_r of W0 = U S V frozen, and the small r (r, r) trained from zero.
+
+Bałazy et al, `LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters
+<https://arxiv.org/abs/2405.17604>`_, 2024.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import targets
+from jlora._axes import Leaf
+from jlora._network import Array, Delta
+from jlora._tree import Target
+from jlora.methods.base import LowRank, check_low_rank, zeros
+from jlora.methods.starts import values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAXS(LowRank):
+    """dW = s a r b: a and b are the leading singular vectors of W0 and stay; r (r, r) alone is trained.
+
+    The paper draws r from N(0, 1e-10); here it is zero, so that the start is the base bit for bit.
+
+    Attributes:
+      rank: r, at most min(in, out).
+      alpha: s = alpha / r; the rank by default.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.count(jlora.adapt({"query": {"kernel": jnp.eye(6, 4)}}, jlora.LoRAXS(rank=2)))
+      (4, 28)
+
+    References:
+      Bałazy et al, `LoRA-XS <https://arxiv.org/abs/2405.17604>`_, 2024.
+    """
+
+    target: Target = targets.attention
+
+    def delta(self, leaf: Leaf) -> Delta:
+        check_low_rank(leaf, self.rank)
+        a, b = Array("a", zeros, trained=False), Array("b", zeros, trained=False)  # `initial` fills them
+        sizes = (("r", self.rank), ("t", self.rank))
+        return Delta("r I, r t, t O -> I O", (a, Array("r", zeros), b), sizes, self.scale)
+
+    def initial(
+        self, leaf: Leaf, recipe: Any, keys: Callable[[str, str], Any], weight: Any
+    ) -> dict[tuple[str, str], jax.Array]:
+        arrays = super().initial(leaf, recipe, keys, weight)
+        u, s, vh = jnp.linalg.svd(values(weight, leaf), full_matrices=False)  # (stack..., in, out), whatever its axes
+        begun = {"a": jnp.swapaxes(u * s[..., None, :], -1, -2)[..., : self.rank, :], "b": vh[..., : self.rank, :]}
+        shaped = lambda place: begun[place[1]].astype(self.dtype).reshape(arrays[place].shape)
+        return arrays | {place: shaped(place) for place in arrays if place[1] in begun}

@@ -340,7 +340,7 @@ def marks(case: zoo.Case, fast: bool, newest: bool = False) -> tuple[Any, ...]:
     return (*case.marks, *(() if fast else late))
 
 
-def alone(rows: Any = METHODS) -> list[Any]:
+def each_row(rows: Any = METHODS) -> list[Any]:
     """Rows of `parametrize("row", ...)`."""
     slow = lambda row: () if row.name in CHOSEN else (pytest.mark.slow,)
     return [pytest.param(row, id=row.name, marks=slow(row)) for row in rows]
@@ -391,14 +391,14 @@ def adapted(row: Row, case: zoo.Case, params: Any) -> jlora.Adapted:
     return jlora.adapt(params, spec, axes=axes)
 
 
-def moved(trainable: Any, scale: float = 0.3) -> Any:
+def away_from_start(trainable: Any, scale: float = 0.3) -> Any:
     """Factors away from their start, where half of them are zero. NumPy's numbers, and others than the zoo's."""
     leaves, treedef = jax.tree.flatten(trainable)
     draw = lambda n, a: jnp.asarray(scale * np.random.default_rng(1000 + n).standard_normal(a.shape), a.dtype)
     return treedef.unflatten([draw(n, a) for n, a in enumerate(leaves)])
 
 
-def closed(fn: Callable[..., Any], args: tuple, kwargs: Any) -> tuple[Callable[..., Any], tuple]:
+def as_function_of_arrays(fn: Callable[..., Any], args: tuple, kwargs: Any) -> tuple[Callable[..., Any], tuple]:
     """`fn(params, arrays)` and the arrays: flags and strings among the arguments are closed over, as under `jit`."""
     is_array = lambda a: all(isinstance(x, jax.Array) for x in jax.tree.leaves(a))
     arrays = tuple(a for a in args if is_array(a))
@@ -421,7 +421,7 @@ def cotangents(outputs: list[Any]) -> list[jax.Array]:
     return [draw(n, x) for n, x in enumerate(outputs)]
 
 
-def pulled(f: Callable[[Any], list[jax.Array]], at: Any, differentiable: bool = True) -> tuple[Any, Any]:
+def outputs_and_pullback(f: Callable[[Any], list[jax.Array]], at: Any, differentiable: bool = True) -> tuple[Any, Any]:
     """Outputs, and their pullback of `cotangents` (nothing where JAX itself cannot)."""
     if not differentiable:
         return f(at), ()
@@ -429,7 +429,7 @@ def pulled(f: Callable[[Any], list[jax.Array]], at: Any, differentiable: bool = 
     return outputs, pull(cotangents(outputs))[0]
 
 
-def bits(tree: Any) -> list[bytes]:
+def as_bytes(tree: Any) -> list[bytes]:
     """Arrays as bytes, so that -0.0 and NaN count as what they are."""
     raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     return [np.asarray(raw(x)).tobytes() for x in jax.tree.leaves(tree)]

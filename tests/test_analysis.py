@@ -11,7 +11,7 @@ import pytest
 import jlora
 from jlora import analysis
 from jlora.methods._projections import PROJECTIONS, draws, permutation
-from methods import FEW, adapted, assert_close, bits, in_turn, moved, pairs
+from methods import FEW, adapted, as_bytes, assert_close, away_from_start, in_turn, pairs
 
 pytestmark = pytest.mark.slow  # nothing else stands on this room
 
@@ -277,7 +277,7 @@ EVERY = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in (
 @pytest.mark.parametrize("name", EVERY)
 def test_the_update_of_every_kind_of_method(name):
     adapted = jlora.adapt(params(), (LOW_RANK | OTHERS)[name], axes=AXES)
-    adapted = jlora.join(moved(adapted.trainable), adapted.frozen)
+    adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     found, pairs, want = jax.jit(lambda a: (analysis.updates(a), analysis.factors(a), difference(a)))(adapted)
     assert found.keys() == want.keys() and set(pairs) == (set(want) if name in LOW_RANK else set())
     for path, dense in want.items():
@@ -296,7 +296,7 @@ def test_every_method_has_an_update_and_a_budget(row, case):
     start = adapted(row, case, tree)
     found = analysis.cost(tree, row.spec([s.leaf.path for s in start.frozen.plan.sites]), axes=case.axes)
     assert found.trainable == jlora.count(start)[0] and np.isfinite(found.step_flops) and found.delta_flops >= 0
-    start = jlora.join(moved(start.trainable), start.frozen)
+    start = jlora.join(away_from_start(start.trainable), start.frozen)
     updates, merged = jax.jit(analysis.updates)(start), jax.tree.leaves(jlora.merge(start))
     for site in start.frozen.plan.sites:
         if site.leaf.path in updates:
@@ -476,7 +476,7 @@ def test_a_model_in_a_subspace(kind):
     adapted = jlora.adapt(tree, jlora.IntrinsicDimension(6, kind))
     assert jlora.count(adapted)[0] == 6 + 1 + 3
     assert (jlora.lift(apply)(adapted, x) == apply(tree, x)).all()
-    trainable, frozen = moved(adapted.trainable), adapted.frozen
+    trainable, frozen = away_from_start(adapted.trainable), adapted.frozen
     loss = lambda f: lambda t: jnp.sum(jlora.lift(apply, dense=f)(jlora.join(t, frozen), x) ** 2)
     value, grads = jax.jit(jax.value_and_grad(loss(False)))(trainable)
     want, dense = jax.jit(jax.value_and_grad(loss(True)))(trainable)
@@ -484,7 +484,7 @@ def test_a_model_in_a_subspace(kind):
     for got, grad in zip(jax.tree.leaves(grads), jax.tree.leaves(dense), strict=True):
         np.testing.assert_allclose(got, grad, rtol=1e-3, atol=1e-4)
     # finite differences, along a random direction
-    along = moved(trainable, 1.0)
+    along = away_from_start(trainable, 1.0)
     move = jax.jit(loss(True))
     at = lambda h: float(move(jax.tree.map(lambda t, u: t + h * u, trainable, along)))
     slope = sum(float(jnp.vdot(g, u)) for g, u in zip(*map(jax.tree.leaves, (grads, along)), strict=True))
@@ -511,12 +511,12 @@ def test_the_projection_is_never_kept():
 def test_a_subspace_is_saved_without_its_projection(tmp_path):
     tree = model()[1]
     adapted = jlora.adapt(tree, jlora.IntrinsicDimension(6, "sparse", seed=3))
-    adapted = jlora.join(moved(adapted.trainable), adapted.frozen)
+    adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     jlora.save(tmp_path / "a", adapted)
     loaded = jlora.load(tmp_path / "a", tree)
-    assert bits(loaded) == bits(adapted) and loaded.frozen.plan is adapted.frozen.plan
-    assert bits(jlora.merge(loaded)) == bits(jlora.merge(adapted))
-    assert bits(jlora.merge(jlora.scale(loaded, 0.0))) == bits(tree)
+    assert as_bytes(loaded) == as_bytes(adapted) and loaded.frozen.plan is adapted.frozen.plan
+    assert as_bytes(jlora.merge(loaded)) == as_bytes(jlora.merge(adapted))
+    assert as_bytes(jlora.merge(jlora.scale(loaded, 0.0))) == as_bytes(tree)
 
 
 def test_a_task_of_known_dimension_is_learned_in_as_many():

@@ -22,7 +22,7 @@ import jlora
 import zoo
 from jlora import network
 from jlora._axes import Leaf
-from methods import CHOSEN, METHODS, adapted, assert_close, moved
+from methods import CHOSEN, METHODS, adapted, assert_close, away_from_start
 
 Leaves = dict[str, np.ndarray]
 
@@ -239,7 +239,7 @@ def both(row: Any, kind: Kind) -> tuple[Made, Made]:
     """jlora's and the paper's, with factors away from their start."""
     leaves, x = kind.build()
     ad = adapted(row, kind.case(row.on), {name: jnp.asarray(leaf) for name, leaf in leaves.items()})
-    trained = moved(ad.trainable)
+    trained = away_from_start(ad.trainable)
     return by_jlora(ad, kind, x, trained), by_paper(row, ad, kind, leaves, x, trained)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 import jlora
 import zoo
-from methods import CASES, SMALL, closed, marks
+from methods import CASES, SMALL, as_function_of_arrays, marks
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -55,7 +55,7 @@ def printed(request):
     case = CASES[name]
     fn, params, args = case.build()
     ad = jlora.adapt(params, spec(case), axes=dict(case.axes or {}))
-    call, arrays = closed(fn, args, case.kwargs)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
     return request.param, ad, jlora.explain(call, ad, arrays)
 
 
@@ -237,7 +237,7 @@ def test_axes_are_read_off_the_trace(name):
     """What a case has to say of its axes by hand, `infer_axes` finds; and adapting with it makes nothing dense."""
     case = CASES[name]
     fn, params, args = case.build()
-    call, arrays = closed(fn, args, case.kwargs)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
     found = jlora.infer_axes(call, params, arrays)
     given = jlora.adapt(params, jlora.LoRA(rank=1, target=case.target), axes=dict(case.axes))
     inferred = jlora.adapt(params, jlora.LoRA(rank=1, target=case.target), axes=found)

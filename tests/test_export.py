@@ -8,7 +8,7 @@ import pytest
 from jax import export, lax
 
 import jlora
-from methods import METHODS, alone, assert_close, moved
+from methods import METHODS, assert_close, away_from_start, each_row
 
 ROLES = {"embedding": "io", "dense": "io", "stack": "sio", "heads": "ioo"}
 
@@ -35,11 +35,11 @@ def model(params, ids):
 MATRICES = [row for row in METHODS if row.on != "vectors" and not row.models]
 
 
-@pytest.mark.parametrize("row", alone(MATRICES))
+@pytest.mark.parametrize("row", each_row(MATRICES))
 def test_symbolic_sizes(row):
     """Exported with batch and length open, values and gradients are those of the lifted model at any size."""
     adapted = jlora.adapt(weights(), row.spec("kernel|embedding"), axes=ROLES)
-    trainable, frozen = moved(adapted.trainable), adapted.frozen
+    trainable, frozen = away_from_start(adapted.trainable), adapted.frozen
 
     def step(trainable, ids):
         loss = lambda t: jnp.sum(jlora.lift(model)(jlora.join(t, frozen), ids) ** 2)
@@ -56,7 +56,7 @@ def adapters():
     spec = [jlora.DoRA(jlora.LoRA(rank=2, alpha=3, target="kernel")), jlora.BitFit()]
     one = jlora.adapt(plain, spec)
     return {
-        "adapter": jlora.join(moved(one.trainable), one.frozen),
+        "adapter": jlora.join(away_from_start(one.trainable), one.frozen),
         "quantised base": jlora.adapt(jlora.quantize(plain, "nf4", target="kernel"), jlora.LoRA(rank=2)),
         "quantised tree": jlora.quantize(plain, "int4+double", target="kernel"),
     }

@@ -15,7 +15,7 @@ from jax import lax
 from safetensors.numpy import load_file
 
 import jlora
-from methods import CASES, METHODS, adapted, assert_close, bits, closed, floats, moved
+from methods import CASES, METHODS, adapted, as_bytes, as_function_of_arrays, assert_close, away_from_start, floats
 
 PEFT = load_file(Path(__file__).parent / "fixtures" / "peft" / "inits.safetensors")
 PAIRS = ("pissa", "olora", "orthogonal")
@@ -119,7 +119,7 @@ def test_the_start_is_the_base_bit_for_bit_however_it_is_computed(model):
     case = CASES[model]
     fn, params, args = case.build()
     ad = adapted(next(row for row in METHODS if row.name == "pissa"), case, params)
-    call, arrays = closed(fn, args, case.kwargs)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
     lifted = jlora.lift(call)
     # compiled, the tied model's own dots are fused otherwise once they are lifted, under a LoRA of zeros too
     compiled = model != "linen/tied_attend"
@@ -147,7 +147,7 @@ def test_what_is_learned_is_not_drowned_in_bfloat16():
     """Two products of the weight's size, each rounded and then subtracted, would err by percents of the update."""
     w, x = normal(5, 64, 64, dtype=jnp.bfloat16), normal(6, 32, 64, dtype=jnp.bfloat16)
     ad = jlora.adapt({"w": w}, jlora.LoRA(rank=8, init="pissa", target="w"))
-    step = moved(ad.trainable, 1e-3)
+    step = away_from_start(ad.trainable, 1e-3)
     ad = jlora.join(jax.tree.map(jnp.add, ad.trainable, step), ad.frozen)
     f = factors(ad)
     want = np.float64(x) @ (product(f["a"], f["b"]) - product(f["a0"], f["b0"]))
@@ -160,7 +160,7 @@ def test_what_is_learned_is_not_drowned_in_bfloat16():
 def test_the_update_is_the_difference_of_the_products(name):
     params = {"w": normal(7, 12, 10)}
     ad = jlora.adapt(params, jlora.LoRA(rank=2, alpha=3, init=name, target="w"))
-    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
     f = factors(ad)
     want = np.float64(params["w"]) + f["s"] * (product(f["a"], f["b"]) - product(f["a0"], f["b0"]))
     np.testing.assert_allclose(jlora.merge(ad)["w"], want, rtol=1e-5, atol=1e-5)
@@ -176,12 +176,12 @@ def test_a_pair_as_a_plain_lora_of_twice_the_rank(model):
     case = CASES[model]
     fn, params, args = case.build()
     ad = adapted(next(row for row in METHODS if row.name == "olora"), case, params)
-    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
     flat = jlora.init.plain(ad)
-    assert bits(jlora.merge(flat)) == bits(jlora.merge(ad))
-    call, arrays = closed(fn, args, case.kwargs)
+    assert as_bytes(jlora.merge(flat)) == as_bytes(jlora.merge(ad))
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
     got, want = (floats(jax.jit(jlora.lift(call))(a, arrays)) for a in (flat, ad))
-    assert bits(got) == bits(want)
+    assert as_bytes(got) == as_bytes(want)
     again = jlora.adapt(params, jlora.LoRA(rank=4, target=case.target), axes=dict(case.axes or {}))
     assert jax.tree.structure(flat) == jax.tree.structure(again), "it is a LoRA like any other"
 
@@ -191,10 +191,10 @@ def test_lora_fa_of_a_pair_trains_b_alone():
     ad = jlora.adapt(params, jlora.LoRAFA(rank=2, init="pissa", target="w"))
     assert set(ad.trainable["w"]) == {"b"} and set(ad.frozen.factors["w"]) == {"a", "b0", "s"}
     np.testing.assert_array_equal(jlora.merge(ad)["w"], params["w"])
-    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
     f = factors(ad)
     np.testing.assert_allclose(jlora.merge(ad)["w"], params["w"] + product(f["a"], f["b"] - f["b0"]), atol=1e-5)
-    assert bits(jlora.merge(jlora.init.plain(ad))) == bits(jlora.merge(ad))
+    assert as_bytes(jlora.merge(jlora.init.plain(ad))) == as_bytes(jlora.merge(ad))
 
 
 def test_dora_over_a_pair():
@@ -202,7 +202,7 @@ def test_dora_over_a_pair():
     spec = jlora.DoRA(jlora.LoRA(rank=2, alpha=3, init="pissa", target="w"))
     ad = jlora.adapt(params, spec, axes={"w": "sio"})
     np.testing.assert_allclose(jlora.merge(ad)["w"], params["w"], rtol=1e-6)
-    trained = {"w": {**moved(ad.trainable)["w"], "m": ad.trainable["w"]["m"] + 0.5}}
+    trained = {"w": {**away_from_start(ad.trainable)["w"], "m": ad.trainable["w"]["m"] + 0.5}}
     ad = jlora.join(trained, ad.frozen)
     f = factors(ad)
     direction = np.float64(params["w"]) + 1.5 * (product(f["a"], f["b"]) - product(f["a0"], f["b0"]))
@@ -240,7 +240,7 @@ def test_a_pair_is_saved_and_loaded(tmp_path):
     ad = jlora.adapt(params, jlora.LoRA(rank=2, alpha=3, init="olora", target="w"))
     jlora.save(tmp_path / "x", ad)
     back = jlora.load(tmp_path / "x", params)
-    assert back.frozen.plan is ad.frozen.plan and bits(back) == bits(ad)
+    assert back.frozen.plan is ad.frozen.plan and as_bytes(back) == as_bytes(ad)
     assert "pair" in str(back)
 
 
@@ -276,7 +276,7 @@ def test_lora_ga_takes_the_best_first_step():
     trainable, frozen = jlora.split(ad)
     lifted = jlora.lift(squares)
     np.testing.assert_allclose(lifted(ad, batches[0]), squares(params, batches[0]), rtol=1e-6)
-    assert bits(jlora.merge(ad)) == bits(params)
+    assert as_bytes(jlora.merge(ad)) == as_bytes(params)
     steps = jax.grad(lambda t: lifted(jlora.join(t, frozen), batches[0]))(trainable)
     for path in ("a/w", "b/w"):
         g = np.float64(grads[path])
@@ -500,10 +500,10 @@ def test_refused_in_words(make, words):
 
 def test_twice_the_rank_above_the_matrix_rank_is_warned_of():
     ad = jlora.adapt({"w": normal(0, 8, 6)}, [jlora.LoRA(rank=4, init="pissa", target="w")])
-    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
     with pytest.warns(UserWarning, match=r"'w': rank 8 is above min\(in, out\) = 6"):
         flat = jlora.init.plain(ad)
-    assert bits(jlora.merge(flat)) == bits(jlora.merge(ad))
+    assert as_bytes(jlora.merge(flat)) == as_bytes(jlora.merge(ad))
 
 
 def ranks_of_a_pair():
@@ -511,7 +511,7 @@ def ranks_of_a_pair():
     ad = jlora.adapt(
         {"w": normal(3, 2, 8, 6)}, jlora.LoRA(rank=4, alpha=3, init="pissa", target="w"), axes={"w": "sio"}
     )
-    new = moved(ad.trainable)
+    new = away_from_start(ad.trainable)
     still = np.array([[False, True, False, False], [True, False, True, False]])[..., None]
     new["w"] = {x: jnp.where(still, ad.frozen.factors["w"][x + "0"], new["w"][x]) for x in "ab"}
     return jlora.join(new, ad.frozen), ~still[..., 0]
@@ -561,14 +561,14 @@ def test_a_compact_pair_is_a_smaller_pair(tmp_path):
     }  # fmt: skip
     np.testing.assert_allclose(change(small), change(ad), atol=1e-5)
     jlora.save(tmp_path / "x", small)
-    assert bits(jlora.load(tmp_path / "x", ad.frozen.base)) == bits(small)
+    assert as_bytes(jlora.load(tmp_path / "x", ad.frozen.base)) == as_bytes(small)
 
 
 @pytest.mark.parametrize("rank", [2, 6])
 def test_a_resized_pair_is_a_plain_lora(rank):
     """The best approximation of the whole update, whose rank is up to 2 r."""
     ad = jlora.adapt({"w": normal(3, 12, 10)}, jlora.LoRA(rank=3, init="pissa", target="w"))
-    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
     u, sizes, v = np.linalg.svd(change(ad))
     small, error = jlora.rank.resize(ad, rank=rank)
     assert sorted(factors(small)) == ["a", "b", "s"] and small.trainable["w"]["a"].shape == (rank, 12)
@@ -579,7 +579,7 @@ def test_a_resized_pair_is_a_plain_lora(rank):
 def test_optimizers_of_pairs():
     """LoRA+ multiplies b's update; the Riemannian metric is that of a and b; LoRA-FA's is that of a."""
     ad = jlora.adapt({"w": normal(3, 8, 6)}, jlora.LoRA(rank=2, init="pissa", target="w"))
-    grads = moved(ad.trainable)
+    grads = away_from_start(ad.trainable)
     turn = lambda tx, ad, grads, **more: tx.update(grads, tx.init(ad.trainable), ad.trainable, **more)[0]["w"]
     plus = turn(jlora.optim.lora_plus(ad, ratio=4.0), ad, grads)
     np.testing.assert_array_equal(plus["a"], grads["w"]["a"])
@@ -589,7 +589,7 @@ def test_optimizers_of_pairs():
     np.testing.assert_allclose(riemann["a"], metric(ad.trainable["w"]["b"]) @ np.float64(grads["w"]["a"]), rtol=1e-3)
     np.testing.assert_allclose(riemann["b"], metric(ad.trainable["w"]["a"]) @ np.float64(grads["w"]["b"]), rtol=1e-3)
     fa = jlora.adapt({"w": normal(3, 8, 6)}, jlora.LoRAFA(rank=2, init="pissa", target="w"))
-    grads = moved(fa.trainable)
+    grads = away_from_start(fa.trainable)
     a = fa.frozen.factors["w"]["a"]
     got = turn(jlora.optim.lora_fa(fa, eps=1e-9), fa, grads, frozen=fa.frozen)
     np.testing.assert_allclose(got["b"], metric(a) @ np.float64(grads["w"]["b"]), rtol=1e-3)
@@ -607,14 +607,14 @@ def test_other_methods_stay_when_pairs_become_plain():
         params, [jlora.LoRA(rank=2, init="pissa", target="w"), jlora.LoRA(rank=1, target="v"), jlora.BitFit(target="b")]
     )
     flat = jlora.init.plain(ad)
-    assert bits(jlora.merge(flat)) == bits(jlora.merge(ad)) and set(flat.trainable) == set(ad.trainable)
+    assert as_bytes(jlora.merge(flat)) == as_bytes(jlora.merge(ad)) and set(flat.trainable) == set(ad.trainable)
 
 
 def test_pissa_learns_and_its_frozen_half_stays():
     params, batches = two_layers()
     ad = jlora.adapt(params, jlora.LoRA(rank=2, init="pissa", target="w$"))
     trainable, frozen = jlora.split(ad)
-    before, tx, lifted = bits(frozen), optax.sgd(0.05), jlora.lift(squares)
+    before, tx, lifted = as_bytes(frozen), optax.sgd(0.05), jlora.lift(squares)
     value = jax.jit(jax.value_and_grad(lambda t: lifted(jlora.join(t, frozen), batches[0])))
     state, losses = tx.init(trainable), []
     for _ in range(20):
@@ -622,4 +622,4 @@ def test_pissa_learns_and_its_frozen_half_stays():
         updates, state = tx.update(grads, state)
         trainable = optax.apply_updates(trainable, updates)
         losses.append(float(loss))
-    assert losses[-1] < 0.8 * losses[0] and bits(frozen) == before
+    assert losses[-1] < 0.8 * losses[0] and as_bytes(frozen) == before

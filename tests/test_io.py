@@ -25,7 +25,7 @@ from flax.training.train_state import TrainState
 import jlora
 from jlora import methods, network
 from jlora.io import _arrays, _fingerprint, _folder, _manifest, _untrained, export, load, save
-from methods import METHODS, moved
+from methods import METHODS, away_from_start
 
 # --- bases and adapters -------------------------------------------------------------------------------------------
 
@@ -307,7 +307,7 @@ def test_an_untrained_adapter_is_recognised(row):
         _untrained.warn("save(path", fresh)
     with warnings.catch_warnings():
         warnings.simplefilter("error", jlora.UntrainedWarning)
-        _untrained.warn("save(path", jlora.join(moved(fresh.trainable), fresh.frozen))
+        _untrained.warn("save(path", jlora.join(away_from_start(fresh.trainable), fresh.frozen))
 
 
 SAVES = {"save": jlora.save, "export": jlora.export, "jlora.io.peft.save": jlora.io.peft.save}

@@ -20,16 +20,16 @@ from methods import (
     LORA,
     METHODS,
     adapted,
-    alone,
+    as_bytes,
+    as_function_of_arrays,
     assert_close,
-    bits,
-    closed,
+    away_from_start,
+    each_row,
     errors,
     floats,
     in_turn,
-    moved,
+    outputs_and_pullback,
     pairs,
-    pulled,
 )
 
 HALF_EPS = 2.0**-8  # bfloat16 keeps eight bits
@@ -41,16 +41,17 @@ def programs(row, case):
     Under one `jit`, as compiling is what takes time: outputs and gradients lifted and dense, merged-then-plain, base.
     """
     fn, params, args = case.build()
-    before = bits(params)
+    before = as_bytes(params)
     ad = adapted(row, case, params)
     trainable, frozen = jlora.split(ad)
-    call, arrays = closed(fn, args, case.kwargs)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
 
     @jax.jit
     def program(trainable, frozen, arrays):
         def run(dense):
             lifted = jlora.lift(call, dense=dense)
-            return pulled(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), trainable, case.differentiable)
+            f = lambda t: floats(lifted(jlora.join(t, frozen), arrays))
+            return outputs_and_pullback(f, trainable, case.differentiable)
 
         plain = floats(call(frozen.base, arrays))
         return run(False), run(True), plain
@@ -62,7 +63,7 @@ def programs(row, case):
 def test_first_laws(row, case, subtests):
     """Lifted equals dense in value and gradient; at the start it is the base; merging gives the same; all is used."""
     ad, program, (call, arrays, params, before) = programs(row, case)
-    far = moved(ad.trainable)
+    far = away_from_start(ad.trainable)
     (y, grads), (y_dense, grads_dense), plain = program(far)
 
     with subtests.test("the adapter moves the outputs"):
@@ -96,7 +97,7 @@ def test_first_laws(row, case, subtests):
 
     with subtests.test("the base is untouched"):
         assert all(a is b for a, b in zip(jax.tree.leaves(ad.frozen.base), jax.tree.leaves(params), strict=True))
-        assert bits(ad.frozen.base) == before
+        assert as_bytes(ad.frozen.base) == before
 
     with subtests.test("explain finds every weight"):
         report = jlora.explain(call, jlora.join(far, ad.frozen), arrays)
@@ -110,7 +111,7 @@ def test_first_laws(row, case, subtests):
 def test_start_is_the_base_bit_for_bit(row, case):
     """Each operation as the model wrote it, and a delta of exact zeros. Eager, where XLA has nothing to fuse."""
     fn, params, args = case.build()
-    call, arrays = closed(fn, args, case.kwargs)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
     lifted, plain = jlora.lift(call)(adapted(row, case, params), arrays), call(params, arrays)
     assert jax.tree.structure(lifted) == jax.tree.structure(plain)
     for a, b in zip(zoo.arrays(lifted), zoo.arrays(plain), strict=True):
@@ -118,7 +119,7 @@ def test_start_is_the_base_bit_for_bit(row, case):
         if jnp.issubdtype(a.dtype, jnp.floating):
             np.testing.assert_array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
         else:
-            assert bits(a) == bits(b)
+            assert as_bytes(a) == as_bytes(b)
 
 
 BFLOAT16 = [name for name, case in CASES.items() if case.dtype == "bfloat16"]
@@ -148,17 +149,17 @@ def test_bfloat16(row, case, subtests):
     with pytest.MonkeyPatch.context() as patch:
         (fn, params, args), (fn32, params32, args32) = in_float32(case, patch)
         ad32 = adapted(row, case, params32)
-        far = moved(ad32.trainable)
-        call32, arrays32 = closed(fn32, args32, case.kwargs)
+        far = away_from_start(ad32.trainable)
+        call32, arrays32 = as_function_of_arrays(fn32, args32, case.kwargs)
         oracle = jlora.lift(call32, dense=True)
-        want = pulled(lambda t: floats(oracle(jlora.join(t, ad32.frozen), arrays32)), far)
+        want = outputs_and_pullback(lambda t: floats(oracle(jlora.join(t, ad32.frozen), arrays32)), far)
         assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(want))
     ad = adapted(row, case, params)
-    call, arrays = closed(fn, args, case.kwargs)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
 
     def run(dense):
         lifted = jlora.lift(call, dense=dense)
-        f = lambda t, frozen, arrays: pulled(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), t)
+        f = lambda t, frozen, arrays: outputs_and_pullback(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), t)
         return jax.jit(f)(far, ad.frozen, arrays)
 
     for what, got, dense, exact in zip(("values", "gradients"), run(False), run(True), want, strict=True):
@@ -196,9 +197,9 @@ def test_twenty_steps_move_what_is_trained_alone(row, case):
     """In the whole form, where the optimizer sees the frozen half: the harder one for it."""
     fn, params, args = case.build()
     ad = adapted(row, case, params)
-    frozen = bits(ad.frozen)
+    frozen = as_bytes(ad.frozen)
     start = jax.tree.map(np.asarray, ad.trainable)
-    call, arrays = closed(fn, args, case.kwargs)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
     lifted, tx = jlora.lift(call), jlora.masked(optax.adamw(1e-2))
 
     @jax.jit
@@ -210,7 +211,7 @@ def test_twenty_steps_move_what_is_trained_alone(row, case):
     state = tx.init(ad)
     for _ in range(20):
         ad, state = step(ad, state, arrays)
-    assert bits(ad.frozen) == frozen
+    assert as_bytes(ad.frozen) == frozen
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ad.trainable), jax.tree.leaves(start), strict=True):
         assert not np.array_equal(a, b), path
 
@@ -224,9 +225,9 @@ COMPOSED = ("linen/mlp", "linen/tied_attend", "linen/convolutions", "linen/scan_
 def setting(row, case):
     """(call, arrays, frozen, trainable away from its start)"""
     fn, params, args = case.build()
-    call, arrays = closed(fn, args, case.kwargs)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
     trainable, frozen = jlora.split(adapted(row, case, params))
-    return call, arrays, frozen, moved(trainable)
+    return call, arrays, frozen, away_from_start(trainable)
 
 
 # JAX itself has no vmap of ragged_dot
@@ -235,7 +236,7 @@ def test_vmap_over_adapters(row, case):
     """Three adapters of one plan, stacked: outputs and gradients as one by one."""
     call, arrays, frozen, one = setting(row, case)
     lifted = jlora.lift(call)
-    run = jax.jit(lambda t, frozen: pulled(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), t))
+    run = jax.jit(lambda t, frozen: outputs_and_pullback(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), t))
     many = [jax.tree.map(lambda a, c=c: c * a, one) for c in (1.0, -0.7, 0.0)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *many)
     together = jax.jit(jax.vmap(run, in_axes=(0, None)))(stacked, frozen)
@@ -292,7 +293,7 @@ def test_forward_mode(row, case):
     assert_close(lifted, dense)
 
 
-@pytest.mark.parametrize("row", alone([row for row in METHODS if row.on != "vectors"]))
+@pytest.mark.parametrize("row", each_row([row for row in METHODS if row.on != "vectors"]))
 def test_jacobian_in_forward_mode(row):
     call, arrays, frozen, trainable = setting(row, row.home)
     f = lambda t, **how: jlora.lift(call, **how)(jlora.join(t, frozen), arrays)
@@ -319,13 +320,13 @@ def test_inside_other_transforms(row, case):
         return jax.tree.map(lambda y: y[0], jax.lax.scan(step, 0, None, length=2)[1])
 
     chosen = lambda t: jax.lax.cond(jnp.array(True), plain, lambda t: jax.tree.map(jnp.zeros_like, plain(t)), t)
-    run = jax.jit(lambda t: [pulled(f, t) for f in (plain, looped, chosen, jax.checkpoint(plain))])
+    run = jax.jit(lambda t: [outputs_and_pullback(f, t) for f in (plain, looped, chosen, jax.checkpoint(plain))])
     want, *others = run(trainable)
     for got in others:
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("row", alone())
+@pytest.mark.parametrize("row", each_row())
 def test_dense_is_merge_then_call(row):
     call, arrays, frozen, trainable = setting(row, row.home)
     ad = jlora.join(trainable, frozen)
@@ -333,7 +334,7 @@ def test_dense_is_merge_then_call(row):
     assert jax.tree.structure(merged) == jax.tree.structure(frozen.base)
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
     assert all(jax.tree.leaves(jax.tree.map(same, merged, frozen.base)))
-    assert bits(jlora.lift(call, dense=True)(ad, arrays)) == bits(call(merged, arrays))
+    assert as_bytes(jlora.lift(call, dense=True)(ad, arrays)) == as_bytes(call(merged, arrays))
     assert_close(jax.jit(jlora.merge)(ad), merged, 1e-6)
 
 
@@ -415,11 +416,11 @@ def test_random_moves(seed):
     def program(trainable, frozen, x):
         def run(dense):
             lifted = jlora.lift(f, dense=dense)
-            return pulled(lambda tx: [lifted(jlora.join(tx[0], frozen), tx[1])], (trainable, x))
+            return outputs_and_pullback(lambda tx: [lifted(jlora.join(tx[0], frozen), tx[1])], (trainable, x))
 
         return run(False), run(True)
 
-    lifted, dense = program(moved(ad.trainable), ad.frozen, x)
+    lifted, dense = program(away_from_start(ad.trainable), ad.frozen, x)
     assert_close(lifted, dense)
     assert not jlora.explain(f, ad, x).unused
 
@@ -466,9 +467,9 @@ def against_dense(f, shape, letters, *args, spec=None):
     @jax.jit
     def program(trainable, frozen):
         run = lambda dense: lambda t: [jlora.lift(f, dense=dense)(jlora.join(t, frozen), *args)]
-        return pulled(run(False), trainable), pulled(run(True), trainable)
+        return outputs_and_pullback(run(False), trainable), outputs_and_pullback(run(True), trainable)
 
-    assert_close(*program(moved(ad.trainable), ad.frozen))
+    assert_close(*program(away_from_start(ad.trainable), ad.frozen))
 
 
 @any_letters
@@ -517,7 +518,7 @@ def test_several_adapters_in_one_call():
     """An encoder and a decoder in a tuple, one of them again under a keyword, and a plain tree beside them."""
     tree = lambda n: {"w": jnp.asarray(np.random.default_rng(n).standard_normal((6, 6)), jnp.float32)}
     ads = [jlora.adapt(tree(n), jlora.LoRA(rank=2, target="w")) for n in range(2)]
-    ads = [jlora.Adapted(moved(ad.trainable, 0.3 + n), ad.frozen) for n, ad in enumerate(ads)]
+    ads = [jlora.Adapted(away_from_start(ad.trainable, 0.3 + n), ad.frozen) for n, ad in enumerate(ads)]
 
     def f(both, x, plain, *, memory):
         encoder, decoder = both["models"]
@@ -570,8 +571,9 @@ def test_what_is_data_shares_a_program(options):
     """Alpha, its rule and the initialiser are numbers: no recompilation, and the outputs differ."""
     chex.clear_trace_counter()
     f, x = traced_once(), jnp.ones((3, 6))
-    one, other = (jlora.Adapted(moved(ad.trainable), ad.frozen) for ad in (matrices(alpha=2), matrices(**options)))
-    differ = bits(f(one, x)) != bits(f(other, x))
+    adapters = matrices(alpha=2), matrices(**options)
+    one, other = (jlora.Adapted(away_from_start(ad.trainable), ad.frozen) for ad in adapters)
+    differ = as_bytes(f(one, x)) != as_bytes(f(other, x))
     assert differ == (float(other.frozen.factors["query/kernel"]["s"]) != 1.0)
 
 
@@ -592,10 +594,10 @@ def test_the_initial_value_depends_on_key_and_path_alone():
     params = {"query": {"kernel": jnp.ones((6, 4))}, "value": {"kernel": jnp.ones((6, 4))}}
     both = jlora.adapt(params, jlora.LoRA(rank=2)).trainable
     one = jlora.adapt(params, jlora.LoRA(rank=2, target="value")).trainable
-    assert bits(one["value/kernel"]) == bits(both["value/kernel"])
-    assert bits(both["value/kernel"]) != bits(both["query/kernel"])
+    assert as_bytes(one["value/kernel"]) == as_bytes(both["value/kernel"])
+    assert as_bytes(both["value/kernel"]) != as_bytes(both["query/kernel"])
     other = jlora.adapt(params, jlora.LoRA(rank=2), key=jax.random.key(1)).trainable
-    assert bits(other["value/kernel"]) != bits(both["value/kernel"])
+    assert as_bytes(other["value/kernel"]) != as_bytes(both["value/kernel"])
 
 
 def test_donation():
@@ -617,13 +619,13 @@ def test_donation():
     got = donated(donated(trainable, frozen), frozen)
     assert all(a.is_deleted() for a in jax.tree.leaves(trainable))
     assert not any(a.is_deleted() for a in jax.tree.leaves(frozen))
-    assert bits(got) == bits(want)
+    assert as_bytes(got) == as_bytes(want)
 
 
 def test_base_may_be_stopped_or_differentiated_around():
     """Gradients stop at the frozen half, whoever asks for them."""
     ad = matrices()
-    ad = jlora.Adapted(moved(ad.trainable), ad.frozen)
+    ad = jlora.Adapted(away_from_start(ad.trainable), ad.frozen)
     lifted = jlora.lift(lambda params, x: x @ params["query"]["kernel"] + x @ params["value"]["kernel"])
     grads, dx = jax.grad(lambda ad, x: jnp.sin(lifted(ad, x)).sum(), argnums=(0, 1))(ad, jnp.ones((3, 6)))
     assert not any(np.any(a) for a in jax.tree.leaves(grads.frozen))

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 import jlora
-from methods import assert_close, bits, moved
+from methods import as_bytes, assert_close, away_from_start
 
 
 def normal(seed, *shape):
@@ -24,7 +24,7 @@ def lifted_and_grads(f, params, spec, x, cotangent, axes=None, key=None):
     """Output, gradients and factors of `f(params, x)` under a spec with factors away from their start."""
     cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
     trainable, frozen = jlora.split(jlora.adapt(cast(params), spec, axes=axes))
-    trainable = moved(trainable)
+    trainable = away_from_start(trainable)
     call = lambda t: jlora.lift(f)(jlora.join(t, frozen), jnp.asarray(x, jnp.float32) if x.dtype == float else x)
     y, pull = jax.vjp(jax.jit(call), trainable)
     wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
@@ -267,7 +267,7 @@ def test_a_rank_above_the_matrix_rank_is_warned_of(name):
     w0 = np.random.default_rng(0).standard_normal((24, 5))
     with pytest.warns(UserWarning, match=r"'w': rank 6 is above min\(in, out\) = 5"):
         ad = jlora.adapt({"w": jnp.asarray(w0, jnp.float32)}, method)
-    far = jlora.join(moved(ad.trainable), ad.frozen)
+    far = jlora.join(away_from_start(ad.trainable), ad.frozen)
     x = np.random.default_rng(1).standard_normal((3, 24))
     lifted = jlora.lift(lambda p, x: x @ p["w"])(far, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(lifted, x @ np.float64(jlora.merge(far)["w"]), rtol=1e-4, atol=1e-4)
@@ -279,7 +279,7 @@ def test_a_rank_above_the_matrix_rank_is_warned_of(name):
 def test_a_wide_rank_can_be_resized_and_compacted():
     with pytest.warns(UserWarning, match="above min"):
         ad = jlora.adapt({"w": jnp.ones((24, 5))}, jlora.LoRA(rank=6, target="w"))
-    ad = jlora.join(moved(ad.trainable), ad.frozen)
+    ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
     small, error = jlora.rank.resize(ad, rank=6)
     assert small.trainable["w"]["a"].shape == (5, 24) and error["w"] < 1e-5
     np.testing.assert_allclose(jlora.merge(small)["w"], jlora.merge(ad)["w"], atol=1e-4)
@@ -318,7 +318,7 @@ def settled(dtype=jnp.float32, size=1.0):
     """One adapted kernel with factors of a given size, and its float64 parts."""
     w = jnp.asarray(normal(1, 40, 30), dtype)
     ad = jlora.adapt({"query": {"kernel": w}}, jlora.LoRA(rank=4, alpha=8))
-    ad = jlora.Adapted(moved(ad.trainable, size), ad.frozen)
+    ad = jlora.Adapted(away_from_start(ad.trainable, size), ad.frozen)
     a, b = (np.asarray(ad.trainable["query/kernel"][n], np.float64) for n in "ab")
     return ad, np.asarray(w, np.float64), 2.0 * a.T @ b
 
@@ -502,7 +502,7 @@ def test_without_a_key_there_is_no_dropout(f):
     ad = transparent(**({"stack": (3,), "letters": "sio"} if f in STACKED else {}))
     for y in jax.tree.leaves(jlora.lift(f)(ad, ROWS)):
         np.testing.assert_array_equal(y, np.ones_like(y))
-    assert bits(jlora.merge(jlora.with_dropout(ad, jax.random.key(0)))) == bits(jlora.merge(ad))
+    assert as_bytes(jlora.merge(jlora.with_dropout(ad, jax.random.key(0)))) == as_bytes(jlora.merge(ad))
 
 
 def test_weights_draw_masks_of_their_own(key):
@@ -558,7 +558,7 @@ def test_dropout_spares_the_base_and_is_right_in_the_mean(name, rates, key):
     x = jnp.asarray(normal(2, *inputs), jnp.float32)
     ad = jlora.adapt({"w": jnp.asarray(normal(1, *shape), jnp.float32)}, jlora.LoRA(rank=2, target="w", **rates),
                      axes={"w": letters})  # fmt: skip
-    ad = jlora.Adapted(moved(ad.trainable), ad.frozen)
+    ad = jlora.Adapted(away_from_start(ad.trainable), ad.frozen)
     one = lambda key: jlora.lift(f)(jlora.with_dropout(ad, key), x)
     run = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=None if name == "ragged" else 4000))
     drawn = np.asarray(run(jax.random.split(key, 4000)), np.float64)
@@ -586,8 +586,8 @@ def test_the_gradient_under_a_key_is_the_slope_of_what_was_drawn(how, key):
     x = jnp.asarray(normal(2, 4, 6), jnp.float32)
     params = scan().init(key, x, None)
     ad = jlora.adapt(params, jlora.LoRA(rank=2, target="kernel", dropout=0.4), axes={"kernel": "sio"})
-    trainable, frozen = moved(ad.trainable), ad.frozen
-    direction = moved(trainable, 0.5)
+    trainable, frozen = away_from_start(ad.trainable), ad.frozen
+    direction = away_from_start(trainable, 0.5)
     apply = jlora.lift(scan().apply, forward_mode=how == "forward_mode")
 
     @jax.jit
@@ -601,4 +601,4 @@ def test_the_gradient_under_a_key_is_the_slope_of_what_was_drawn(how, key):
     inner = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
     assert abs(slope - inner) < 2e-3 * max(1, abs(inner))
     other = jax.jit(jax.grad(loss))(trainable, jax.random.key(9))
-    assert bits(other) != bits(grads)
+    assert as_bytes(other) != as_bytes(grads)

@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 import jlora
 from jlora import network
 from jlora.optim import factor_labels, lora_fa, lora_plus, riemannian
-from methods import assert_close, bits, moved
+from methods import as_bytes, assert_close, away_from_start
 
 
 def draw(seed, *shape):
@@ -36,7 +36,7 @@ def start(method=jlora.LoRA, target="dense/kernel|layers", **fields):
     """A weight and a stack under a method and the bias under BitFit, away from the start."""
     spec = [method(rank=2, alpha=3, target=target, **fields), jlora.BitFit(target="bias$")]
     adapted = jlora.adapt(base(), spec)
-    return jlora.join(moved(adapted.trainable), adapted.frozen)
+    return jlora.join(away_from_start(adapted.trainable), adapted.frozen)
 
 
 def gradients(trainable):
@@ -133,13 +133,13 @@ def test_every_form_takes_the_same_steps(name):
     grads = gradients(trainable)
     extra = {"frozen": frozen} if name == "lora_fa" else {}
     want = train(make(adapted), trainable, grads, **extra)
-    assert bits(want) != bits(trainable)
+    assert as_bytes(want) != as_bytes(trainable)
     whole = jlora.Adapted(grads, jax.tree.map(jnp.zeros_like, frozen))
     beside = lambda x, head: {"model": x, "head": head}
 
     inside = train(jlora.masked(make(adapted)), adapted, whole)
     assert_close(inside.trainable, want)
-    assert bits(inside.frozen) == bits(frozen)
+    assert as_bytes(inside.frozen) == as_bytes(frozen)
     assert_close(train(optax.chain(make(adapted), jlora.masked(optax.identity())), adapted, whole).trainable, want)
     head, g = jnp.ones(3), jnp.zeros(3)
     assert_close(train(make(adapted), beside(adapted, head), beside(whole, g))["model"].trainable, want)
@@ -172,7 +172,7 @@ def test_steps_are_averaged_before_or_after(name):
     method, make = CASES[name]
     adapted = start(method)
     trainable, frozen = jlora.split(adapted)
-    one, other = gradients(trainable), moved(trainable)
+    one, other = gradients(trainable), away_from_start(trainable)
     extra = {"frozen": frozen} if name == "lora_fa" else {}
     want = stepped(make(adapted), trainable, jax.tree.map(lambda x, y: (x + y) / 2, one, other), **extra)
     around = [optax.MultiSteps(make(adapted), 2)]
@@ -218,7 +218,7 @@ def test_they_train_in_a_train_state():
     for _ in range(20):
         state, loss = step(state)
         losses.append(float(loss))
-    assert losses[-1] < 0.9 * losses[0] and bits(state.params.frozen) == bits(adapted.frozen)
+    assert losses[-1] < 0.9 * losses[0] and as_bytes(state.params.frozen) == as_bytes(adapted.frozen)
 
 
 @pytest.mark.parametrize("make", [lora_plus, riemannian, lora_fa], ids=lambda make: make.__name__)
@@ -255,7 +255,7 @@ CHAINS = {
 def test_lora_plus_is_a_learning_rate_of_its_own(name, schedule):
     """The authors' parameter groups: an optimizer of the rate lr on a, one of ratio x lr on b."""
     adapted = jlora.adapt(base(), jlora.LoRA(rank=2, target="kernel$"))
-    start, grads = moved(adapted.trainable), gradients(adapted.trainable)
+    start, grads = away_from_start(adapted.trainable), gradients(adapted.trainable)
     rate = lambda by: (lambda n: by * 1e-2 / (1 + n)) if schedule else by * 1e-2
     transform = CHAINS[name]
     got = train(optax.chain(transform(rate(1)), lora_plus(adapted, 16)), start, grads)
@@ -336,7 +336,7 @@ def test_riemannian_is_the_papers_formula():
 def test_a_window_is_of_the_input_side():
     """A convolution's a is (r, window..., in): one matrix, whatever the axes."""
     adapted = jlora.adapt({"conv": {"kernel": draw(1, 3, 3, 4, 5)}}, jlora.LoRA(rank=2, target="kernel"))
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     grads = gradients(trainable)
     assert trainable["conv/kernel"]["a"].shape == (2, 3, 3, 4)
     got = stepped(riemannian(adapted, eps=1e-3), trainable, grads)["conv/kernel"]
@@ -398,7 +398,7 @@ def test_scanned_and_unrolled_models_take_the_same_steps(tied):
     method = jlora.LoRA(**fields) if tied is None else jlora.TiedLoRA(tied=tied, **fields)
     scanned = jlora.adapt({"layers": {"kernel": kernel}}, method)
     unrolled = jlora.adapt({f"layer_{n}": {"kernel": kernel[n]} for n in range(3)}, method)
-    trainable = moved(scanned.trainable)
+    trainable = away_from_start(scanned.trainable)
     grads = gradients(trainable)
 
     def of_layers(tree):
@@ -414,14 +414,14 @@ def test_scanned_and_unrolled_models_take_the_same_steps(tied):
 
 def test_tied_factors_meet_the_sum_of_their_layers():
     adapted = jlora.adapt({"layers": {"kernel": draw(1, 3, 6, 5)}}, jlora.TiedLoRA(rank=2, tied="a", target="kernel"))
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     grads = gradients(trainable)
     b = flat(trainable["layers/kernel"]["b"], 1)
     g = flat(grads["tied/layers/kernel"]["a"], 0)
     got = stepped(riemannian(adapted, eps=1e-3), trainable, grads)
     want = np.linalg.inv(np.einsum("lrn,lsn->rs", b, b) + 1e-3 * np.eye(2)) @ g[0]
     np.testing.assert_allclose(got["tied/layers/kernel"]["a"], want, rtol=1e-4, atol=1e-5)
-    assert bits(got["layers/kernel"]["u"]) == bits(grads["layers/kernel"]["u"])
+    assert as_bytes(got["layers/kernel"]["u"]) == as_bytes(grads["layers/kernel"]["u"])
 
 
 def test_riemannian_needs_its_partner():
@@ -499,7 +499,7 @@ def test_lora_fa_in_slices_and_among_others():
         a = np.asarray(adapted.frozen.factors["dense/kernel"][f"a{n}"], np.float64)
         want = np.asarray(grads["dense/kernel"][f"b{n}"]) / (a @ a.T)
         np.testing.assert_allclose(got["dense/kernel"][f"b{n}"], want, rtol=1e-4)
-    assert bits(got["query/kernel"]) == bits(grads["query/kernel"])
+    assert as_bytes(got["query/kernel"]) == as_bytes(grads["query/kernel"])
 
 
 def test_lora_fa_leaves_gated_updates_alone():
@@ -510,10 +510,10 @@ def test_lora_fa_leaves_gated_updates_alone():
     adapted = jlora.adapt(base(), [gated, jlora.LoRAFA(rank=2)])
     grads = gradients(adapted.trainable)
     got = stepped(lora_fa(adapted), adapted.trainable, grads, frozen=adapted.frozen)
-    assert bits({g: fs for g, fs in got.items() if g != "query/kernel"}) == bits(
+    assert as_bytes({g: fs for g, fs in got.items() if g != "query/kernel"}) == as_bytes(
         {g: fs for g, fs in grads.items() if g != "query/kernel"}
     )
-    assert bits(got["query/kernel"]) != bits(grads["query/kernel"])
+    assert as_bytes(got["query/kernel"]) != as_bytes(grads["query/kernel"])
 
 
 def test_lora_fa_asks_for_what_is_frozen():

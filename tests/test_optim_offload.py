@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora.optim import offload
-from methods import bits
+from methods import as_bytes
 
 SIZE = 40  # of the factors below, a of the stack is larger and b is smaller
 
@@ -69,7 +69,7 @@ def test_numbers_are_those_of_the_plain_optimizer_bit_for_bit(name):
     tx = OPTIMIZERS[name](adapted)
     plain, state, _ = train(tx, adapted, whole=False)
     got, moved, compiled = train(offload(tx, size=SIZE), adapted, whole=False)
-    assert bits(got) == bits(plain) and bits(moved) == bits(state) and compiled == 1
+    assert as_bytes(got) == as_bytes(plain) and as_bytes(moved) == as_bytes(state) and compiled == 1
     assert jax.tree.structure(moved) == jax.tree.structure(state)
     assert kinds(moved) == {True: "pinned_host", False: "device"} and set(kinds(got).values()) == {"device"}
 
@@ -81,7 +81,7 @@ def test_the_whole_form(outside):
     both = offload(jlora.masked(tx), size=SIZE) if outside else jlora.masked(offload(tx, size=SIZE))
     plain, state, _ = train(jlora.masked(tx), start(), whole=True)
     got, moved, compiled = train(both, start(), whole=True)
-    assert bits(got) == bits(plain) and bits(moved) == bits(state) and compiled == 1
+    assert as_bytes(got) == as_bytes(plain) and as_bytes(moved) == as_bytes(state) and compiled == 1
     assert kinds(moved) == {True: "pinned_host", False: "device"}
 
 
@@ -118,13 +118,13 @@ def test_state_on_the_host_is_checkpointed_and_cut_as_any_other(tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         again = checkpointer.restore(tmp_path / "state", tx.init(trainable))
-    assert bits(again) == bits(state) and kinds(again) == kinds(state)
+    assert as_bytes(again) == as_bytes(state) and kinds(again) == kinds(state)
     whole = jlora.join(trainable, adapted.frozen)
     whole = jlora.rank.prune(whole, jlora.rank.magnitude(whole), 1)  # of six
     small, cut = jlora.rank.compact(whole, state)
     assert jlora.count(small)[0] < jlora.count(whole)[0]
     plain = jlora.rank.compact(whole, jax.device_put(state, jax.memory.Space.Device))[1]
-    assert bits(cut) == bits(plain)
+    assert as_bytes(cut) == as_bytes(plain)
 
 
 @pytest.mark.slow
@@ -148,6 +148,6 @@ def test_on_a_mesh_each_device_has_its_shards_on_the_host(kind):
             assert x.sharding.is_equivalent_to(place, x.ndim) and x.sharding.memory_kind == place.memory_kind
         ends.append((trainable, state))
     (plain, state), (got, moved) = ends
-    assert bits(got) == bits(plain) and bits(moved) == bits(state)
+    assert as_bytes(got) == as_bytes(plain) and as_bytes(moved) == as_bytes(state)
     assert kinds(moved) == {True: "pinned_host", False: "device"}
     assert moved[0].mu["up/kernel"]["b"].sharding.spec == P(None, "tensor")

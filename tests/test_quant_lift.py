@@ -13,7 +13,18 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from benchmarks import hlo
-from methods import CASES, LORA, METHODS, adapted, assert_close, bits, closed, floats, moved, pulled
+from methods import (
+    CASES,
+    LORA,
+    METHODS,
+    adapted,
+    as_bytes,
+    as_function_of_arrays,
+    assert_close,
+    away_from_start,
+    floats,
+    outputs_and_pullback,
+)
 
 LAYERS, WIDTH = 4, 128
 
@@ -193,7 +204,7 @@ def test_sharded_over_eight_devices(mesh, scheme, kind, model):
     ]
     layers = layers if model == "unrolled" else jax.tree.map(lambda *ws: jnp.stack(ws), *layers)
     alone = jlora.adapt(jlora.quantize({"layers": layers}, scheme, target="."), jlora.LoRA(rank=2, target="."))
-    alone = jlora.join(jax.tree.map(np.asarray, moved(alone.trainable, 0.05)), alone.frozen)
+    alone = jlora.join(jax.tree.map(np.asarray, away_from_start(alone.trainable, 0.05)), alone.frozen)
     x, tx = normal(3, 16, WIDTH), optax.sgd(1000.0)  # gradients are small beside the factors
     lifted = jlora.lift(PERCEPTRONS[model])
     loss = lambda ad, x: jnp.mean(lifted(ad, x) ** 2)
@@ -280,7 +291,7 @@ def test_derivatives_without_the_custom_rule_through_a_gathered_base():
     """Reverse mode over forward mode, and a penalty on the gradient of the input."""
     small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, WIDTH)}}, "nf4+double", target="up")
     ad = jlora.adapt(small, jlora.LoRA(rank=2, target="up"))
-    ad = jlora.join(moved(ad.trainable, 0.1), ad.frozen)
+    ad = jlora.join(away_from_start(ad.trainable, 0.1), ad.frozen)
     fn, x = lambda p, x: jnp.tanh(x @ p["up"]["kernel"]), normal(1, 8, WIDTH)
     losses = {
         "forward": lambda ad, x: jnp.mean(jlora.lift(fn, forward_mode=True)(ad, x) ** 2),
@@ -300,7 +311,7 @@ def test_derivatives_without_the_custom_rule_through_a_gathered_base():
 def test_a_mesh_of_explicit_and_automatic_axes():
     small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, WIDTH)}}, "nf4", target="up")
     ad = jlora.adapt(small, jlora.LoRA(rank=2, target="up"))
-    ad = jlora.join(jax.tree.map(np.asarray, moved(ad.trainable, 0.1)), ad.frozen)
+    ad = jlora.join(jax.tree.map(np.asarray, away_from_start(ad.trainable, 0.1)), ad.frozen)
     lifted, x = jlora.lift(lambda p, x: x @ p["up"]["kernel"]), normal(1, 8, WIDTH)
     loss, tx = lambda ad, x: jnp.mean(lifted(ad, x) ** 2), optax.sgd(100.0)
     want = jax.grad(lambda t: loss(jlora.join(t, ad.frozen), x))(ad.trainable)
@@ -390,7 +401,7 @@ def test_numbers_under_explicit_axes(method, name):
     loss = lambda ad, x: jnp.mean(lifted(ad, x) ** 2)
     for base in (params, jlora.quantize(params, "nf4+double", target=".", axes=axes)):
         trainable, frozen = jlora.split(jlora.adapt(base, spec, axes=axes))
-        trainable = jax.tree.map(np.asarray, moved(trainable, 0.05))
+        trainable = jax.tree.map(np.asarray, away_from_start(trainable, 0.05))
         want = jax.jit(jax.grad(lambda t, f, x: loss(jlora.join(t, f), x)))(trainable, frozen, x)
         want = jax.tree.map(lambda a, g: a - 0.1 * g, trainable, want)
         with jax.set_mesh(mesh):
@@ -450,35 +461,36 @@ def test_laws_on_a_quantised_base(row, case, tmp_path):
     """Lifted equals dense in values and gradients, merging gives plain parameters, the base stays, files open."""
     fn, params, args = case.build()
     small = jlora.quantize(params, jlora.quant.NF(4, block=2, double=True), target=case.target, axes=case.axes)
-    before = bits(small)
+    before = as_bytes(small)
     ad = adapted(row, case, small)
-    call, arrays = closed(fn, args, case.kwargs)
-    far = moved(ad.trainable)
+    call, arrays = as_function_of_arrays(fn, args, case.kwargs)
+    far = away_from_start(ad.trainable)
 
     @jax.jit
     def program(trainable, frozen, arrays):
         def run(dense):
             lifted = jlora.lift(call, dense=dense)
-            return pulled(lambda t: floats(lifted(jlora.join(t, frozen), arrays)), trainable, case.differentiable)
+            f = lambda t: floats(lifted(jlora.join(t, frozen), arrays))
+            return outputs_and_pullback(f, trainable, case.differentiable)
 
         return run(False), run(True), floats(call(jlora.merge(jlora.join(trainable, frozen)), arrays))
 
     made, want, merged = program(far, ad.frozen, arrays)
     assert_close(made, want)
     assert_close(made[0], merged)
-    assert bits(ad.frozen.base) == before
+    assert as_bytes(ad.frozen.base) == before
     assert jax.tree.structure(jlora.merge(ad)) == jax.tree.structure(params)
     report = jlora.explain(call, jlora.join(far, ad.frozen), arrays)
     assert not report.unused
     jlora.save(tmp_path / "adapter", jlora.join(far, ad.frozen))
-    assert bits(jlora.load(tmp_path / "adapter", small).trainable) == bits(far)
+    assert as_bytes(jlora.load(tmp_path / "adapter", small).trainable) == as_bytes(far)
 
 
 @pytest.mark.slow
 def test_hessian_products_and_forward_mode():
     small = jlora.quantize(weights("unrolled"), "nf4+double", target=".")
     trainable, frozen = jlora.split(jlora.adapt(small, jlora.LoRA(rank=2, target=".")))
-    trainable, x = moved(trainable, 0.1), normal(1, 3, WIDTH)
+    trainable, x = away_from_start(trainable, 0.1), normal(1, 3, WIDTH)
 
     def product(dense):
         f = lambda t: jnp.sum(jlora.lift(unrolled, dense=dense)(jlora.join(t, frozen), x) ** 2)

@@ -9,7 +9,7 @@ import pytest
 
 import jlora
 from jlora.rank import orthogonality
-from methods import moved
+from methods import away_from_start
 
 
 def params():
@@ -28,7 +28,7 @@ STACKS = {"layers/kernel": 1}
 @functools.cache
 def away():
     adapted = jlora.adapt(params(), SPEC)
-    return jlora.join(moved(adapted.trainable), adapted.frozen)
+    return jlora.join(away_from_start(adapted.trainable), adapted.frozen)
 
 
 def norms(adapted):
@@ -64,7 +64,7 @@ def test_gradients_by_finite_differences(form):
     penalty = lambda t: orthogonality(jlora.join(t, adapted.frozen), form)
     penalty = jax.jit(penalty)
     grads = jax.jit(jax.grad(penalty))(adapted.trainable)
-    direction = moved(jax.tree.map(jnp.negative, adapted.trainable), 1.0)
+    direction = away_from_start(jax.tree.map(jnp.negative, adapted.trainable), 1.0)
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
     h = 1e-2
     at = lambda h: float(penalty(jax.tree.map(lambda x, d: x + h * d, adapted.trainable, direction)))

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora.rank import Budget, adalora, magnitude, prune
-from methods import assert_close, bits, moved
+from methods import as_bytes, assert_close, away_from_start
 
 FILES = Path(__file__).parent / "fixtures" / "peft" / "adalora_trained"
 
@@ -217,7 +217,7 @@ def configuration(seed):
 def test_a_slow_allocator_takes_the_same_steps(seed):
     rank, c = configuration(seed)
     adapted = start(rank)
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     plain = Plain(trainable, **c)
     tx = adalora(
         optax.sgd(c["rate"]), adapted, target_budget=c["target"], total_steps=c["total"], init_warmup=c["warm"],
@@ -250,13 +250,13 @@ def test_equal_scores_never_go_below_the_budget():
     alive = {}
     for ties in ("exact", "reference"):
         tx = adalora(optax.sgd(0.1), adapted, ties=ties, **SCHEDULE)
-        alive[ties] = np.count_nonzero(gates(train(tx, moved(adapted.trainable), 12, grads=still)[-1][0]))
+        alive[ties] = np.count_nonzero(gates(train(tx, away_from_start(adapted.trainable), 12, grads=still)[-1][0]))
     assert alive == {"exact": 5, "reference": 0}
 
 
 def test_pruned_values_stay_zero_between_masks_and_momentum_revives_them_if_asked():
     adapted = start()
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     schedule = SCHEDULE | dict(interval=4)
     held = train(adalora(optax.adam(0.1), adapted, **schedule), trainable, 12)
     free = train(adalora(optax.adam(0.1), adapted, revive=True, **schedule), trainable, 12)
@@ -271,7 +271,7 @@ def test_pruned_values_stay_zero_between_masks_and_momentum_revives_them_if_aske
 def test_every_form_takes_the_same_steps():
     adapted = start()
     trainable, frozen = jlora.split(adapted)
-    trainable = moved(trainable)
+    trainable = away_from_start(trainable)
     adapted = jlora.join(trainable, frozen)
     make = lambda: adalora(optax.adamw(0.05), adapted, **SCHEDULE)
     grads = functools.cache(lambda n: gradients(n, trainable))
@@ -280,10 +280,10 @@ def test_every_form_takes_the_same_steps():
 
     whole = lambda n, _: jlora.Adapted(grads(n), jax.tree.map(jnp.zeros_like, frozen))
     got, state = train(jlora.masked(make()), adapted, 12, grads=whole)[-1]
-    assert bits(got.trainable) == bits(want) and bits(got.frozen) == bits(frozen)
+    assert as_bytes(got.trainable) == as_bytes(want) and as_bytes(got.frozen) == as_bytes(frozen)
     beside = lambda n, _: {"model": whole(n, _), "head": jnp.ones(3)}
     got, _ = train(jlora.masked(make()), {"model": adapted, "head": jnp.ones(3)}, 12, grads=beside)[-1]
-    assert bits(got["model"].trainable) == bits(want) and np.all(got["head"] != 1)
+    assert as_bytes(got["model"].trainable) == as_bytes(want) and np.all(got["head"] != 1)
     clipped = optax.chain(optax.clip_by_global_norm(1e6), make())
     assert_close(train(clipped, trainable, 12, grads=lambda n, _: grads(n))[-1][0], want)
     assert optax.tree_utils.tree_map_params(make(), lambda x: x, make().init(trainable))
@@ -291,11 +291,11 @@ def test_every_form_takes_the_same_steps():
 
 def test_steps_under_multi_steps_are_real_updates():
     adapted = start()
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     make = lambda: adalora(optax.sgd(0.1), adapted, **SCHEDULE)
     want = train(make(), trainable, 12)
     halves = lambda n, t: jax.tree.map(
-        lambda x, y: x + y if n % 2 else x - y, gradients((n + 1) // 2, t), moved(t, scale=0.1)
+        lambda x, y: x + y if n % 2 else x - y, gradients((n + 1) // 2, t), away_from_start(t, scale=0.1)
     )
     several = optax.MultiSteps(make(), 2).gradient_transformation()
     fixed = trainable
@@ -308,14 +308,14 @@ def test_steps_under_multi_steps_are_real_updates():
 
 def test_stopping_in_the_middle_changes_no_bit():
     adapted = start()
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     tx = adalora(optax.adamw(0.05), adapted, **SCHEDULE)
     whole = train(tx, trainable, 14)[-1]
     for stop in (5, 10):
         at, state = train(tx, trainable, stop)[-1]
         at, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (at, state))  # through a file
         again = adalora(optax.adamw(0.05), start(), **SCHEDULE)
-        assert bits(train(again, at, 14 - stop, stop + 1, state)[-1]) == bits(whole)
+        assert as_bytes(train(again, at, 14 - stop, stop + 1, state)[-1]) == as_bytes(whole)
 
 
 def test_layers_of_a_scan_have_ranks_of_their_own():
@@ -343,7 +343,7 @@ def test_layers_of_a_scan_have_ranks_of_their_own():
         state, value = step(state)
         losses.append(float(value))
     assert step._cache_size() == 1
-    assert losses[-1] < 0.2 * losses[0] and bits(state.params.frozen.base) == bits(base)
+    assert losses[-1] < 0.2 * losses[0] and as_bytes(state.params.frozen.base) == as_bytes(base)
     alive = np.count_nonzero(np.asarray(state.params.trainable["layers/kernel"]["lam"]), axis=1)
     assert alive.sum() == 4 and len(set(alive.tolist())) > 1
 
@@ -364,7 +364,7 @@ def test_eight_devices_prune_the_same_ranks(kind, ties):
     """Factors sharded over their weight's axes: the same zeros, and averages that live where the factors do."""
     wide = {"layers": {"kernel": draw(1, 3, 8, 8)}, "query": {"kernel": draw(2, 8, 4, 2)}}
     adapted = jlora.adapt(wide, jlora.AdaLoRA(rank=3, target="kernel"))
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     make = lambda: adalora(optax.adamw(0.05), adapted, ties=ties, **SCHEDULE | dict(target_rank=2))
     grads = functools.cache(lambda n: gradients(n, trainable))
     want = train(make(), trainable, 10, grads=lambda n, _: grads(n))
@@ -385,7 +385,7 @@ def test_eight_devices_prune_the_same_ranks(kind, ties):
 def test_half_precision_factors_have_exact_zeros():
     adapted = jlora.adapt(params(), jlora.AdaLoRA(rank=3, target="kernel", dtype="bfloat16"))
     tx = adalora(optax.adamw(0.05), adapted, **SCHEDULE)
-    got, state = train(tx, moved(adapted.trainable), 12, programs=2)[-1]
+    got, state = train(tx, away_from_start(adapted.trainable), 12, programs=2)[-1]
     assert np.count_nonzero(gates(got)) == 5 and got["dense/kernel"]["lam"].dtype == jnp.bfloat16
     assert state.sensitivity["dense/kernel"]["p"].dtype == jnp.float32
 
@@ -394,13 +394,13 @@ def test_only_triplets_take_part():
     """LoRA and whole leaves beside it are trained as ever."""
     mixed = [jlora.AdaLoRA(rank=3, target="dense"), jlora.LoRA(rank=2, target="query"), jlora.Full(target="layers")]
     adapted = jlora.adapt(params(), mixed)
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     tx = adalora(optax.sgd(0.1), adapted, target_rank=1, total_steps=3)
     got, state = train(tx, trainable, 3)[-1]
     assert set(state.sensitivity) == {"dense/kernel"} == set(state.mask)
     plain, _ = train(optax.sgd(0.1), trainable, 3)[-1]
     for group in ("query/kernel", "layers/kernel"):
-        assert bits(got[group]) == bits(plain[group])
+        assert as_bytes(got[group]) == as_bytes(plain[group])
     assert np.count_nonzero(got["dense/kernel"]["lam"]) == 1
 
 
@@ -445,7 +445,7 @@ def test_mistakes_are_refused_in_words():
 @pytest.mark.parametrize("method", [jlora.AdaLoRA, jlora.SoRA, jlora.LoRA])
 def test_prune_keeps_the_largest_of_all(method):
     adapted = jlora.adapt(params(), method(rank=3, target="kernel"))
-    adapted = jlora.join(moved(adapted.trainable), adapted.frozen)
+    adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     scores = magnitude(adapted)
     flat = np.concatenate([np.ravel(x) for named in scores.values() for x in named.values()])
     assert flat.size == 15
@@ -456,12 +456,12 @@ def test_prune_keeps_the_largest_of_all(method):
         want = np.sort(flat)[::-1][:b]
         np.testing.assert_allclose(np.sort(now[now > 0])[::-1], want, rtol=1e-6)
         assert small.frozen is adapted.frozen
-    assert bits(prune(adapted, scores, 15).trainable) == bits(adapted.trainable)
+    assert as_bytes(prune(adapted, scores, 15).trainable) == as_bytes(adapted.trainable)
 
 
 def test_magnitude_is_the_norm_of_each_ranks_part():
     adapted = jlora.adapt(params(), jlora.AdaLoRA(rank=3, alpha=5, target="kernel"))
-    adapted = jlora.join(moved(adapted.trainable), adapted.frozen)
+    adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     f = {n: np.asarray(x, np.float64) for n, x in adapted.trainable["layers/kernel"].items()}
     parts = 5 / 3 * np.einsum("lri,lr,lro->lrio", f["p"], f["lam"], f["q"])
     want = np.linalg.norm(parts.reshape(3, 3, -1), axis=-1)
@@ -469,7 +469,7 @@ def test_magnitude_is_the_norm_of_each_ranks_part():
 
 
 def test_prune_is_compiled_once_and_ties_are_exact():
-    adapted = jlora.join(moved(start().trainable), start().frozen)
+    adapted = jlora.join(away_from_start(start().trainable), start().frozen)
     scores = jax.tree.map(jnp.ones_like, magnitude(adapted))
     alive = jax.jit(lambda t, b: jnp.stack([
         jnp.sum(f["lam"] != 0) for f in prune(jlora.join(t, adapted.frozen), scores, b).trainable.values()

@@ -10,7 +10,7 @@ import pytest
 
 import jlora
 from jlora.rank import adalora, compact, magnitude, orthogonality, rank_table, resize
-from methods import assert_close, bits, moved
+from methods import as_bytes, assert_close, away_from_start
 
 
 def draw(seed, *shape):
@@ -55,7 +55,7 @@ ALIVE = {"dense/kernel": [1, 3], "layers/kernel": [[0], [0, 2, 3], []], "query/k
 def pruned(name):
     """Ranks dead by name of the weight: two of four, unlike ones in a stack, and all."""
     adapted = jlora.adapt(params(), METHODS[name])
-    trainable = {g: dict(f) for g, f in moved(adapted.trainable).items()}
+    trainable = {g: dict(f) for g, f in away_from_start(adapted.trainable).items()}
     for group, alive in ALIVE.items():
         for factor, x in trainable[group].items():
             if factor == "m":
@@ -86,7 +86,7 @@ def test_a_compact_adapter_computes_the_same(name):
     assert ranks(small) == (some | {"query/kernel": {1}} if name == "dora" else some)
     assert jlora.count(small)[0] < jlora.count(adapted)[0] and small.frozen.base is adapted.frozen.base
     for group, factors in small.frozen.factors.items():
-        assert bits(factors["s"]) == bits(adapted.frozen.factors[group]["s"])
+        assert as_bytes(factors["s"]) == as_bytes(adapted.frozen.factors[group]["s"])
     if name not in ("slices", "lora_fa", "dora"):
         for x in small.trainable["layers/kernel"].values():
             assert x.ndim < 2 or [bool(np.any(x[n, m])) for n, m in ((0, 1), (2, 0), (1, 2))] == [False, False, True]
@@ -107,7 +107,7 @@ def test_a_compact_adapter_is_saved_and_loaded(tmp_path):
     for n, small in enumerate((compact(pruned("adalora")), compact(pruned("sora"), plain=True))):
         jlora.save(tmp_path / str(n), small)
         again = jlora.load(tmp_path / str(n), params())
-        assert again.frozen.plan is small.frozen.plan and bits(again.trainable) == bits(small.trainable)
+        assert again.frozen.plan is small.frozen.plan and as_bytes(again.trainable) == as_bytes(small.trainable)
 
 
 def steps(tx, adapted, trainable, state, n, penalty=0.1):
@@ -216,7 +216,7 @@ def test_an_unstacked_adapter_is_written_with_a_rank_a_module(tmp_path):
     pytest.importorskip("safetensors", reason="peft's files are an extra")
     base = {"layers": {"kernel": draw(3, 3, 8, 8)}}
     adapted = jlora.adapt(base, jlora.LoRA(rank=4, alpha=3, target="kernel"))
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     b = np.array(trainable["layers/kernel"]["b"])
     b[0, 1:], b[1, 2:] = 0, 0
     trainable["layers/kernel"]["b"] = jnp.asarray(b)
@@ -296,16 +296,16 @@ def test_save_is_told_whether_a_schedule_ran(tmp_path):
     assert not any(tmp_path.iterdir())
     _, state = tx.update(adapted.trainable, state, adapted.trainable)
     jlora.save(tmp_path / "adapter", adapted, opt_state=(state,))
-    assert bits(jlora.load(tmp_path / "adapter", params()).trainable) == bits(adapted.trainable)
+    assert as_bytes(jlora.load(tmp_path / "adapter", params()).trainable) == as_bytes(adapted.trainable)
 
 
 def test_compact_refuses_in_words():
     adapted = jlora.adapt(params(), METHODS["adalora"])
     with pytest.raises(ValueError, match="no adapter would be left; has it been trained"):
         compact(adapted)
-    away = jlora.join(moved(adapted.trainable), adapted.frozen)
+    away = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     with pytest.warns(UserWarning, match="no dead rank: has the schedule"):
-        assert bits(compact(away).trainable) == bits(away.trainable)
+        assert as_bytes(compact(away).trainable) == as_bytes(away.trainable)
     state = adalora(optax.sgd(0.1), adapted, target_rank=1, total_steps=3).init(adapted.trainable)
     with pytest.raises(ValueError, match="schedule of adalora never ran"):
         compact(away, (state,))
@@ -324,7 +324,7 @@ def test_compact_refuses_in_words():
 def test_stacks_of_stacks_and_partitioned_states():
     """Experts in layers, each with ranks of its own; a state in parts, one an optimizer of some factors."""
     adapted = jlora.adapt({"k": draw(1, 2, 3, 6, 5)}, jlora.SoRA(rank=4, target="k"), axes={"k": "ssio"})
-    trainable = moved(adapted.trainable)
+    trainable = away_from_start(adapted.trainable)
     dead = np.random.default_rng(0).random((2, 3, 4)) < 0.6
     trainable["k"]["g"] = jnp.where(dead, 0, trainable["k"]["g"])
     adapted = jlora.join(trainable, adapted.frozen)
@@ -341,9 +341,9 @@ def test_stacks_of_stacks_and_partitioned_states():
 
 def test_shared_factors_stay():
     tied = jlora.adapt(params(), jlora.VeRA(rank=3, target="kernel"))
-    tied = jlora.join(moved(tied.trainable), tied.frozen)
+    tied = jlora.join(away_from_start(tied.trainable), tied.frozen)
     zeroed = {g: dict(f) | {"d": jnp.zeros_like(f["d"])} for g, f in tied.trainable.items()}
-    assert bits(compact(jlora.join(zeroed, tied.frozen))) == bits(jlora.join(zeroed, tied.frozen))
+    assert as_bytes(compact(jlora.join(zeroed, tied.frozen))) == as_bytes(jlora.join(zeroed, tied.frozen))
 
 
 # --- resize -------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def deltas(adapted):
 @pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.9}], ids=str)
 def test_resize_is_eckart_and_young(name, how):
     adapted = jlora.adapt(params(), METHODS[name])
-    adapted = jlora.join(moved(adapted.trainable, 1.0), adapted.frozen)
+    adapted = jlora.join(away_from_start(adapted.trainable, 1.0), adapted.frozen)
     small, error = resize(adapted, **how)
     got, want = deltas(small), deltas(adapted)
     for path, d in want.items():
@@ -387,7 +387,7 @@ def test_resize_is_eckart_and_young(name, how):
 
 def test_resize_to_the_own_rank_changes_nothing():
     adapted = jlora.adapt(params(), METHODS["lora"])
-    adapted = jlora.join(moved(adapted.trainable), adapted.frozen)
+    adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     same, error = resize(adapted, rank=9)
     assert_close(jlora.lift(model)(same, X), jlora.lift(model)(adapted, X), 1e-5)
     assert same.frozen.plan is adapted.frozen.plan and max(error.values()) == 0

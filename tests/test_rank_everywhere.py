@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora.rank import dylora, geometric, selora, sora
-from methods import assert_close, bits, moved
+from methods import as_bytes, assert_close, away_from_start
 
 
 def draw(seed, *shape):
@@ -26,7 +26,7 @@ def params():
 @functools.cache
 def start(method, dtype="float32"):
     adapted = jlora.adapt(params(), method(rank=4, alpha=6, target="kernel", dtype=dtype))
-    return adapted if method is jlora.LoRA else jlora.join(moved(adapted.trainable, 1.0), adapted.frozen)
+    return adapted if method is jlora.LoRA else jlora.join(away_from_start(adapted.trainable, 1.0), adapted.frozen)
 
 
 SPARSE = {"learning_rate": 0.05, "sparsity": geometric(0.5, 4.0, 4, every=2)}
@@ -67,7 +67,7 @@ def test_stopping_in_the_middle_changes_no_bit(name):
     whole = train(name, trainable, 9)
     at, state = train(name, trainable, 5)
     at, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (at, state))  # through a file
-    assert bits(train(name, at, 4, 6, state)) == bits(whole)
+    assert as_bytes(train(name, at, 4, 6, state)) == as_bytes(whole)
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_eight_devices_decide_the_same(name, kind):
     zeros = [float(np.mean(np.asarray(x) == 0)) for x in jax.tree.leaves(want)]
     assert any(0 < share < 1 for share in zeros)
     if name == "selora":
-        assert bits(got_state.ranks) == bits(want_state.ranks)
+        assert as_bytes(got_state.ranks) == as_bytes(want_state.ranks)
         assert any(np.any(x > 1) for x in jax.tree.leaves(want_state.ranks))
     b = got["layers/kernel"]["b"]
     assert b.sharding.is_equivalent_to(NamedSharding(mesh, axes["layers/kernel"]["b"]), b.ndim)

@@ -10,7 +10,7 @@ import pytest
 
 import jlora
 from jlora.rank import at_rank, compact, dylora, sample_rank, search, selora
-from methods import assert_close, bits, moved
+from methods import as_bytes, assert_close, away_from_start
 
 
 def draw(seed, *shape):
@@ -33,7 +33,7 @@ X = draw(9, 7, 6)
 def start(method=jlora.LoRA, away=True):
     spec = [method(rank=4, alpha=6, target="kernel"), jlora.BitFit(target="bias")]
     adapted = jlora.adapt(params(), spec)
-    return jlora.join(moved(adapted.trainable), adapted.frozen) if away else adapted
+    return jlora.join(away_from_start(adapted.trainable), adapted.frozen) if away else adapted
 
 
 # --- DyLoRA -------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_a_rank_is_a_slice_with_alpha_over_b(method):
         assert_close(jlora.merge(small), merged(b), 1e-6)
     assert merged._cache_size() == lifted._cache_size() == 1
     assert_close(lifted(4), jlora.lift(model)(adapted, X))
-    assert bits(merged(0)["layers"]) == bits(params()["layers"]) and merged._cache_size() == 1
+    assert as_bytes(merged(0)["layers"]) == as_bytes(params()["layers"]) and merged._cache_size() == 1
 
 
 @pytest.mark.parametrize("mode", ["normal", "frozen"])
@@ -248,14 +248,14 @@ def test_a_second_gradient_and_every_form():
     zero = jax.tree.map(jnp.zeros_like, t)
     _, with_probe = make().update(grads, make().init(t), t, probe=probe)
     _, alone = make().update(probe, make().init(t), t)
-    assert bits(with_probe.ranks) == bits(alone.ranks) and bits(with_probe.ratio) == bits(alone.ratio)
+    assert as_bytes(with_probe.ranks) == as_bytes(alone.ranks) and as_bytes(with_probe.ratio) == as_bytes(alone.ratio)
     _, still = make().update(zero, make().init(t), t)
     assert all(np.all(np.asarray(x) == 1) for x in jax.tree.leaves((still.ranks, still.ratio)))
     want, _ = make().update(grads, make().init(t), t)
     whole = jlora.Adapted(grads, jax.tree.map(jnp.zeros_like, adapted.frozen))
     masked = jlora.masked(make())
     got, _ = masked.update(whole, masked.init(adapted), adapted)
-    assert bits(got.trainable) == bits(want)
+    assert as_bytes(got.trainable) == as_bytes(want)
     assert optax.tree_utils.tree_map_params(make(), lambda x: x, make().init(t))
 
 

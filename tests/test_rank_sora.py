@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 import jlora
 from jlora.rank import geometric, linear, log_linear, soft_threshold, sora
 from jlora.rank.sora import _soft
-from methods import assert_close, bits, moved
+from methods import as_bytes, assert_close, away_from_start
 
 
 def draw(seed, *shape):
@@ -27,7 +27,7 @@ def params():
 def start():
     """A weight and a stack of three, twelve gates, and a bias beside them."""
     adapted = jlora.adapt(params(), [jlora.SoRA(rank=3, target="kernel"), jlora.BitFit(target="bias")])
-    return jlora.join(moved(adapted.trainable), adapted.frozen)
+    return jlora.join(away_from_start(adapted.trainable), adapted.frozen)
 
 
 def gradients(step, trainable):
@@ -70,7 +70,7 @@ def test_the_soft_threshold_at_its_corners():
     one = lambda prox: np.asarray(soft_threshold(x, 1.0, prox=prox))
     np.testing.assert_allclose(one("exact"), [0.5, 0.99, 1.0, 1.5, 0, 0, 0, 0], atol=1e-6)
     np.testing.assert_allclose(one("reference"), [0, 0, 1.0, 1.5, 1.0, -1.0, 0, 0])
-    assert bits(jnp.asarray(one("exact")[4:])) == bits(jnp.zeros(4))  # no -0.0
+    assert as_bytes(jnp.asarray(one("exact")[4:])) == as_bytes(jnp.zeros(4))  # no -0.0
     np.testing.assert_allclose(soft_threshold(x, 0.0), x)
     assert soft_threshold(x.astype(jnp.bfloat16), 1.0).dtype == jnp.bfloat16
     soft_threshold(x, jnp.float32(0.1))
@@ -177,7 +177,7 @@ def test_every_form_takes_the_same_steps():
     assert any(np.any(np.asarray(f["g"]) == 0) for f in want.values() if "g" in f)
     whole = lambda n, _: jlora.Adapted(grads(n), jax.tree.map(jnp.zeros_like, frozen))
     got, _ = train(jlora.masked(make()), adapted, 6, grads=whole)
-    assert bits(got.trainable) == bits(want) and bits(got.frozen) == bits(frozen)
+    assert as_bytes(got.trainable) == as_bytes(want) and as_bytes(got.frozen) == as_bytes(frozen)
     clipped = optax.chain(optax.clip_by_global_norm(1e6), make())
     assert_close(train(clipped, trainable, 6, grads=lambda n, _: grads(n))[0], want)
     several = optax.MultiSteps(make(), 2).gradient_transformation()
@@ -185,7 +185,7 @@ def test_every_form_takes_the_same_steps():
     assert_close(got, want, 1e-4)
     beside = lambda n, _: {"model": grads(n), "head": jnp.ones(2)}
     got, _ = train(make(), {"model": trainable, "head": jnp.ones(2)}, 6, grads=beside)
-    assert bits(got["model"]) == bits(want)
+    assert as_bytes(got["model"]) == as_bytes(want)
     assert optax.tree_utils.tree_map_params(make(), lambda x: x, make().init(trainable))
 
 
@@ -195,7 +195,7 @@ def test_stopping_in_the_middle_changes_no_bit():
     whole = train(make(), adapted.trainable, 10)
     at, state = train(make(), adapted.trainable, 5)
     at, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (at, state))
-    assert bits(train(make(), at, 5, 6, state)) == bits(whole)
+    assert as_bytes(train(make(), at, 5, 6, state)) == as_bytes(whole)
 
 
 def test_a_scanned_model_in_a_train_state_becomes_sparse():

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from methods import CHOSEN, METHODS, alone, assert_close, cotangents, moved
+from methods import CHOSEN, METHODS, assert_close, away_from_start, cotangents, each_row
 
 WIDE, INNER, HEADS, WORDS, LAYERS = 16, 24, 4, 32, 2
 
@@ -134,7 +134,7 @@ def setting(row, name):
     f, params, places, x, axes = MODELS[name]
     target = "bias" if row.on == "vectors" else "kernel|embedding"
     ad = jlora.adapt(params, row.spec(target), axes={k: v for k, v in axes.items() if k != "bias" or "up" in params})
-    return f, moved(ad.trainable), ad.frozen, places, x
+    return f, away_from_start(ad.trainable), ad.frozen, places, x
 
 
 def run(f, trainable, frozen, x, **options):
@@ -265,7 +265,7 @@ def test_under_vmap_with_a_named_axis():
         return jnp.tanh(y) @ p["down"]["kernel"] + lax.all_gather(x, "rows").sum(0)
 
     ad = jlora.adapt(weights(), jlora.LoRA(rank=2, target="kernel"))
-    trainable = moved(ad.trainable)
+    trainable = away_from_start(ad.trainable)
     x = X[:, 0]
 
     def run(dense):
@@ -287,7 +287,7 @@ class Normed(nn.Module):
 def test_batch_norm_over_a_named_axis():
     variables = Normed().init(jax.random.key(0), jnp.ones((2, 4)))
     ad = jlora.adapt(variables["params"], jlora.LoRA(rank=2, target="kernel"))
-    ad = jlora.Adapted(moved(ad.trainable), ad.frozen)
+    ad = jlora.Adapted(away_from_start(ad.trainable), ad.frozen)
     x = normal(1, 4, 2, 4)
 
     def run(dense):
@@ -431,14 +431,14 @@ def test_the_lines_of_the_model_are_kept():
 # Merging ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", alone([row for row in METHODS if row.on != "vectors"]))
+@pytest.mark.parametrize("row", each_row([row for row in METHODS if row.on != "vectors"]))
 def test_merge_on_an_explicit_mesh(row):
     """Merged weights live where the base does, and are those of one device."""
     draw = lambda n, *shape: jnp.asarray(np.random.default_rng(n).standard_normal(shape), jnp.float32)
     params = {"one": {"kernel": draw(0, 16, 16)}, "stack": {"kernel": draw(1, 4, 16, 16)}}
     places = {"one": {"kernel": P("data", "model")}, "stack": {"kernel": P("data", None, "model")}}
     single = jlora.adapt(params, row.spec("kernel"), axes={"stack": "sio"})
-    trainable = moved(single.trainable)
+    trainable = away_from_start(single.trainable)
     want = jlora.merge(jlora.join(trainable, single.frozen))
     mesh = mesh_of("Explicit")
     specs = [(path, spec["kernel"]) for path, spec in places.items()]

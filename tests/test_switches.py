@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jlora
-from methods import METHODS, alone, assert_close, moved
+from methods import METHODS, assert_close, away_from_start, each_row
 
 # What each refuses or changes, it refuses and changes beside the others, too: one program has them all.
 STRICT = {
@@ -63,10 +63,10 @@ def step(trainable, frozen, key, x):
 
 def stepped(row):
     adapted = made(row.spec("kernel"))
-    return jax.jit(step)(moved(adapted.trainable), adapted.frozen, jax.random.key(0), draw(3, 3, 8))
+    return jax.jit(step)(away_from_start(adapted.trainable), adapted.frozen, jax.random.key(0), draw(3, 3, 8))
 
 
-@pytest.mark.parametrize("row", alone(WEIGHTS))
+@pytest.mark.parametrize("row", each_row(WEIGHTS))
 def test_methods(row):
     """How an adapter begins, a step and a merge are the same under unlike switches, dtypes included."""
     with switched(STRICT):
@@ -78,7 +78,7 @@ def test_methods(row):
     assert_close(got, want, 1e-4)
 
 
-@pytest.mark.parametrize("row", alone(WEIGHTS))
+@pytest.mark.parametrize("row", each_row(WEIGHTS))
 def test_unlike_dtypes_under_strict_promotion(row):
     """Trained factors, frozen ones and the model have three dtypes, and meet by casts that are written out."""
     with switched(STRICT):
@@ -95,7 +95,7 @@ def test_unlike_dtypes_under_strict_promotion(row):
 
 def moved_from(spec):
     adapted = made(spec)
-    return jlora.join(moved(adapted.trainable), adapted.frozen)
+    return jlora.join(away_from_start(adapted.trainable), adapted.frozen)
 
 
 LORA = jlora.LoRA(rank=2, alpha=3, target="kernel")
@@ -183,7 +183,7 @@ def quantised():
         small = jlora.quantize({"w": draw(0, 64, 8)}, scheme)
         adapted = jlora.adapt(small, jlora.LoRA(rank=2, target="w"))
         loss = lambda t, f: jnp.sum(jlora.lift(lambda p, x: x @ p["w"])(jlora.join(t, f), draw(1, 3, 64)) ** 2)
-        found.append(jax.jit(jax.value_and_grad(loss))(moved(adapted.trainable), adapted.frozen))
+        found.append(jax.jit(jax.value_and_grad(loss))(away_from_start(adapted.trainable), adapted.frozen))
     base, method = jlora.init.loftq({"w": draw(0, 64, 8)}, jlora.LoRA(rank=2, target="w"), "nf4")
     return found, jlora.quant.dequantize(base), jlora.adapt(base, method).trainable
 

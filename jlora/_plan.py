@@ -98,12 +98,14 @@ def resolve(
     """
     _answers.check_axes(axes)
     methods = rules(spec)
+    nowhere = _select.unmatched(axes, tree)
+    axes = {pattern: letters for pattern, letters in (axes or {}).items() if pattern not in nowhere}
     selected = [_select.select(m.describe(), m.target, m.exclude, tree, traced) for m in methods]
     sites: list[Site] = []
     given: list[tuple[Method, Recipe]] = []
     rule: list[int] = []  # the number of the rule that took each site
     notes: list[str] = []
-    bad: list[str] = [text for _, wrong in selected for text in wrong]
+    bad: list[str] = [*(text for _, wrong in selected for text in wrong), *nowhere.values()]
     vectors: dict[int, dict[int, str]] = {}  # of each rule, the leaves without an input side that patterns took
     unclear: list[tuple[Leaf, str]] = []
     letters_of = {path: letters for path, (_, letters) in (traced or {}).items() if letters}
@@ -164,10 +166,6 @@ def resolve(
         m, (taken, _) = methods[n], selected[n]
         others = [index for index, it in enumerate(taken) if it and index not in said]
         bad += [_select.vectors(m.describe(), m.target, tree, tuple(said), others)] if others else said.values()
-    for pattern in axes or {}:
-        if not any(_tree.search(pattern, p) for p in tree.paths):
-            near = ", ".join(_tree.nearest(pattern, tree.paths))
-            bad.append(f"axes={{{pattern!r}: ...}} matches no leaf; the nearest paths are {near}")
     bad += _ties(tree, sites, allow_untied)
     if unclear:
         bad.append(_axes.unclear(unclear, tree.paths))

@@ -90,6 +90,12 @@ def select(
     return both, bad
 
 
+def unmatched(axes: "dict[str, str] | None", tree: _tree.Named) -> dict[str, str]:
+    """`{pattern: words}` of the patterns of `axes=` that match no leaf."""
+    wrong = {p: not any(taken(p, tree)) for p in axes or {}}
+    return {p: f"axes={{{p!r}: ...}} matches no leaf{_instead(p, tree)}" for p, it in wrong.items() if it}
+
+
 def _short(value: Any) -> str:
     """A target in an error message: a name or a repr, at most 200 characters of it."""
     name = getattr(value, "__name__", None)

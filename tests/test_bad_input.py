@@ -95,6 +95,10 @@ TABLE = {
     # axes
     "an unknown letter": (lambda: adapted(axes={"query/kernel": "ix"}), ValueError, ["'ix'", "query/kernel", "i (in)"]),
     "too many letters": (lambda: adapted(axes={"query/kernel": "sio"}), ValueError, ["'sio'", "(6, 4)", "2 letters"]),
+    "axes by a glob": (lambda: adapted(axes={"*/kernel": "io"}), ValueError,
+                       ["'*/kernel'", "matches no leaf", "reads as a glob", "write '/kernel'"]),
+    "axes of nothing, quantised": (lambda: jlora.quantize({"w": jnp.ones((64, 8))}, axes={"q*t/w": "io"}), ValueError,
+                                   ["'q*t/w'", "matches no leaf", "nearest"]),
     "axes of nothing": (lambda: adapted(axes={"qeury": "io"}), ValueError, ["'qeury'", "matches no leaf", "nearest"]),
     "all axes in": (lambda: adapted(axes={"query/kernel": "ii"}), ValueError, ["input and output axes"]),
     "axes that are no expression": (lambda: adapted(axes={"query(": "io"}), ValueError, ["query(", "regular"]),

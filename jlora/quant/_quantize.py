@@ -172,6 +172,7 @@ def quantize(
     tree = _tree.flatten(params)
     sound(zip(tree.paths, tree.leaves, strict=True))
     selected, wrong = _select.select("quantize", target, exclude, tree)
+    wrong += _select.unmatched(axes, tree).values()
     if wrong:
         raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(wrong))
     taken = [n for n, it in enumerate(selected) if it]

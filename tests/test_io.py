@@ -405,17 +405,16 @@ def test_an_existing_path(saved, tmp_path):
 def test_leftovers_are_swept(saved, tmp_path):
     """A killed process's folder goes after a day; an abandoned half of an overwrite goes with the next."""
     _, adapter, base = saved
-    for name, age in (("old", 1e6), ("new", 0)):
-        (tmp_path / (_folder.TEMPORARY + name)).mkdir()
-        os.utime(tmp_path / (_folder.TEMPORARY + name), (1e9, _folder.time.time() - age))
+    for name, age in ((f".jlora-tmp-{1:016x}", 1e6), (f".jlora-tmp-{2:016x}", 0), (".jlora-tmp-mine", 1e6)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1e9, _folder.time.time() - age))
     save(tmp_path / "x", adapter)
     (tmp_path / "x" / f"arrays-{'0' * 16}").mkdir()
-    (tmp_path / "x" / f"arrays-{'1' * 16}.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "x" / "jlora.json-0").write_text("{")
+    (tmp_path / "x" / f".jlora-tmp-{3:016x}").mkdir()
     (tmp_path / "x" / "README").write_text("mine")
     assert same(load(tmp_path / "x", base), adapter)
     save(tmp_path / "x", adapter, overwrite=True)
-    assert sorted(os.listdir(tmp_path)) == [_folder.TEMPORARY + "new", "x"]
+    assert sorted(os.listdir(tmp_path)) == [f".jlora-tmp-{2:016x}", ".jlora-tmp-mine", "x"]
     assert len(os.listdir(tmp_path / "x")) == 3 and (tmp_path / "x" / "README").exists()
 
 

@@ -343,6 +343,32 @@ def test_a_users_own_files_stay(kind, pairs, tmp_path):
     assert kind in ("adapter", "quantised") or (path / "log").read_text() == "late"
 
 
+#: Beside each kind: what begins or ends as a name of its own does, or has one and is something else.
+NEARLY = {
+    "adapter": f"arrays-{1:016x}.bak/ arrays-{1:016x}_old/ old-arrays-{1:016x}/ arrays-{10:016X}/ jlora.json-before "
+    f"jlora.json-{1:016x} arrays-{1:016x}",
+    "quantised": f"base-{1:016x}_old/ base-{1:016x}-mine base/ jlora_base.json-copy arrays/ base-{1:016x}",
+    "export": "_MY_METADATA _METADATA.bak _sharding2 ocdbt.process_7/ ocdbt.process_8 d2/ manifest.ocdbt.old "
+    "array_metadatas_mine/",
+    "peft": "adapter_model.safetensors.bak adapter_config.json~ my_adapter_model.bin README",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_whose_names_are_nearly_ours_stay(kind, pairs, tmp_path):
+    """Only what was written with the old one goes with it: names are compared whole."""
+    start, _, new = pairs[kind]
+    path = shutil.copytree(start, tmp_path / "x")
+    names = [*NEARLY[kind].split(), ".jlora-tmp-mine/", f".jlora-tmp-{1:016x}.bak/", f".jlora-tmp-{1:016x}"]
+    notes = [path / name / "notes" if name.endswith("/") else path / name for name in names]
+    for note in notes:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text("mine")
+    KINDS[kind][1](path, new, overwrite=True)
+    assert [note for note in notes if not note.is_file()] == []
+    assert bits(kind, KINDS[kind][2](path)) == bits(kind, new) and mine(path)
+
+
 def test_opening_a_base_while_another_process_saves(pairs, tmp_path, monkeypatch):
     """The manifest is read, then the folder is saved over: the reader begins again."""
     _, old, new = pairs["quantised"]

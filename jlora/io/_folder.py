@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".jlora-tmp-"
+_TEMPORARY = re.compile(r"\.jlora-tmp-[0-9a-f]{16}")
 _DAY = 86400.0
 
 
@@ -77,15 +78,25 @@ def remove(folder: Path, quiet: int = 1) -> None:
         time.sleep(0.05)
 
 
+def is_temporary(entry: Path) -> bool:
+    """Whether an entry is a folder that `temporary` made; a user's own of a longer name is not."""
+    return bool(_TEMPORARY.fullmatch(entry.name)) and is_folder(entry)
+
+
+def is_folder(entry: Path) -> bool:
+    """Whether an entry is a folder, and not a link to one."""
+    return entry.is_dir() and not entry.is_symlink()
+
+
 @contextlib.contextmanager
 def temporary(parent: Path) -> Iterator[Path]:
     """A folder in this one, gone at the end unless it was renamed."""
     for stale in parent.iterdir():  # of processes that were killed
-        if stale.name.startswith(TEMPORARY):
+        if is_temporary(stale):
             with contextlib.suppress(OSError):
                 if time.time() - stale.stat().st_mtime > _DAY:
                     remove(stale)
-    folder = parent / (TEMPORARY + secrets.token_hex(8))
+    folder = parent / f".jlora-tmp-{secrets.token_hex(8)}"
     try:
         folder.mkdir()
         yield folder
@@ -140,7 +151,7 @@ def exchange(one: Path, other: Path) -> bool:
         return False
 
 
-def appear(folder: Path, target: Path, replaces: bool = False, ours: Callable[[str], bool] = lambda name: True) -> None:
+def appear(folder: Path, target: Path, replaces: bool = False, ours: Callable[[Path], bool] = lambda _: True) -> None:
     """The moment at which a new folder is there, in the place of an old one where it replaces one.
 
     What is in the old one and not `ours` stays. Where two folders cannot change places in one step, a process that is
@@ -181,12 +192,12 @@ def _rename(folder: Path, target: Path) -> None:
         raise
 
 
-def _keep(source: Path, folder: Path, ours: Callable[[str], bool]) -> None:
+def _keep(source: Path, folder: Path, ours: Callable[[Path], bool]) -> None:
     """Gives the entries of one folder that are not ours, and not in the other, a second name there."""
     for entry in source.iterdir():
-        if ours(entry.name) or entry.name.startswith(TEMPORARY) or os.path.lexists(folder / entry.name):
+        if ours(entry) or is_temporary(entry) or os.path.lexists(folder / entry.name):
             continue
-        if entry.is_dir() and not entry.is_symlink():
+        if is_folder(entry):
             shutil.copytree(entry, folder / entry.name, symlinks=True, copy_function=_link)
         else:
             _link(str(entry), str(folder / entry.name))
@@ -225,7 +236,7 @@ def check_free(target: Path, overwrite: bool, ours: str, what: str) -> bool:
         raise FileExistsError(f"{target} exists; write overwrite=True to replace the {what} in it, or another path")
     if target.is_dir() and (target / ours).is_file():
         return True
-    if target.is_dir() and all(entry.name.startswith(TEMPORARY) for entry in target.iterdir()):
+    if target.is_dir() and all(map(is_temporary, target.iterdir())):
         return False  # there is nothing to lose
     raise FileExistsError(f"{target} exists and holds no {what}: overwrite=True does not replace it, remove it first")
 

@@ -45,9 +45,12 @@ class Store:
     load: str
     before: str | None = None
 
-    def _is_data(self, name: str) -> bool:
-        """Whether an entry is a folder of arrays, or what an older jlora left of a save that was killed."""
-        return bool(re.match(rf"{self.prefix}-[0-9a-f]{{16}}|{re.escape(self.form.name)}-[0-9a-f]", name))
+    def _is_name(self, name: str) -> bool:
+        """Whether this is the name of a folder of arrays: all of it, for what begins so may be a user's own."""
+        return bool(re.fullmatch(rf"{self.prefix}-[0-9a-f]{{16}}", name))
+
+    def _is_data(self, entry: Path) -> bool:
+        return self._is_name(entry.name) and _folder.is_folder(entry)
 
     # --- save ---
 
@@ -99,10 +102,9 @@ class Store:
         with contextlib.suppress(OSError, ValueError):
             current = self.read(folder)["data"]
             for entry in folder.iterdir():
-                if entry.name != current and (self._is_data(entry.name) or entry.name == was):
-                    _folder.remove(entry) if entry.is_dir() else entry.unlink()
-                elif entry.name.startswith(_folder.TEMPORARY):
-                    _folder.remove(entry)  # nobody else saves: this one holds the lock
+                stale = entry.name != current and (self._is_data(entry) or entry.name == was)
+                if stale or _folder.is_temporary(entry):  # nobody else saves: this one holds the lock
+                    _folder.remove(entry)
 
     # --- load ---
 
@@ -113,7 +115,7 @@ class Store:
             raise FileNotFoundError(f"there is nothing at {folder}")
         if not folder.is_dir():
             raise ValueError(f"{folder} is a file; a saved {self.what} is a folder with {self.form.name} in it")
-        if not self.is_here(folder) and any(self._is_data(entry.name) for entry in folder.iterdir()):
+        if not self.is_here(folder) and any(map(self._is_data, folder.iterdir())):
             raise ValueError(f"{folder} is cut short: its manifest, {self.form.name}, is missing")
         return folder
 
@@ -127,7 +129,7 @@ class Store:
         content.setdefault("data", self.before)
         content.setdefault("files", None)
         data = content["data"]
-        if data is not None and data != self.before and not re.fullmatch(rf"{self.prefix}-[0-9a-f]{{16}}", data):
+        if data is not None and data != self.before and not self._is_name(data):
             where = folder / self.form.name
             raise ValueError(f"{where} is no manifest that jlora wrote: {data!r:.100} is no name of its arrays")
         return content

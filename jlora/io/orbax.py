@@ -28,9 +28,9 @@ from jlora.methods.base import Method
 from jlora.optim._halves import check_masked
 from jlora.rank.adalora import check_ran
 
-#: What stands at the top of an Orbax checkpoint.
-_OF_ORBAX = re.compile(
-    r"_.*METADATA|_sharding|_strings\.json|commit_success\.txt|manifest\.ocdbt|d|ocdbt\.process_\d+|array_metadatas"
+#: What stands at the top of an Orbax checkpoint, beside a folder for each process.
+_OF_ORBAX = frozenset(
+    "_METADATA _CHECKPOINT_METADATA _sharding _strings.json array_metadatas commit_success.txt d manifest.ocdbt".split()
 )
 
 
@@ -264,8 +264,13 @@ def export(
         new = folder / target.name
         _checkpoint.write_tree(new, jax.tree.map(_portable, params))
         _folder.sync_all(new)
-        written = {entry.name for entry in new.iterdir()}
-        _folder.appear(new, target, replaces, lambda name: name in written or bool(_OF_ORBAX.fullmatch(name)))
+        _folder.appear(new, target, replaces, _is_of_orbax)
+
+
+def _is_of_orbax(entry: Path) -> bool:
+    """Whether an entry of a checkpoint is Orbax's, and not a user's own beside it."""
+    of_process = re.fullmatch(r"ocdbt\.process_\d+", entry.name) and (entry / "manifest.ocdbt").is_file()
+    return entry.name in _OF_ORBAX or bool(of_process)
 
 
 def _check_loss(report: MergeReport, allow_loss: bool) -> None:

@@ -199,7 +199,7 @@ def save(
         (new / _peft_config.NAME).write_bytes(said)
         _read_back(new, tensors, config)
         _folder.sync(new / _peft_layout.NAME, new / _peft_config.NAME, new)
-        _folder.appear(new, target, replaces, lambda name: name in _FILES)
+        _folder.appear(new, target, replaces, lambda entry: entry.name in _FILES)
 
 
 def _read_back(folder: Path, tensors: Mapping[str, np.ndarray], config: Config) -> None:

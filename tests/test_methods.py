@@ -276,6 +276,21 @@ def test_a_rank_above_the_matrix_rank_is_warned_of(name):
         np.testing.assert_allclose(jlora.merge(far)["w"], w0 + 2 * update(f), rtol=1e-4, atol=1e-4)
 
 
+def test_a_rank_above_the_width_of_a_slice_is_warned_of():
+    """Rank 3 on a slice of 2 columns: each slice by its own formula, and the narrower one in the warning."""
+    w0 = np.random.default_rng(0).standard_normal((8, 6))
+    method = jlora.LoRA(rank=3, alpha=6, slices=((0, 2), (2, 6)), target="w")
+    with pytest.warns(UserWarning, match=r"'w': rank 3 is above min\(in, out\) = 2$"):
+        ad = jlora.adapt({"w": jnp.asarray(w0, jnp.float32)}, method)
+    far = jlora.join(away_from_start(ad.trainable), ad.frozen)
+    f = {n: np.float64(v) for n, v in far.trainable["w"].items()}
+    want = w0 + 2 * np.concatenate([f["a0"].T @ f["b0"], f["a1"].T @ f["b1"]], 1)
+    np.testing.assert_allclose(jlora.merge(far)["w"], want, rtol=1e-4, atol=1e-4)
+    x = np.random.default_rng(1).standard_normal((3, 8))
+    lifted = jlora.lift(lambda p, x: x @ p["w"])(far, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(lifted, x @ want, rtol=1e-4, atol=1e-4)
+
+
 def test_a_wide_rank_can_be_resized_and_compacted():
     with pytest.warns(UserWarning, match="above min"):
         ad = jlora.adapt({"w": jnp.ones((24, 5))}, jlora.LoRA(rank=6, target="w"))

@@ -583,7 +583,7 @@ def test_decay_under_the_mask_moves_towards_the_base():
 # Several adapters at once --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_fa", "vera", "dora", "pissa"])
+@pytest.mark.parametrize("name", ["lora", "lora_fa", "vera", "dora", "pissa", "tied"])
 def test_a_stack_is_each_of_its_adapters(name):
     """Values and gradients under vmap, with every alpha and frozen factor its own; the base is held once."""
     params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}}
@@ -593,6 +593,7 @@ def test_a_stack_is_each_of_its_adapters(name):
         "vera": lambda alpha: jlora.VeRA(rank=2, target="kernel"),
         "dora": lambda alpha: jlora.DoRA(jlora.LoRA(rank=2, alpha=alpha)),
         "pissa": lambda alpha: jlora.LoRA(rank=2, alpha=alpha, init="pissa"),
+        "tied": lambda alpha: jlora.TiedLoRA(rank=2),
     }[name]
     each = [jlora.adapt(params, make(alpha), key=jax.random.key(int(alpha))) for alpha in (2.0, 8.0, 3.0)]
     each = [jlora.join(jax.tree.map(lambda x: x + 0.1, a.trainable), a.frozen) for a in each]

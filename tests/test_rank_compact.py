@@ -228,6 +228,27 @@ def test_an_unstacked_adapter_is_written_with_a_rank_a_module(tmp_path):
     assert_close(jlora.merge(back), jlora.merge(small), 1e-6)
 
 
+def test_layers_unstacked_share_what_they_shared(tmp_path):
+    """Tied-LoRA: one a and one b for all layers, as in the stack; values, and gradients of every factor, are those."""
+    adapted = jlora.adapt(params(), jlora.TiedLoRA(rank=2, target="kernel"))
+    adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
+    alone = jlora.rank.unstack(adapted, unrolled(), names)
+    assert jlora.count(alone)[0] == jlora.count(adapted)[0]
+    merged, stack = jlora.merge(alone), jlora.merge(adapted)["layers"]["kernel"]
+    assert_close([merged[f"layer_{n}"]["kernel"] for n in range(3)], [stack[n] for n in range(3)], 1e-6)
+
+    def grads(fn, ad):
+        loss = lambda t: sum(jnp.sum(jnp.sin(y)) for y in jlora.lift(fn)(jlora.join(t, ad.frozen), X))
+        return jax.jit(jax.grad(loss))(ad.trainable)
+
+    one, each = grads(model, adapted), grads(apart, alone)
+    assert_close(each["tied/layers/kernel"], one["tied/layers/kernel"], 1e-5)
+    rows = {name: jnp.stack([each[f"layer_{n}/kernel"][name] for n in range(3)]) for name in one["layers/kernel"]}
+    assert_close(rows, one["layers/kernel"], 1e-5)
+    jlora.save(tmp_path / "adapter", alone)
+    assert as_bytes(jlora.load(tmp_path / "adapter", unrolled()).trainable) == as_bytes(alone.trainable)
+
+
 def test_unstack_refuses_in_words():
     adapted = pruned("lora")
     with pytest.raises(ValueError) as error:

@@ -28,7 +28,7 @@ def warn(caller: str, adapted: Adapted) -> None:
     seen = _start(adapted)
     if seen:
         warnings.warn(
-            f"this adapter was never trained: {seen}, and so is every factor whose start is known. Training moves "
+            f"this adapter was never trained: {seen}, and no factor has left a start that is known. Training moves "
             f"`trainable`, and the Adapted of before stays as it was; write {caller}, jlora.join(trainable, "
             "adapted.frozen)), of the half that was trained",
             UntrainedWarning,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _axis_names, _layouts, _table, _tree
+from jlora._dtypes import widened
 from jlora._packed import is_packed
 
 _INTO_HEADS = re.compile(r"(^|[_.])(q|k|v|qkv|kv|query|key|value|q_proj|k_proj|v_proj)([_.]|\d|$)")
@@ -74,9 +75,8 @@ class Leaf:
         array = jnp.asarray(array)
         if array.shape != self.shape:
             raise ValueError(f"an array of shape {array.shape} for {self.path!r} of shape {self.shape}")
-        wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
         order = (*self.axes("s"), *self.axes("ik"), *self.axes("o"))
-        return jax.lax.transpose(wide, order).reshape(*self.stack, self.size("ik"), self.size("o"))
+        return jax.lax.transpose(widened(array), order).reshape(*self.stack, self.size("ik"), self.size("o"))
 
     def kernel(self, matrix: jax.Array) -> jax.Array:
         """The inverse of `matrix`.

@@ -10,6 +10,7 @@ from jax import lax
 
 from jlora import _network
 from jlora._axes import Leaf
+from jlora._dtypes import widened
 from jlora._lazy import Fed, Lazy
 from jlora._network import Array, Base, Delta, Labels, Recipe
 from jlora._packed import Packed
@@ -48,7 +49,7 @@ def express(
             return Operand((value,), None, (), front + labels)
         if not w.arrays and not w.base:
             constant = jnp.asarray(w.fn())
-            return Operand((constant.astype(jnp.promote_types(constant.dtype, jnp.float32)),), None, (), labels)
+            return Operand((widened(constant),), None, (), labels)
         got, fn = [get(a) for a in w.arrays], w.fn
         if w.base and isinstance(w0, Lazy):
             assert w0.source.fn is not None

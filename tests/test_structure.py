@@ -101,6 +101,12 @@ def test_one_room_knows_jaxprs_and_nobody_knows_the_inside_of_jax(file):
         assert "make_jaxpr" not in text and not re.search(r"\beqns?\b", text), f"{file} knows jaxprs"
 
 
+@pytest.mark.parametrize("file", [f for f in FILES if f != "_dtypes.py"])
+def test_one_room_asks_jax_to_promote(file):
+    """JAX refuses it under strict promotion; `_dtypes` says how things meet there."""
+    assert "jnp.promote_types" not in (ROOT / file).read_text(), f"{file}: ask jlora._dtypes"
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_extras_are_imported_late(file):
     for module, late in imports(file):

@@ -214,6 +214,18 @@ def given(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str
     return None
 
 
+_SIDES = {"s": "stack", "i": "in", "k": "in", "o": "out"}
+
+
+def text(leaf: Leaf) -> str:
+    """Its sizes for a table: `12 x (768 -> 12x64)`."""
+    sizes: dict[str, list[str]] = {"stack": [], "in": [], "out": []}
+    for role, n in zip(leaf.roles, leaf.shape, strict=True):
+        sizes[_SIDES[role]].append(str(n))
+    sides = " -> ".join("x".join(sizes[side]) for side in ("in", "out") if sizes[side])
+    return f"{'x'.join(sizes['stack'])} x ({sides})" if sizes["stack"] else sides
+
+
 class RolesWarning(UserWarning):
     """A lifted function contracts other axes of a weight than those that `adapt` took for its input.
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -16,7 +17,7 @@ from jlora._network import Recipe
 from jlora._packed import is_packed
 from jlora._plan import Site
 from jlora._weight import Weight
-from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted
+from jlora.adapted import Adapted, Frozen, check_adapted, check_any, is_adapted
 from jlora.methods.base import Method
 
 
@@ -240,13 +241,16 @@ def scale(adapted: Adapted, x: Any) -> Adapted:
       >>> float(jlora.scale(adapted, 0.5).frozen.factors["query/kernel"]["s"])
       1.0
     """
-    check_adapted("scale", adapted)
-    if not isinstance(x, (int, float)) and not hasattr(x, "dtype"):
+    check_any("scale", adapted)
+    number = isinstance(x, (int, float)) or hasattr(x, "dtype") and jnp.issubdtype(x.dtype, np.number)
+    if not number or isinstance(x, bool):
         raise TypeError(f"scale(adapted, x) takes a scalar x, such as 0.5, not {_answers.kind(x)}")
     if jnp.ndim(x) != 0:
         raise ValueError(
             f"scale takes a scalar, not an array of shape {jnp.shape(x)}; vmap over adapters (jlora.stack) instead"
         )
+    if not isinstance(x, Tracer) and not abs(x) <= float(jnp.finfo(jnp.float32).max):
+        raise ValueError(f"scale(adapted, x) takes a finite x in float32's range, not {x!r:.40}")
     scales = {
         place
         for site in adapted.frozen.plan.sites

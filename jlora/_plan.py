@@ -42,6 +42,15 @@ class Plan:
     methods: tuple[Method, ...]
     notes: tuple[str, ...]
 
+    @functools.cached_property
+    def shapes(self) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
+        """`{(group, factor): (shape, trained)}` of every array."""
+        found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
+        for site in self.sites:
+            for place, (array, shape) in site.recipe.arrays(site.leaf).items():
+                found[place] = (shape, array.trained)
+        return found
+
     def __repr__(self) -> str:
         # JAX prints plans where two structures differ: one line, but unlike for unlike plans
         digest = zlib.crc32(repr((self.sites, self.methods)).encode())
@@ -143,7 +152,9 @@ def resolve(
                 notes.append(f"{path}: rank 0, left as it is")
                 continue
             _wellformed.check(recipe, leaf)
-            for place, (array, full) in recipe.arrays(leaf).items():
+            arrays = recipe.arrays(leaf)
+            _wellformed.check_constants(arrays, jnp.dtype(method.dtype))
+            for place, (array, full) in arrays.items():
                 if places.setdefault(place, (full, array.trained)) != (full, array.trained):
                     raise ValueError(
                         f"it would share the factor {place[1]!r} of {place[0]!r}, which has shape {places[place][0]} "
@@ -272,11 +283,24 @@ def describe_rank(site: Site) -> str:
 
 def shapes(plan: Plan) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
     """`{(group, factor): (shape, trained)}` of every array of a plan."""
-    found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
-    for site in plan.sites:
-        for place, (array, shape) in site.recipe.arrays(site.leaf).items():
-            found[place] = (shape, array.trained)
-    return found
+    return plan.shapes
+
+
+def check_one(caller: str, plan: Plan, trainable: Any, factors: Any) -> None:
+    """Raises ValueError where the factors have other shapes than the plan's: with one axis more they are a stack."""
+    for (group, name), (shape, trained) in plan.shapes.items():
+        x = (trainable if trained else factors).get(group, {}).get(name)
+        have = getattr(x, "shape", None)
+        if have is None or tuple(have) == shape:
+            continue
+        said = f"{caller}: {group!r}: {name!r} has shape {tuple(have)}, and the plan {shape}"
+        if tuple(have[1:]) == shape:
+            raise ValueError(
+                f"{said}: this is a stack of {have[0]} adapters, and {caller} takes one. With `stacked, axes = "
+                "jlora.stack(adapters)`, call it inside jax.vmap(..., in_axes=(axes, ...)) or on each of "
+                "jlora.unstack(stacked); an optimizer is made of one of them"
+            )
+        raise ValueError(f"{said}; jlora.rank.resize and prune change ranks with their plan")
 
 
 def derived(plan: Plan) -> dict[tuple[str, str], Any]:

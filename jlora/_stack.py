@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora.adapted import Adapted, Frozen, check_adapted, check_trainable, is_adapted, shapes
+from jlora.adapted import Adapted, Frozen, check_any, check_trainable, is_adapted, shapes
 
 
 class Stacked(NamedTuple):
@@ -103,7 +103,7 @@ def unstack(adapted: Adapted) -> list[Adapted]:
       >>> [float(one.frozen.factors["query/kernel"]["s"]) for one in jlora.unstack(stacked)]
       [1.0, 4.0]
     """
-    plan = check_adapted("jlora.unstack", adapted).frozen.plan
+    plan = check_any("jlora.unstack", adapted).frozen.plan
     want = shapes(plan)
     sizes = set()
     for side, names in ((adapted.trainable, True), (adapted.frozen.factors, False)):

@@ -4,13 +4,16 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 
 from jlora import _network
 from jlora._axes import Leaf
 from jlora._network import Array, Base, Delta, Function, Recipe, Word
+
+Arrays: TypeAlias = Mapping[tuple[str, str], tuple[Array, tuple[int, ...]]]
 
 
 def check(recipe: Recipe, leaf: Leaf) -> None:
@@ -34,7 +37,7 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
             raise ValueError(f"{error} (in the equation {delta.equation!r})") from error.__cause__
 
 
-def check_start(leaf: Leaf, arrays: Mapping[tuple[str, str], tuple[Array, tuple[int, ...]]], made: Any) -> None:
+def check_start(leaf: Leaf, arrays: Arrays, made: Any) -> None:
     """Raises ValueError unless `initial` made the arrays of the recipe."""
     if not isinstance(made, Mapping):
         raise ValueError(f"{leaf.path!r}: initial returns {{(group, name): array}}, not {type(made).__name__}")
@@ -47,6 +50,21 @@ def check_start(leaf: Leaf, arrays: Mapping[tuple[str, str], tuple[Array, tuple[
             bad.append(f"{place} of shape {shape}, where the recipe has {want}{stack}")
     if bad:
         raise ValueError(f"initial of {leaf.path!r} of shape {leaf.shape} returns " + "; ".join(bad))
+
+
+def check_constants(arrays: Arrays, dtype: Any) -> None:
+    """Raises ValueError where a number that a factor begins with is zero, or none, in the dtype of the factors.
+
+    A scale that is lost so is a dead adapter.
+    """
+    for array, _ in arrays.values():
+        value = _network.constant_of(array)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            held = None if value is None else float(np.asarray(value).astype(dtype))
+        if value and held is not None and not (np.isfinite(held) and held):
+            raise ValueError(
+                f"its {array.name!r} of {value:g} is {held:g} in {dtype}; another alpha, or a wider dtype="
+            )
 
 
 def _named(words: Sequence[Word]) -> str:

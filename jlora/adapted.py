@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from jlora import _answers, _kinds, _packed, _plan, _ranks, _table, _tree, _wellformed
+from jlora import _answers, _axes, _kinds, _packed, _plan, _ranks, _table, _tree, _wellformed
 from jlora._keys import checked_key, stable_hash
-from jlora._plan import Plan, Site, dropouts, shapes, trainable_size
+from jlora._plan import Plan, dropouts, shapes, trainable_size
 from jlora._plan import derived as derived
 from jlora.methods.base import Method
 
@@ -102,7 +102,13 @@ def is_adapted(x: Any) -> bool:
 
 
 def check_adapted(caller: str, x: Any) -> Adapted:
-    """`x`; TypeError, in words, unless it is an `Adapted` with a plan."""
+    """`x`; TypeError, in words, unless it is an `Adapted` with a plan; ValueError if it is a stack of several."""
+    _plan.check_one(caller, check_any(caller, x).frozen.plan, x.trainable, x.frozen.factors)
+    return x
+
+
+def check_any(caller: str, x: Any) -> Adapted:
+    """`x`, one adapter or a stack of several; TypeError, in words, if it is neither."""
     if isinstance(x, Adapted) and isinstance(x.frozen, Frozen):
         return x
     raise TypeError(_answers.no_adapter(caller, x, is_adapted, lambda x: isinstance(x, Frozen)))
@@ -233,7 +239,7 @@ def split(adapted: Adapted) -> tuple[Any, Frozen]:
       >>> sorted(trainable)
       ['query/kernel']
     """
-    return check_adapted("split", adapted).trainable, adapted.frozen
+    return check_any("split", adapted).trainable, adapted.frozen
 
 
 def join(trainable: Any, frozen: Frozen) -> Adapted:
@@ -298,7 +304,11 @@ def with_dropout(adapted: Adapted, key: Any) -> Adapted:
       >>> jlora.with_dropout(adapted, jax.random.key(1))
       Adapted(1 weight, 20 trainable)
     """
-    check_adapted("with_dropout", adapted)
+    check_any("with_dropout", adapted)
+    if key is None:
+        raise TypeError(
+            "with_dropout takes a key, such as jax.random.key(0), not None; without a call there is no dropout"
+        )
     return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, key=checked_key(key)))
 
 
@@ -327,19 +337,8 @@ def count(adapted: Adapted) -> tuple[int, int]:
       >>> jlora.count(jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2)))
       (20, 44)
     """
-    trainable = trainable_size(check_adapted("count", adapted).frozen.plan)
+    trainable = trainable_size(check_any("count", adapted).frozen.plan)
     return trainable, trainable + base_size(adapted.frozen)
-
-
-_NAMES = {"s": "stack", "i": "in", "k": "in", "o": "out"}
-
-
-def _axes_text(site: Site) -> str:
-    sizes: dict[str, list[str]] = {"stack": [], "in": [], "out": []}
-    for role, n in zip(site.leaf.roles, site.leaf.shape, strict=True):
-        sizes[_NAMES[role]].append(str(n))
-    text = " -> ".join("x".join(sizes[side]) for side in ("in", "out") if sizes[side])
-    return f"{'x'.join(sizes['stack'])} x ({text})" if sizes["stack"] else text
 
 
 def table(adapted: Adapted) -> str:
@@ -354,13 +353,13 @@ def table(adapted: Adapted) -> str:
       <BLANKLINE>
       20 trainable of 44 parameters (45.4545 %)
     """
-    plan = check_adapted("table", adapted).frozen.plan
+    plan = check_any("table", adapted).frozen.plan
     rows, seen = [], set()
     for site in plan.sites:
         arrays = {p: v for p, v in site.recipe.arrays(site.leaf).items() if v[0].trained and p not in seen}
         seen |= set(arrays)
         size = sum(math.prod(shape) for _, shape in arrays.values())
-        rest = (_axes_text(site), site.method.describe(), _plan.describe_rank(site), size)
+        rest = (_axes.text(site.leaf), site.method.describe(), _plan.describe_rank(site), size)
         rows.append((site.leaf.path, rest))
     folded = [
         (path, str(n), axes, method, rank, f"{n * size:,}") for path, n, (axes, method, rank, size) in _table.fold(rows)

@@ -28,7 +28,7 @@ from jlora import _answers, _express, _interpret, _merge, _network, _plan, _rank
 from jlora._dtypes import widened
 from jlora._interpret import moments as _moments
 from jlora._plan import Plan, Site
-from jlora.adapted import Adapted, Frozen, check_adapted
+from jlora.adapted import Adapted, Frozen, check_any
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import EVA as EVA
 from jlora.methods.starts import GA as GA
@@ -245,7 +245,7 @@ def plain(adapted: Adapted) -> Adapted:
     References:
       Meng et al, `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, appendix on converting it to LoRA.
     """
-    base = _tree.leaves(check_adapted("init.plain", adapted).frozen.base)
+    base = _tree.leaves(check_any("init.plain", adapted).frozen.base)
     get = _merge.lookup(adapted)
     trainable, factors = dict(adapted.trainable), dict(adapted.frozen.factors)
     sites = []

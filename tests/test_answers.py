@@ -4,6 +4,8 @@
 """
 
 import copy
+import dataclasses
+import functools
 import inspect
 import pickle
 
@@ -41,6 +43,10 @@ def tensor():
     """A leaf of another library: it has a shape, and a dtype that NumPy does not know."""
     dtype = type("dtype", (), {"__repr__": lambda _: "torch.float32"})()
     return type("Tensor", (), {"shape": (6, 4), "dtype": dtype, "__module__": "torch"})()
+
+
+def adapt(**options):
+    return lambda: jlora.adapt(PARAMS, dataclasses.replace(LORA, **options))
 
 
 def donated():
@@ -89,6 +95,28 @@ def test_what_is_no_adapter_is_refused_with_the_line_to_write(name, what, tmp_pa
         TAKES_AN_ADAPTED[name](given)
     for word in ["Adapted", *words]:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+# What says the same of one adapter and of several, or acts on each.
+TAKES_A_STACK = {"count", "table", "split", "scale", "with_dropout", "plain", "unstack"}
+
+
+@pytest.mark.parametrize("name", [name for name in TAKES_AN_ADAPTED if name not in TAKES_A_STACK])
+def test_a_stack_where_one_adapter_is_wanted_is_refused(name, tmp_path, monkeypatch):
+    """The axis of the adapters is none of their ranks: the way through `jax.vmap` or `unstack` is named."""
+    monkeypatch.chdir(tmp_path)
+    stacked = jlora.stack([ADAPTED, jlora.adapt(PARAMS, dataclasses.replace(LORA, alpha=8))]).adapted
+    with pytest.raises(ValueError, match="stack of 2 adapters"):
+        TAKES_AN_ADAPTED[name](stacked)
+
+
+@pytest.mark.parametrize(
+    "call", [jlora.lift(model), jlora.lift(model, dense=True), functools.partial(jlora.explain, model)]
+)
+def test_a_stack_is_lifted_under_vmap_alone(call):
+    """Called as it stands, each of a, b and s has an axis too many."""
+    with pytest.raises(ValueError, match=r"stack of 2 adapters.*jax.vmap\(..., in_axes=\(axes, ...\)\)"):
+        call(jlora.stack([ADAPTED, ADAPTED]).adapted, X)
 
 
 # --- an Adapted is taken for something else -----------------------------------------------------------------------
@@ -192,6 +220,19 @@ TABLE = {
     "scale by None": (lambda: jlora.scale(ADAPTED, None), TypeError, ["scalar", "None"]),
     "scale by a dict": (lambda: jlora.scale(ADAPTED, {"layer_0": 0.5}), TypeError, ["scalar", "dict"]),
     "scale by a text": (lambda: jlora.scale(ADAPTED, "0.5"), TypeError, ["scalar", "'0.5'"]),
+    "scale by NaN": (lambda: jlora.scale(ADAPTED, float("nan")), ValueError, ["finite", "nan"]),
+    "scale by too much": (lambda: jlora.scale(ADAPTED, 10**400), ValueError, ["float32's range"]),
+    "scale by a NumPy text": (lambda: jlora.scale(ADAPTED, np.str_("3")), TypeError, ["scalar"]),
+    "scale by a key": (lambda: jlora.scale(ADAPTED, jax.random.key(0)), TypeError, ["scalar"]),
+    "dropout without a key": (lambda: jlora.with_dropout(ADAPTED, None), TypeError, ["takes a key", "no dropout"]),
+    "a scale that is zero": (adapt(rank=6, alpha=3e-45), ValueError, ["LoRA on", "'s' of 5e-46 is 0 in float32"]),
+    "a scale that is zero in float16": (adapt(alpha=1e-9, dtype="float16"), ValueError, ["is 0 in float16"]),
+    "a scale that is infinite": (adapt(alpha=1e6, dtype="float16"), ValueError, ["is inf in float16", "wider dtype="]),
+    "a start that is zero": (
+        lambda: jlora.adapt(PARAMS, jlora.VeRA(d_initial=1e-9, dtype="float16", target=LORA.target)),
+        ValueError, ["VeRA on", "'d' of 1e-09 is 0 in float16"],
+    ),
+    "a rank beyond all sizes": (adapt(rank=2**80), ValueError, ["rank", "31 bits"]),
     "scale swapped": (lambda: jlora.scale(0.5, ADAPTED), TypeError, ["Adapted", "0.5"]),
     "unmerge swapped": (lambda: jlora.unmerge(ADAPTED, PARAMS), TypeError, ["Adapted"]),
     "unmerge of an adapter": (lambda: jlora.unmerge(ADAPTED, ADAPTED), TypeError, ["merged parameters first"]),

@@ -78,7 +78,7 @@ def names(every: str) -> Reads:
     return Reads(read)
 
 
-Rank: TypeAlias = Annotated[int, at_least(0, "a rank is an integer of at least 0")]
+Rank: TypeAlias = Annotated[int, Holds(lambda n: 0 <= n < 2**31, "a rank is an integer of at least 0, in 31 bits")]
 Rate: TypeAlias = Annotated[float, Holds(lambda p: 0 <= p < 1, "a rate is a number that lies in [0, 1)")]
 Alpha: TypeAlias = Annotated[float, nonzero("alpha")] | None
 Seed: TypeAlias = Annotated[int, Holds(lambda n: -(2**63) <= n < 2**63, "a seed is an integer of at most 64 bits")]

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from jlora._network import Array, Delta, Function
 from jlora._plan import Site
-from jlora.adapted import Adapted, check_adapted, is_adapted
+from jlora.adapted import Adapted, check_any, is_adapted
 from jlora.optim._halves import Halves, Places
 
 
@@ -42,7 +42,7 @@ def decay_mask(adapted: Any) -> Callable[[Any], Any]:
       >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=mask)
       >>> state = tx.init(adapted.trainable)
     """
-    check_adapted("decay_mask", adapted)
+    check_any("decay_mask", adapted)
     plan = adapted.frozen.plan
     halves = Halves(plan)
     allowed: Places = {}

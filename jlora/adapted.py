@@ -171,10 +171,9 @@ def adapt(
     References:
       Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
     """
-    traced = None if is_adapted(params) else _traced(fn, params, args, kwargs)
+    traced = None if is_adapted(params) else called("adapt", fn, params, args, kwargs)
     adapted = begun(params, spec, key, axes, allow_untied, traced)
-    waste = _ranks.wasted(adapted.frozen.plan)
-    if waste:
+    if waste := _ranks.wasted(adapted.frozen.plan):
         warnings.warn(waste, stacklevel=2)
     return adapted
 
@@ -219,12 +218,13 @@ def begun(
     return Adapted(trainable, Frozen(params, factors, None, plan))
 
 
-def _traced(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]] | None:
+def called(caller: str, fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]] | None:
+    """What a trace of `fn` says of the weights, `{path: (use, letters)}`; None where no function is given."""
     if fn is None and not args and not kwargs:
         return None
     from jlora._interpret import trace  # late: it stands above
 
-    return trace.given(fn, params, args, kwargs or {})
+    return trace.given(caller, fn, params, args, kwargs or {})
 
 
 # --- taking it apart ----------------------------------------------------------------------------------------------

@@ -172,6 +172,22 @@ def test_half_precision(dtype, scheme):
     assert y.dtype == dtype
 
 
+def test_a_call_of_the_model_tells_the_axes():
+    """fn= and args= say what axes= says, also of an adapter's base, and to a start that is found with the codes."""
+    params, x = {"q": normal(0, 2, 64, 32), "v": normal(1, 64, 64)}, jnp.ones((3, 2, 64))
+    call = dict(fn=lambda p, x: jnp.einsum("bhi,hio->bo", x, p["q"]), args=(x,))
+    with pytest.raises(
+        ValueError, match=r"output of 'q' of shape \(2, 64, 32\).*\n?.*write fn=model.apply, args=\(x,\)"
+    ):
+        jlora.quantize(params, target="q")
+    want = jlora.quantize(params, target="q", axes={"q": "iio"})["q"]
+    spec = jlora.LoRA(rank=2, target="q")
+    adapted = jlora.quantize(jlora.adapt(params, jlora.LoRA(rank=2, target="v")), target="q", **call).frozen.base
+    mended, _ = jlora.quantize(params, target="q", init=functools.partial(jlora.init.loftq, method=spec), **call)
+    for got in (jlora.quantize(params, target="q", **call), adapted, mended):
+        assert got["q"].roles == want.roles and got["q"].codec == want.codec
+
+
 def test_refused_in_words():
     good, bad = normal(0, 64, 2), normal(0, 64, 2).at[3, 1].set(jnp.nan).at[0, 0].set(jnp.inf)
     with pytest.raises(ValueError, match=r"'a' of shape \(64, 2\) has 1 NaN and 1 infinite(.|\n)*'c'"):

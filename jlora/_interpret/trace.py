@@ -86,13 +86,13 @@ def _members(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], read: Sequ
     return ["s" + x[1:] if member(p, s, x) else x for p, s, x in zip(paths, shapes, read, strict=True)]
 
 
-def given(fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]]:
+def given(caller: str, fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]]:
     """`uses` of what a user gave, checked."""
     if fn is None:
-        raise TypeError("adapt(args=..., kwargs=...) are the arguments of fn=, which is not given")
+        raise TypeError(f"{caller}(args=..., kwargs=...) are the arguments of fn=, which is not given")
     if not callable(fn) or not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
         raise TypeError(
-            f"adapt(fn=..., args=(x,)) takes a function and its other arguments in a tuple, not {fn!r:.100} and "
+            f"{caller}(fn=..., args=(x,)) takes a function and its other arguments in a tuple, not {fn!r:.100} and "
             f"{type(args).__name__}"
         )
     return uses(fn, params, args, kwargs)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jlora import _answers, _axes, _select, _tree, targets
 from jlora._contract import explicit_mesh
 from jlora._packed import is_packed, sound
 from jlora._tree import Target
-from jlora.adapted import Adapted, is_adapted
+from jlora.adapted import Adapted, called, is_adapted
 from jlora.quant._layout import layout
 from jlora.quant._leaf import Codec, Quantized
 from jlora.quant._report import say
@@ -90,6 +90,9 @@ def quantize(
     target: Target = targets.linear,
     exclude: Target = (),
     axes: dict[str, str] | None = None,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
     parity: str | None = None,
     donate: bool = False,
     init: Callable[..., Any] | None = None,
@@ -113,6 +116,7 @@ def quantize(
       exclude: which of those not.
       axes: as for `adapt`, where nothing in the tree tells. Blocks run along the input axes; along its rows in
         an `embedding`.
+      fn, args, kwargs: a call of the model, traced as by `adapt`; nothing is computed.
       parity: `"torch"` lays every weight out as bitsandbytes does: one run, outputs first, whose blocks, codes and
         scales are its own bit for bit. Such a weight cannot be sharded along its own axes. By default that is done
         where the block does not divide the input side; elsewhere the blocks are the same, but keep the weight's axes.
@@ -153,6 +157,7 @@ def quantize(
         raise ValueError(f"quantize(donate={donate!r}): True frees each plain weight as soon as it is quantised")
     if parity not in (None, "torch"):
         raise ValueError(f"quantize(parity={parity!r}): 'torch', or None")
+    traced = None if is_adapted(params) else called("quantize", fn, params, args, kwargs)
     if init is not None:
         if not callable(init):
             raise TypeError(
@@ -161,17 +166,18 @@ def quantize(
             )
         if is_adapted(params) or parity or donate:
             raise ValueError("quantize(init=...) takes plain parameters, without parity= and donate=")
+        axes = (axes or {}) | {f"^{re.escape(p)}$": x for p, (_, x) in (traced or {}).items() if x}
         base, method = init(params, quantise=scheme, axes=axes)
         return quantize(base, scheme, target=target, exclude=exclude, axes=axes), method
     if is_adapted(params):
         base = quantize(
-            params.frozen.base, scheme, target=target, exclude=exclude, axes=_letters(params, axes), parity=parity,
-            donate=donate,
+            params.frozen.base, scheme, target=target, exclude=exclude, axes=_letters(params, axes), fn=fn, args=args,
+            kwargs=kwargs, parity=parity, donate=donate,
         )  # fmt: skip
         return Adapted(params.trainable, dataclasses.replace(params.frozen, base=base))
     tree = _tree.flatten(params)
     sound(zip(tree.paths, tree.leaves, strict=True))
-    selected, wrong = _select.select("quantize", target, exclude, tree)
+    selected, wrong = _select.select("quantize", target, exclude, tree, traced)
     wrong += _select.unmatched(axes, tree).values()
     if wrong:
         raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(wrong))
@@ -180,7 +186,7 @@ def quantize(
     todo: dict[int, Codec] = {}
     letters: dict[int, str] = {}
     bad, unclear = [], []
-    roles = _axes.Roles(tree, axes)
+    roles = _axes.Roles(tree, axes, {path: letters for path, (_, letters) in (traced or {}).items() if letters})
     for n in taken:
         shape, dtype = _tree.shape_dtype(leaves[n])
         if is_packed(leaves[n]) or not shape or 0 in shape:
@@ -202,7 +208,7 @@ def quantize(
         shown = ", ".join(unclear[:5]) + (f" and {len(unclear) - 5} more" if len(unclear) > 5 else "")
         bad.append(
             f"nothing tells which axes are input and which output of {shown}; blocks run along the input: write "
-            "axes=jlora.infer_axes(fn, params, x), where fn(params, x) is a call of the model, or the letters"
+            "fn=model.apply, args=(x,), a call of the model, or the letters in axes="
         )
     if bad:  # before any weight is freed
         raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(bad))

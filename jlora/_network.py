@@ -189,12 +189,6 @@ def constant(value: float) -> Callable[..., Any]:
     return functools.partial(_constant, value)
 
 
-def constant_of(array: Array) -> float | None:
-    """What `constant` fills an array with; None where something else does."""
-    made = array.init
-    return made.args[0] if isinstance(made, functools.partial) and made.func is _constant else None
-
-
 def _constant(value: float, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return jnp.full(shape, value, dtype)
 

@@ -58,7 +58,7 @@ def check_constants(arrays: Arrays, dtype: Any) -> None:
     A scale that is lost so is a dead adapter.
     """
     for array, _ in arrays.values():
-        value = _network.constant_of(array)
+        value = _network.begins(array)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             held = None if value is None else float(np.asarray(value).astype(dtype))
         if value and held is not None and not (np.isfinite(held) and held):

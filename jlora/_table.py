@@ -35,6 +35,15 @@ def _spell(values: list[int]) -> str:
     return "{" + ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) + "}"
 
 
+def in_bytes(count: float) -> str:
+    """Bytes in words: three digits and a unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB"
+
+
 def shorten(text: str, width: int) -> str:
     """Cuts the middle out of what is too wide."""
     if len(text) <= width:

@@ -10,6 +10,7 @@ import optax
 
 from jlora import _answers, _contract, _merge, _ops, _plan, _table, _tree
 from jlora._plan import Plan, Site
+from jlora._table import in_bytes
 from jlora._weight import Weight
 from jlora.adapted import Adapted, Frozen, is_adapted
 from jlora.analysis.adapters import side_labels
@@ -83,20 +84,12 @@ class Cost:
                 _table.render(header, lines, right=(1, 4, 5)),
                 "",
                 f"{self.trainable:,} trainable beside {self.base:,} parameters ({100 * self.share:.4f} %)",
-                f"{_bytes(self.disk_bytes)} on disk, {_bytes(self.memory_bytes)} of factors, "
-                f"{_bytes(self.gradient_bytes)} of gradients, {_bytes(self.optimizer_bytes)} of optimizer state",
+                f"{in_bytes(self.disk_bytes)} on disk, {in_bytes(self.memory_bytes)} of factors, "
+                f"{in_bytes(self.gradient_bytes)} of gradients, {in_bytes(self.optimizer_bytes)} of optimizer state",
                 f"FLOPs a token: {self.base_flops:.3g} base + {self.delta_flops:.3g} updates forward; "
                 f"{self.step_flops:.3g} a step, {saved:.0f} % below full fine-tuning",
             )
         )
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} GB"
 
 
 def cost(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jlora import _answers, _table, _tree
 from jlora._packed import is_packed
+from jlora._table import in_bytes
 from jlora.adapted import is_adapted
 
 
@@ -20,14 +21,6 @@ def _bytes(leaf: Any) -> int:
         is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
         whole += math.prod(shape) * (8 if is_key else jnp.dtype(dtype).itemsize)
     return whole
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} GB"
 
 
 def _dense(leaf: Any) -> int:
@@ -68,7 +61,7 @@ def table(params: Any) -> str:
     packed = [leaf for leaf in tree.leaves if is_packed(leaf)]
     now = sum(map(_bytes, tree.leaves))
     before = now + sum(_dense(leaf) - _bytes(leaf) for leaf in packed)
-    return f"{text}\n\n{len(packed)} of {len(tree.leaves)} leaves in codes: {_size(before)} are {_size(now)}"
+    return f"{text}\n\n{len(packed)} of {len(tree.leaves)} leaves in codes: {in_bytes(before)} are {in_bytes(now)}"
 
 
 def say(paths: Any, before: list[Any], after: list[Any]) -> None:
@@ -79,9 +72,9 @@ def say(paths: Any, before: list[Any], after: list[Any]) -> None:
     held = ", ".join(dict.fromkeys(new.describe() for _, new in made)) or "codes"
     text = f"jlora.quantize: {len(made)} weights as {held}"
     if made:
-        text += f", {_size(sum(_dense(new) for _, new in made))} are {_size(sum(_bytes(new) for _, new in made))}"
+        text += f", {in_bytes(sum(_dense(new) for _, new in made))} are {in_bytes(sum(_bytes(new) for _, new in made))}"
     if stayed:
-        largest = ", ".join(f"{path} {_size(-size)}" for size, path in stayed[:2])
+        largest = ", ".join(f"{path} {in_bytes(-size)}" for size, path in stayed[:2])
         more = ", ..." if len(stayed) > 2 else ""
-        text += f"; {len(stayed)} leaves stay, {_size(-sum(size for size, _ in stayed))} ({largest}{more})"
+        text += f"; {len(stayed)} leaves stay, {in_bytes(-sum(size for size, _ in stayed))} ({largest}{more})"
     print(text, file=sys.stderr)

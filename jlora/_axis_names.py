@@ -32,7 +32,7 @@ def of_layers(module: Any) -> dict[tuple[Any, ...], tuple[str, ...]]:
         steps: names(layer)
         for steps, layer in kernels.items()
         for kind, names in _LAYERS
-        if type(layer) is kind and len(names(layer)) == len(layer.kernel.shape)
+        if type(layer) is kind and len(names(layer)) == len(layer.kernel.shape)  # type: ignore[attr-defined]
     }
 
 

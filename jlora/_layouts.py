@@ -74,7 +74,7 @@ def _stacks(shapes: Shapes, found: Letters) -> list[tuple[str, int]]:
             tried, axes = tops, [0, 1, -1]
         elif said and letters is None:
             tried, axes = ["/".join(steps[: said[0] + 1]) + "/"], [0, 1]
-        elif said and len(shape) > 2 and "s" not in letters and re.match("Scan", steps[said[0]]):
+        elif said and len(shape) > 2 and "s" not in (letters or "") and re.match("Scan", steps[said[0]]):
             # a scan's own name: what reads as several output axes is one of them, and the layers behind it
             tried, axes = ["/".join(steps[: said[0] + 1]) + "/"], [-1]
         else:

@@ -18,6 +18,7 @@ from jlora._dtypes import alike
 from jlora._network import Array, Delta, Function, Labels, Recipe, constant
 from jlora._tree import Target
 from jlora.methods.base import Method
+from jlora.methods.sum import Place, apart, renamed
 
 
 def of_the_weight(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -134,10 +135,16 @@ class DoRA(Method):
                 raise ValueError(f"DoRA({name}={mine!r}): the {name} stands on the inner method")
             object.__setattr__(self, name, inner)
 
-    def recipe(self, leaf: Leaf) -> Recipe | None:
+    def _inside(self, leaf: Leaf) -> tuple[Recipe | None, dict[Place, str]]:
+        """The inner method's recipe, and new names for those of its factors that are named as DoRA's own."""
         inner = self.inner.recipe(leaf)
+        return inner, {} if inner is None else apart([(leaf.path, name) for name in ("m", "n0", "t")], inner, leaf)
+
+    def recipe(self, leaf: Leaf) -> Recipe | None:
+        inner, names = self._inside(leaf)
         if inner is None:
             return None
+        inner = renamed(inner, names, leaf.path)
         if not inner.additive:
             raise ValueError(
                 f"DoRA({self.inner.describe()}): the inner method must add to W0, not rescale or turn it, and what it "
@@ -166,7 +173,11 @@ class DoRA(Method):
     ) -> dict[tuple[str, str], jax.Array]:
         if isinstance(weight, jax.ShapeDtypeStruct):
             raise ValueError(f"DoRA on {leaf.path!r} starts from the values of the weight, and it has none")
-        arrays = self.inner.initial(leaf, dataclasses.replace(recipe, gain=None), keys, weight)
+        inner, names = self._inside(leaf)
+        assert inner is not None, "without a recipe there is no site"
+        place = lambda group, name: (group, names.get((group, name), name))
+        begun = self.inner.initial(leaf, inner, lambda *at: keys(*place(*at)), weight)
+        arrays = {place(*at): value for at, value in begun.items()}
         w0 = jnp.asarray(weight).astype(jnp.float32)
         order = [*leaf.axes("s"), *(n for n, role in enumerate(leaf.roles) if role != "s")]
         w0 = lax.transpose(w0, order)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ class Sum(Method):
         first, second = self.first.recipe(leaf), self.second.recipe(leaf)
         if first is None or second is None:
             return first or second
-        second = renamed(second, _names(first, second, leaf), leaf.path)
+        second = renamed(second, apart(first.arrays(leaf), second, leaf), leaf.path)
         for word in ("gain", "left", "right"):
             if getattr(first, word) and getattr(second, word):
                 raise ValueError(f"Sum: both methods have a {word}, and their order would matter")
@@ -77,7 +77,7 @@ class Sum(Method):
         arrays = {} if first is None else self.first.initial(leaf, first, keys, weight)
         if second is None:
             return arrays
-        names = {} if first is None else _names(first, second, leaf)
+        names = {} if first is None else apart(first.arrays(leaf), second, leaf)
 
         def place(group: str, name: str) -> Place:
             return group, names.get((group, name), name)
@@ -100,9 +100,9 @@ def _said(method: Method, name: str) -> Any:
     return None if value == default or value == () else tuple(value) if isinstance(value, list) else value
 
 
-def _names(first: Recipe, second: Recipe, leaf: Leaf) -> dict[Place, str]:
-    """New names for those factors of the second recipe that the first has, too."""
-    mine, theirs = set(first.arrays(leaf)), second.arrays(leaf)
+def apart(given: Iterable[Place], second: Recipe, leaf: Leaf) -> dict[Place, str]:
+    """New names for those factors of the second recipe that stand where others do."""
+    mine, theirs = set(given), second.arrays(leaf)
     taken, names = mine | set(theirs), dict[Place, str]()
     for group, name in theirs:
         if (group, name) in mine:

@@ -12,6 +12,7 @@ weight's own axes. `f.fixed` has the same ones where the paper's gradient takes 
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -126,16 +127,20 @@ def krona_residual(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
 def lokr(W0: np.ndarray, f: Any, alpha: float) -> np.ndarray:
     """W0 + s C x W2 at each place of the window. Yeh et al, 2023.
 
-    W2 is A B with s = alpha / r, A with the window; or A, a core and B; or whole with s = 1.
+    C may be a product of low rank; W2 is A B, A with the window, or A, a core and B, or whole. s = alpha / r, but 1
+    where nothing is of low rank.
     """
-    if not hasattr(f, "a"):
-        j, p = f.b.shape[0], f.b.shape[-1]
-        s, W2 = 1.0, f.b.reshape(j, -1, p).transpose(1, 0, 2)
-    elif hasattr(f, "t"):
-        s, W2 = alpha / len(f.a), tucker(f.t, f.a, f.b)
+    if hasattr(f, "t"):
+        W2 = tucker(f.t, f.a, f.b)
+    elif hasattr(f, "a"):
+        W2 = np.einsum("rjw,rp->wjp", f.a.reshape(*f.a.shape[:2], -1), f.b)
     else:
-        s, W2 = alpha / len(f.a), np.einsum("rjw,rp->wjp", f.a.reshape(*f.a.shape[:2], -1), f.b)
-    return W0 + s * np.concatenate([np.kron(f.c, at) for at in W2])
+        j, p = f.b.shape[0], f.b.shape[-1]
+        W2 = f.b.reshape(j, -1, p).transpose(1, 0, 2)
+    C = f.c1.T @ f.c2 if hasattr(f, "c1") else f.c
+    low = [getattr(f, name) for name in ("a", "c1") if hasattr(f, name)]
+    s = alpha / len(low[0]) if low else 1.0
+    return W0 + s * np.concatenate([np.kron(C, at) for at in W2])
 
 
 def randlora(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
@@ -158,8 +163,15 @@ def hira(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
 
 def dora(W0: np.ndarray, f: Any, inner: Form) -> np.ndarray:
     """m V / ||V||, V = W0 + dW, a norm for each output, constant in the gradient. Liu et al, 2024, 4.3."""
-    norm = np.linalg.norm(inner(W0, f.fixed), axis=0)
-    return f.m.ravel() * inner(W0, f) / norm
+    norm = np.linalg.norm(inner(W0, inside(f.fixed)), axis=0)
+    return f.m.ravel() * inner(W0, inside(f)) / norm
+
+
+def inside(f: Any) -> Any:
+    """The inner method's factors: without DoRA's own, next to which its own m or t is named m_2 or t_2."""
+    own = ("m", "n0", "t")
+    held = {name: x for name, x in vars(f).items() if name not in own}
+    return types.SimpleNamespace(**held | {name: held[f"{name}_2"] for name in own if f"{name}_2" in held})
 
 
 def oft(W0: np.ndarray, f: Any) -> np.ndarray:
@@ -179,6 +191,11 @@ def oft(W0: np.ndarray, f: Any) -> np.ndarray:
 def ia3(W0: np.ndarray, f: Any) -> np.ndarray:
     """W0 diag(l), and l * b0: the activation x W0 + b0 times l. Liu et al, 2022."""
     return W0 * f.l.ravel()
+
+
+def ia3_in(W0: np.ndarray, f: Any) -> np.ndarray:
+    """diag(l) W0: the activation x times l."""
+    return f.l.reshape(-1, 1) * W0
 
 
 def ssf(W0: np.ndarray, f: Any) -> np.ndarray:

@@ -344,6 +344,53 @@ def test_names_whose_letters_others_end_in(other, tmp_path):
     peft.save(tmp_path / "x", jlora.adapt({"q": layer(), "head": layer()}, spec))
 
 
+#: Names at the top that end names of peft's own: round the model, and of each part of a module with factors.
+PARTS = """layer A B vector embedding_A base_layer default dropout lora_A r model base_model base_model.model
+    el.model""".split()
+
+
+@pytest.mark.parametrize("saved", PARTS)
+def test_names_that_peft_has_itself(saved, tmp_path):
+    """peft would save its own parts whole, and not open the folder: refused, and below another module no clash."""
+    path = saved.replace(".", "/")
+    tree = lambda *steps: {steps[0]: tree(*steps[1:])} if steps else layer()
+    rule = lambda path: [jlora.LoRA(rank=1, target="^q/kernel"), jlora.Full(target=f"^{path}/")]
+    with pytest.raises(ValueError, match=rf"'{saved}' is saved whole.* so also '(q\.(base|lora)_|base_model)"):
+        peft.save(tmp_path / "x", jlora.adapt({"q": layer(), **tree(*saved.split("."))}, rule(path)))
+    peft.save(tmp_path / "x", jlora.adapt({"q": layer(), **tree("x", *saved.split("."))}, rule("x/" + path)))
+
+
+@pytest.mark.parametrize(
+    "saved,params",
+    [
+        ("head", {"q": layer(), "head": layer() | {"q": layer()}}),
+        ("model.head", {"q": layer(), "model": {"head": layer()}, "head": layer()}),
+        ("block.1", {"q": layer(), "block": {"1": layer()}, "block_1": {"q": layer()}}),
+    ],
+)
+def test_names_that_peft_reads_otherwise(saved, params, tmp_path):
+    """What is in a saved module goes with it, the prefix counts as letters, and a dot is any letter: all refused."""
+    spec = [jlora.LoRA(rank=1, target="q/kernel"), jlora.Full(target=f"^{saved.replace('.', '/')}/(kernel|bias)")]
+    with pytest.raises(ValueError, match=f"'{saved}' is saved whole"):
+        peft.save(tmp_path / "x", jlora.adapt(params, spec))
+
+
+def test_a_module_is_saved_whole(tmp_path):
+    """peft asks for every tensor of it: the bias that no rule took comes along as it is, of each layer its own."""
+    base = {
+        "q": {"kernel": jnp.ones((2, 6, 4))},
+        "norm": {"scale": jnp.ones((2, 4)), "bias": jnp.asarray(normal(2, 4))},
+    }
+    names = {"layers.{n}.q": "q/kernel", "layers.{n}.norm": "norm/scale"}
+    adapted = jlora.adapt(base, [jlora.LoRA(rank=2, target="q/"), jlora.Full(target="scale")], axes={"q": "sio"})
+    peft.save(tmp_path / "x", adapted, names)
+    written = load_file(tmp_path / "x" / TENSORS)
+    for n in range(2):
+        np.testing.assert_array_equal(written[f"base_model.model.layers.{n}.norm.bias"], base["norm"]["bias"][n])
+    back = peft.load(tmp_path / "x", base, names, axes={"q": "sio"})
+    jax.tree.map(np.testing.assert_array_equal, jlora.merge(back), jlora.merge(adapted))
+
+
 def test_what_autopeft_asks_for(tmp_path):
     """The task, in peft's words, and the base model's name; both change nothing for `load`."""
     adapted = jlora.adapt(Q, jlora.LoRA(rank=2, target="q/kernel"))
@@ -410,7 +457,7 @@ LORA = jlora.LoRA(rank=2, alpha=3, target="q/kernel", dropout=0.1)
         ([LORA, jlora.BitFit(target="q/bias")], {"q.base_layer.bias"}, {"bias": "lora_only"}),
         ([LORA, jlora.BitFit()], {"q.base_layer.bias", "ln.bias"}, {"bias": "all"}),
         ([LORA, jlora.Full(target="ln/")], {"ln.weight", "ln.bias"}, {"modules_to_save": ["ln"], "bias": "none"}),
-        ([LORA, jlora.Full(target="ln/scale")], {"ln.weight"}, {"modules_to_save": ["ln"]}),
+        ([LORA, jlora.Full(target="ln/scale")], {"ln.weight", "ln.bias"}, {"modules_to_save": ["ln"]}),
         (
             [jlora.LoRA(rank=2, target="q/kernel"), jlora.BitFit(target="q/bias")],
             {"q.lora_B.bias"},

@@ -24,6 +24,10 @@ from jlora.io._record import several
 NAME = "adapter_config.json"
 #: In front of a module's name in the keys of tensors; and what peft's own modules are called.
 PREFIX = "base_model.model."
+_ROUND = ("base_model", "base_model.model")
+#: Its modules inside one with factors, of any kind of layer.
+_PARTS = """base_layer lora_A lora_A.default lora_B lora_B.default lora_dropout lora_dropout.default lora_embedding_A
+    lora_embedding_B lora_magnitude_vector lora_magnitude_vector.default""".split()
 #: What a `task_type` may be: each has an `AutoPeftModelFor...`.
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _LARGEST = 2**24
@@ -81,7 +85,7 @@ class Config:
         """Whether `modules_to_save` names this module, or one that it is a part of."""
         steps = module.split(".")
         parents = [".".join(steps[:n]) for n in range(1, len(steps) + 1)]
-        return any(parent.endswith(self.modules_to_save) for parent in parents)
+        return any((PREFIX + parent).endswith(self.modules_to_save) for parent in parents)
 
 
 def matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -270,9 +274,21 @@ def _targets(scales: Collection[str], known: Collection[str]) -> tuple[str, ...]
     return tuple(sorted(scales))
 
 
-def taken(saved: str, known: Collection[str]) -> list[str]:
-    """The other modules that peft would take for one that is saved whole: it looks at the last letters alone."""
-    return sorted(other for other in known if other != saved and other.endswith(saved))
+def taken(saved: Collection[str], known: Collection[str], adapted: Collection[str]) -> dict[str, list[str]]:
+    """The other modules that peft would take for those that are saved whole, `{saved: others}`.
+
+    It looks at the last letters of every name alone: of its own modules round the model and inside those with factors,
+    too. What is inside one that is saved goes with it, and gets no factors; for that, a dot is any letter.
+    """
+    own = [*_ROUND, *(f"{PREFIX}{module}.{part}" for module in adapted for part in _PARTS)]
+    names = [*own, *(PREFIX + name for name in known)]
+    found = {}
+    for one in saved:
+        inside = re.compile(rf"(.*\.)?{re.escape(one)}(\..*)?".replace(r"\.", "."), re.DOTALL)
+        others = {name for name in names if name.endswith(one) or name.startswith(f"{PREFIX}{one}.")}
+        others |= {PREFIX + name for name in adapted if inside.fullmatch(name)}
+        found[one] = sorted(name.removeprefix(PREFIX) for name in others - {PREFIX + one})
+    return found
 
 
 def _alpha(s: np.float32, divisor: float) -> float:

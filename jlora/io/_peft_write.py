@@ -53,11 +53,12 @@ class Writer:
         saved = {self._attempt(self._save_module, site, index) for site, index in _slots(self, wholes, biases)}
         bias = self._attempt(self._biases, biases) if not self.bad else {}
         known = self.book.known() | set(self.scales)
-        for name, others in ((name, config.taken(name, known)) for name in saved if name):
+        for name, others in config.taken(saved - {None}, known, self.scales).items():
             if others:
                 self.bad.append(
-                    f"{name!r} is saved whole, and peft saves every module whose name ends in these letters, so also "
-                    f"{', '.join(map(repr, others[:3]))}; if the torch model has longer names, names= gives them"
+                    f"{name!r} is saved whole, and peft saves every module whose name ends in these letters, and what "
+                    f"is in it, so also {', '.join(map(repr, others[:3]))}; if the torch model has longer names, "
+                    "names= gives them"
                 )
         doras = {isinstance(site.method, DoRA) for site in low}
         if len(doras) > 1:
@@ -156,6 +157,12 @@ class Writer:
         module = self.book.name(self.depth(site)[0], index)
         kind = "bias" if site.leaf.name == "bias" else "weight"
         self._add(module, kind, self._value(site, index)[2], site.leaf.path)
+        bias = "/".join([*site.leaf.path.split("/")[:-1], "bias"])
+        if kind == "weight" and bias in self.book.paths and bias not in self.sites:  # peft asks for all of the module
+            value = self.leaves[list(self.book.paths).index(bias)]
+            if isinstance(value, jax.ShapeDtypeStruct):
+                raise ValueError(f"{bias!r} is abstract, and peft stores all of a module that is saved whole")
+            self._add(module, "bias", np.asarray(value)[index].astype(np.float32).ravel(), bias)
         return module
 
     def _biases(self, sites: list[Site]) -> dict[str, Any]:

@@ -149,10 +149,11 @@ def save(
     """Saves a LoRA or DoRA adapter as peft would: `PeftModel.from_pretrained(model, folder)` reads it.
 
     Factors keep their dtype and their bits. `Full` and `BitFit` are written as values, base plus change, rounded to
-    float32 (`modules_to_save`, `bias`), or as changes where peft has a name for one (`lora_bias`). s is written as
-    `lora_alpha`, which peft divides by r again. Not written, for peft has no place for it: which factors are frozen
-    (LoRA-FA), a dropout rate a module (the largest is written), rank and module dropout, a dropout key. The folder
-    changes at once: a save that is interrupted leaves the former adapter readable, by `load` at any moment.
+    float32 (`modules_to_save`, `bias`), or as changes where peft has a name for one (`lora_bias`); beside a weight
+    that is saved whole stands its bias, trained or not. s is written as `lora_alpha`, which peft divides by r again.
+    Not written, for peft has no place for it: which factors are frozen (LoRA-FA), a dropout rate a module (the
+    largest is written), rank and module dropout, a dropout key. The folder changes at once: a save that is
+    interrupted leaves the former adapter readable, by `load` at any moment.
 
     Args:
       folder: a local folder; its parents are made.

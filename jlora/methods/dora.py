@@ -175,7 +175,10 @@ class DoRA(Method):
             raise ValueError(f"DoRA on {leaf.path!r} starts from the values of the weight, and it has none")
         inner, names = self._inside(leaf)
         assert inner is not None, "without a recipe there is no site"
-        place = lambda group, name: (group, names.get((group, name), name))
+
+        def place(group: str, name: str) -> Place:
+            return group, names.get((group, name), name)
+
         begun = self.inner.initial(leaf, inner, lambda *at: keys(*place(*at)), weight)
         arrays = {place(*at): value for at, value in begun.items()}
         w0 = jnp.asarray(weight).astype(jnp.float32)

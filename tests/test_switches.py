@@ -155,6 +155,17 @@ def ranked():
     )
 
 
+@pytest.mark.parametrize("switch", [{}, STRICT], ids=["plain", "strict"])
+def test_ranks_of_a_pair_in_another_dtype_than_its_start(switch):
+    """Trained factors in bfloat16 beside a frozen start in float32: what is switched off stays in bfloat16."""
+    with switched(switch):
+        pair = moved_from(jlora.LoRA(rank=2, init="pissa", target="kernel"))
+        pair = jlora.join(jax.tree.map(lambda x: x.astype("bfloat16"), pair.trainable), pair.frozen)
+        off = [jlora.rank.prune(pair, jlora.rank.magnitude(pair), 2), jlora.rank.at_rank(pair, 1)]
+        off.append(jlora.rank.compact(off[0]))
+    assert {x.dtype for x in jax.tree.leaves([ad.trainable for ad in off])} == {jnp.dtype("bfloat16")}
+
+
 def analysed():
     adapted = moved_from(LORA)
     a = jlora.analysis

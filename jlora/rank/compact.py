@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora import _merge, _plan, _ranks
+from jlora._dtypes import alike
 from jlora._plan import Plan, Site
 from jlora._ranks import Pair
 from jlora.adapted import Adapted, shapes
@@ -183,7 +185,7 @@ def concrete(caller: str, adapted: Adapted) -> None:
 def alive(pair: Pair, get: Any) -> np.ndarray:
     """(stack..., r): whether no factor has zeros there, and not all of a difference are where they began."""
     some = lambda m: (lambda x: x.reshape(*x.shape[: m.stack + 1], -1).any(-1))(
-        np.asarray(get(*m.place) != m.rest(get))
+        np.asarray(operator.ne(*alike(get(*m.place), m.rest(get))))
     )
     rows = [some(m) for m in (*pair.members, *pair.gates) if m.start is None]
     if pair.begun:  # of a difference, one that moved is enough
@@ -241,6 +243,7 @@ def _plain(site: Site, pair: Pair, kept: dict[Place, Kept], get: Any, folded: di
     recipe = method.recipe(site.leaf)
     assert recipe is not None
     path = site.leaf.path
+    lam, p = alike(lam, p)
     folded[path, "a"] = lam.reshape(*lam.shape, *(1,) * (p.ndim - lam.ndim)) * p
     folded[path, "b"] = q
     folded[path, "s"] = get(*pair.scale)

@@ -66,7 +66,7 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
             x = trainable[m.place[0]][m.place[1]]
             still = lax.stop_gradient(x)
             x = jnp.where(_along(moves, m, x.ndim), x, still)
-            trainable[m.place[0]][m.place[1]] = jnp.where(_along(keep, m, x.ndim), x, m.rest(get))
+            trainable[m.place[0]][m.place[1]] = jnp.where(_along(keep, m, x.ndim), x, m.rest(get).astype(x.dtype))
     for (group, name), rank in scales.items():
         s = factors[group][name]
         factors[group][name] = s * (rank / jnp.clip(b, 1, rank)).astype(s.dtype)  # a traced b of 0 is the base, not NaN

@@ -166,7 +166,7 @@ def _prune(trainable: Any, scores: Places, b: Any, rests: Places, plan: Plan, ti
             x = new[group][name]
             if keep.ndim == member.stack + 1:  # a factor that all layers of a stack share belongs to none of them
                 rest = rests.get(member.place, jnp.zeros_like(x))
-                new[group][name] = jnp.where(spread(keep, member, x.ndim), x, rest)
+                new[group][name] = jnp.where(spread(keep, member, x.ndim), x, rest.astype(x.dtype))
     return new
 
 

@@ -1,0 +1,139 @@
+"""Where the factors of every method begin: distributions and constants, as the papers or their authors' code say."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+
+IN, OUT = 48 * 48, 40 * 40
+DENSE, WINDOW = (IN, OUT), (3, 2, 24 * 24, 20 * 20)
+
+
+def even(bound: float, x: np.ndarray) -> None:
+    """U(-bound, bound), by its ends and its spread."""
+    spread(bound / math.sqrt(3), x)
+    assert (1 - 30 / x.size) * bound < np.abs(x).max() <= bound * (1 + 1e-6)
+
+
+def bell(std: float, x: np.ndarray) -> None:
+    """N(0, std^2), by its spread and its fourth moment."""
+    spread(std, x)
+    assert abs(np.mean(x**4) / np.mean(x**2) ** 2 - 3) < 5 * math.sqrt(24 / x.size)
+
+
+def spread(std: float, x: np.ndarray) -> None:
+    """Mean and standard deviation, to five errors of a sample of normal numbers."""
+    assert x.size > 400
+    assert abs(x.mean()) < 5 * std / math.sqrt(x.size)
+    assert abs(x.std() / std - 1) < 5 / math.sqrt(2 * x.size)
+
+
+def at(value: float, x: np.ndarray) -> None:
+    """All the same."""
+    np.testing.assert_allclose(x, value, rtol=1e-6, atol=0)
+
+
+zero, one = partial(at, 0.0), partial(at, 1.0)
+kaiming = lambda fan_in: partial(even, 1 / math.sqrt(fan_in))  # torch's kaiming_uniform_(a=sqrt(5)): loralib, LyCORIS
+
+# name -> (method, shape of the weight, the start of each of its factors, None where they are too few to tell)
+STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
+    "lora": (jlora.LoRA(rank=4), DENSE, {"a": kaiming(IN), "b": zero}),
+    "lora_window": (jlora.LoRA(rank=4), WINDOW, {"a": kaiming(6 * 24**2), "b": zero}),
+    "lora_gaussian": (jlora.LoRA(rank=4, init="gaussian"), DENSE, {"a": partial(bell, 1 / 4), "b": zero}),
+    "lora_slices": (
+        jlora.LoRA(rank=4, slices=((0, 9), (9, 20))),
+        DENSE,
+        {"a0": kaiming(IN), "b0": zero, "a1": kaiming(IN), "b1": zero},
+    ),
+    "lora_fa": (jlora.LoRAFA(rank=4), DENSE, {"a": kaiming(IN), "b": zero}),
+    "adalora": (jlora.AdaLoRA(rank=4), DENSE, {"p": partial(bell, 0.02), "lam": zero, "q": partial(bell, 0.02)}),
+    "sora": (jlora.SoRA(rank=512), DENSE, {"a": kaiming(IN), "g": partial(bell, 1.0), "b": zero}),
+    "loha": (
+        jlora.LoHa(rank=4),
+        DENSE,
+        {"a1": partial(bell, 1.0), "b1": partial(bell, 0.1), "a2": partial(bell, 1.0), "b2": zero},
+    ),
+    "loha_tucker": (
+        jlora.LoHa(rank=16, tucker=True),
+        WINDOW,
+        {
+            **{"t1": partial(bell, 0.1), "a1": partial(bell, 1.0), "b1": partial(bell, 0.1)},
+            **{"t2": partial(bell, 0.1), "a2": partial(bell, 1.0), "b2": zero},
+        },
+    ),
+    "lokr": (jlora.LoKr(rank=12), DENSE, {"c": kaiming(48), "a": kaiming(48), "b": zero}),
+    "lokr_whole": (jlora.LoKr(rank=24), DENSE, {"c": kaiming(48), "b": zero}),
+    "lokr_both": (
+        jlora.LoKr(rank=12, decompose_both=True),
+        DENSE,
+        {"c1": kaiming(48), "c2": kaiming(12), "a": kaiming(48), "b": zero},
+    ),
+    "lokr_window": (jlora.LoKr(rank=11), WINDOW, {"c": kaiming(24), "a": kaiming(24 * 6), "b": zero}),
+    "lokr_tucker": (
+        jlora.LoKr(rank=11, factor=4, tucker=True),
+        WINDOW[:2] + (4 * 144, 4 * 100),
+        {"c": None, "t": kaiming(11 * 6), "a": kaiming(144), "b": zero},
+    ),
+    "krona": (jlora.KronA(), DENSE, {"a": kaiming(48), "b": zero}),
+    "krona_residual": (jlora.KronA(residual=True), (IN, IN), {"a": kaiming(48), "b": zero, "s_res": zero}),
+    "hira": (jlora.HiRA(rank=4), DENSE, {"a": kaiming(IN), "b": zero}),
+    "vera": (  # kaiming with a gain of sqrt(2)
+        jlora.VeRA(rank=5),
+        DENSE,
+        {
+            **{"A": partial(even, math.sqrt(6 / IN)), "B": partial(even, math.sqrt(6 / 5))},
+            **{"d": partial(at, 0.1), "b": zero},
+        },
+    ),
+    "randlora": (  # bases of unit variance
+        jlora.RandLoRA(rank=512),
+        DENSE,
+        {
+            **{"A": partial(even, math.sqrt(3)), "B": partial(even, math.sqrt(3))},
+            **{"lam": zero, "gam": partial(at, 1 / IN)},
+        },
+    ),
+    "tied": (jlora.TiedLoRA(rank=4), DENSE, {"a": kaiming(IN), "b": zero, "u": one, "v": one}),
+    "tied_frozen_b": (
+        jlora.TiedLoRA(rank=4, trained=("u", "v")), DENSE, {"a": kaiming(IN), "b": kaiming(4), "u": one, "v": zero}
+    ),
+    "oft": (jlora.OFT(), DENSE, {"q": zero}),
+    "ia3": (jlora.IA3(), DENSE, {"l": one}),
+    "ia3_in": (jlora.IA3(side="in"), DENSE, {"l": one}),
+    "ssf": (jlora.SSF(target="."), DENSE, {"gamma": one}),
+    "intrinsic": (jlora.IntrinsicDimension(5), (6, 4), {"theta": zero, "lam": one}),
+    "full": (jlora.Full(target="."), DENSE, {"delta": zero}),
+}  # fmt: skip
+
+SCALES = {"s", "s_one", "eye", "place"}  # no factors that begin anywhere
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_factors_begin_as_the_papers_say(name):
+    """Each factor has the distribution of its paper, in the sizes of the weight; the one that must be is zero."""
+    method, shape, starts = STARTS[name]
+    params = {"kernel": jnp.ones(shape)}
+    adapted = jlora.adapt(
+        params, dataclasses.replace(method, target="kernel"), axes={"kernel": "k" * (len(shape) - 2) + "io"}
+    )
+    begun = {
+        n: x for half in (adapted.trainable, adapted.frozen.factors) for held in half.values() for n, x in held.items()
+    }
+    assert set(begun) - SCALES == set(starts)
+    for factor, start in starts.items():
+        if start is not None:
+            start(np.float64(begun[factor]))
+
+
+def test_dora_begins_at_the_norms_of_its_weight():
+    """m is the norm of each output's column."""
+    W0 = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    adapted = jlora.adapt({"w": jnp.asarray(W0)}, jlora.DoRA(jlora.LoRA(rank=2, target="w")))
+    np.testing.assert_allclose(adapted.trainable["w"]["m"], np.linalg.norm(np.float64(W0), axis=0), rtol=1e-6)

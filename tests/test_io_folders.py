@@ -603,6 +603,36 @@ def test_patterns_match_as_those_of_python():
             assert pattern.matches(module) == want, (key, module)
 
 
+def test_the_first_pattern_wins():
+    """Of names and expressions mixed, the answer of `re` over the keys in turn; each key is built once."""
+    rng, built = random.Random(1), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _pattern.Pattern,
+            "__init__",
+            lambda self, key, real=_pattern.Pattern.__init__: (built.append(key), real(self, key))[1],
+        )
+        for _ in range(200):
+            given = {rng.choice([keys(rng), "a.b", "b", r"^a\.b", r"a\.b", "x.b", "^b"]): n for n in range(6)}
+            rows = _pattern.Patterns(given)
+            good = {k: n for k, n in given.items() if not any(repr(k) in line for line in rows.bad)}
+            for module in ("a.b", "b", "x.a.b", "aab", "axb", "x.b", "xb", "a", "a\nb", ""):
+                want = next((n for k, n in good.items() if re.match(rf"(.*\.)?({k})$", module)), None)
+                assert rows.value(module, None) == want, (given, module)
+            assert len(built) == len(set(built)), "each once"
+            built.clear()
+
+
+@pytest.mark.parametrize(
+    "letters,most", [("q{}", 200_000), ("(q{}|y)*", 3000), ("a" * 900 + "|{}", 300), ("({}a?){{900}}", 200)]
+)
+def test_many_patterns_are_not_built(letters, most):
+    """What building takes is bounded for all of them together, and what an honest model has is far below it."""
+    with pytest.raises(ValueError, match="take too long"):
+        _pattern.Patterns({letters.format(n): n for n in range(most)})
+    assert _pattern.Patterns({letters.format(n): n for n in range(most // 10)}).left > 0
+
+
 @pytest.mark.parametrize("key", ["a?" * 250 + "a" * 250, "(a|a)" * 150 + "b", "(a+)+b", "(((a*)*)*)*b", ".*.*.*.*.*x"])
 def test_patterns_take_no_longer_than_they_are_long(key):
     """`re` takes exponential time, or the fourth power of the length, for these."""

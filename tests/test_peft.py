@@ -257,7 +257,7 @@ def test_patterns_say_what_they_said():
     scales = {"q": (2, s(1)), "x.q": (4, s(1)), "x.y.q": (2, s(1.7)), "z.q": (2, s(1))}
     config = _peft_config.describe(scales)
     for module, (rank, scale) in scales.items():
-        assert _peft_config.matched(config.rank_pattern, module, config.r) == rank
+        assert config.rank(module) == rank
         assert config.scale(module, rank) == scale
     assert _peft_config.describe({"q": (8, s(16 / np.sqrt(8)))}).use_rslora
     plain = _peft_config.describe({"q": (3, s(0.1)), "v": (3, s(0))})
@@ -565,6 +565,11 @@ A, B = {"q.lora_A.weight": normal(2, 6)}, {"q.lora_B.weight": normal(4, 2)}
         (linear(), {"alpha_pattern": {"q" * 1001: 1}}, "longer than 1000"),
         (linear("q" * 1001), {}, "1,03. letters, which is no name"),
         (linear(), {"alpha_pattern": ["q"]}, "not a dictionary"),
+        (linear(), {"rank_pattern": {"q": 2**30}}, "rank 2, which .*: it is to have 1073741824"),
+        (linear(), {"rank_pattern": {"x": 2}, "r": 3}, "rank 2, which .*: it is to have 3"),
+        (linear(), {"rank_pattern": {"q|x": 3, "q": 2}}, "rank 2, which .*: it is to have 3"),
+        (linear(), {"rank_pattern": {"(": 2}, "alpha_pattern": {")": 1}}, r"rank_pattern has .*\n.*alpha_pattern has"),
+        (linear(), {"alpha_pattern": {f"(x{i}|y)*q": 1 for i in range(3000)}}, "alpha_pattern has 3,000 keys"),
         (linear(), {"target_modules": [1]}, "target_modules"),
         (linear(), {"lora_dropout": 2}, "lora_dropout is 2"),
         ({k: v.astype(np.float64) for k, v in linear().items()}, {}, r"F32, F16 and BF16, not .*\(F64\)"),

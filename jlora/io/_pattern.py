@@ -9,7 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_LONGEST, _STATES, _STEPS = 1000, 4000, 3 * 10**7
+_LONGEST, _STATES = 1000, 4000
+#: Of all keys together; and how many it takes to read a name, to build a pattern, a letter and a state of it, and to
+#: look a name up.
+_STEPS, _NAMED, _BUILT, _LETTER, _STATE, _LOOKED_UP = 3 * 10**7, 200, 15_000, 300, 100, 5
 #: What is read as an atom of one letter, as `re` reads it; and what is not read: groups with a question mark and more.
 _ATOM = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]|\\[dDwWsS]|\\[^a-zA-Z0-9]|[^\\\[(){}|*+?^$]", re.DOTALL)
 _COUNT = re.compile(r"([*+?])|\{(\d{1,4})(?:(,)(\d{1,4})?)?\}")
@@ -147,18 +150,34 @@ def _counts(count: re.Match[str]) -> tuple[int, int | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
-    """A key that is a name: its dots are any letter, as in a regular expression, and an escaped one is a dot.
+class Form:
+    """Where a name has dots that are any letter; names of one form are found at once.
 
     Attributes:
       whole: whether it is all of a module's name (`^` in front).
     """
 
-    name: str
+    length: int
     free: frozenset[int]
     whole: bool
 
-    steps = 1
+    def end(self, module: str) -> str | None:
+        """The name of this form that a module would have, if there is one."""
+        before = len(module) - self.length
+        if before < 0 or before > 0 and (self.whole or module[before - 1] != "."):
+            return None
+        own = list(module[before:])
+        for n in self.free:
+            own[n] = "." if own[n] != "\n" else "\n"
+        return "".join(own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """A key that is a name: its dots are any letter, as in a regular expression, and an escaped one is a dot."""
+
+    name: str
+    form: Form
 
     @staticmethod
     def read(key: str) -> "Name | None":
@@ -166,17 +185,15 @@ class Name:
         whole, key = key.startswith("^"), key.removeprefix("^")
         if not _NAME.fullmatch(key) or len(key) > _LONGEST:
             return None
+        if "\\" not in key:
+            return Name(key, Form(len(key), frozenset(n for n, a in enumerate(key) if a == "."), whole))
         letters = re.findall(r"\\(.)|(.)", key, re.DOTALL)
         free = frozenset(n for n, (_, plain) in enumerate(letters) if plain == ".")
-        return Name("".join(a or b for a, b in letters), free, whole)
+        return Name("".join(a or b for a, b in letters), Form(len(letters), free, whole))
 
     def matches(self, module: str) -> bool:
         """Whether it names this module."""
-        rest, own = module[: len(module) - len(self.name)], module[-len(self.name) :]
-        if len(module) < len(self.name) or rest and (self.whole or rest[-1] != "."):
-            return False
-        same = (a == b or n in self.free and a != "\n" for n, (a, b) in enumerate(zip(own, self.name, strict=True)))
-        return own == self.name or bool(self.free) and all(same)
+        return self.form.end(module) == self.name
 
 
 def read(key: str) -> "Name | Pattern":
@@ -187,21 +204,51 @@ def read(key: str) -> "Name | Pattern":
 class Patterns:
     """Keys with their values, in order: the first that names a module gives it its value.
 
+    Attributes:
+      bad: the keys that are none, in words.
+
     Raises:
-      ValueError: finding out takes longer than it can for any model there is.
+      ValueError: building or matching them takes longer than it can for any model there is.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.rows = [(read(key), value) for key, value in values.items()]
-        self.left = _STEPS
+        self.left, self.bad = _STEPS, list[str]()
+        self.names: dict[Form, dict[str, tuple[int, Any]]] = {}
+        self.others: list[tuple[int, Pattern, Any]] = []
+        for place, (key, value) in enumerate(values.items()):
+            self._spend(_NAMED + len(key))
+            if name := Name.read(key):
+                self.names.setdefault(name.form, {}).setdefault(name.name, (place, value))
+                continue
+            self._spend(_BUILT + _LETTER * min(len(key), _LONGEST))
+            try:
+                pattern = Pattern(key)
+            except ValueError as error:
+                self.bad.append(f"the key {key!r:.60}; {error}; write the modules' names")
+                self._spend(_STATE * _STATES)
+                continue
+            self.others.append((place, pattern, value))
+            self._spend(_STATE * len(pattern.states))
+
+    def _spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise ValueError("its patterns take too long to match; write the modules' names")
 
     def value(self, module: str, default: Any) -> Any:
         """The value of a module."""
-        for key, value in self.rows:
-            if self.left < 0:
-                raise ValueError("its patterns take too long to match; write the modules' names")
-            found = key.matches(module)
+        first = None
+        for form, names in self.names.items():
+            self._spend(_LOOKED_UP)
+            found = names.get(form.end(module) or "")
+            if found and (first is None or found[0] < first[0]):
+                first = found
+        for place, key, value in self.others:
+            if first and first[0] < place:
+                break
+            self._spend(0)
+            named = key.matches(module)
             self.left -= key.steps
-            if found:
+            if named:
                 return value
-        return default
+        return first[1] if first else default

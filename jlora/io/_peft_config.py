@@ -65,12 +65,24 @@ class Config:
     modules_to_save: tuple[str, ...] = ()
 
     @functools.cached_property
+    def _ranks(self) -> Patterns:
+        return Patterns(self.rank_pattern)
+
+    @functools.cached_property
     def _alphas(self) -> Patterns:
         return Patterns(self.alpha_pattern)
 
     @functools.cached_property
+    def _saved(self) -> tuple[frozenset[str], frozenset[int]]:
+        return frozenset(self.modules_to_save), frozenset(map(len, self.modules_to_save))
+
+    @functools.cached_property
     def _targets(self) -> frozenset[str]:
         return frozenset(self.target_modules if isinstance(self.target_modules, tuple) else ())
+
+    def rank(self, module: str) -> int:
+        """r of one module."""
+        return self._ranks.value(module, self.r)
 
     def scale(self, module: str, rank: int) -> np.float32:
         """s: alpha / r, or alpha / sqrt(r), of one module."""
@@ -83,14 +95,19 @@ class Config:
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names this module, or one that it is a part of."""
-        steps = module.split(".")
-        parents = [".".join(steps[:n]) for n in range(1, len(steps) + 1)]
-        return any((PREFIX + parent).endswith(self.modules_to_save) for parent in parents)
+        steps, (names, lengths) = module.split("."), self._saved
+        parents = [PREFIX + ".".join(steps[:n]) for n in range(1, len(steps) + 1)]
+        return any(parent[-n:] in names for parent in parents for n in lengths)
 
-
-def matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that is the module's name or its last parts."""
-    return Patterns(patterns).value(module, default)
+    def misread(self) -> list[str]:
+        """What of its patterns cannot be read, in words."""
+        bad = []
+        for name, patterns in (("rank_pattern", "_ranks"), ("alpha_pattern", "_alphas")):
+            try:
+                bad += [f"{name} has {line}" for line in getattr(self, patterns).bad]
+            except ValueError as error:
+                bad.append(f"{name} has {len(getattr(self, name)):,} keys: {error}")
+        return bad
 
 
 def endings(module: str) -> list[str]:
@@ -124,9 +141,11 @@ def read(path: Path) -> Config:
         elif name not in known | _HISTORY and value not in (None, False, "") and value != [] and value != {}:
             bad.append(f"{name} is {value!r:.60}, which jlora has no maths for")
     fields = {name: _CHECKS[name](name, content[name], bad) for name in known if name in content}
+    config = Config(**fields)
+    bad += config.misread()
     if bad:
         raise ValueError(f"{path} cannot be loaded:" + several(bad))
-    return Config(**fields)
+    return config
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -209,18 +228,10 @@ def _alphas(name: str, value: Any, bad: list[str]) -> dict[str, float]:
 
 
 def _patterns(name: str, value: Any, bad: list[str]) -> dict[str, Any]:
-    """A dictionary whose keys are regular expressions."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
+    """A dictionary; its keys are regular expressions, which `Config.misread` reads."""
+    if value is not None and not isinstance(value, dict):
         bad.append(f"{name} is {value!r:.60}, not a dictionary")
-        return {}
-    for key in value:
-        try:
-            _pattern.read(key)
-        except ValueError as error:
-            bad.append(f"{name} has the key {key!r:.60}; {error}; write the modules' names")
-    return value
+    return value if isinstance(value, dict) else {}
 
 
 _CHECKS = {
@@ -317,7 +328,8 @@ def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     exact = {module: "^" + re.escape(module) for module in odd}
     names = {m: m if re.fullmatch(r"[\w.-]+", m) and common[m] == 1 else exact[m] for m in odd}
     many = len(odd) * len(values) > 10**6
-    if many or any(_pattern.read(key).matches(other) for m, key in names.items() for other in values if other != m):
+    keys = [] if many else [(module, _pattern.read(key)) for module, key in names.items()]
+    if many or any(key.matches(other) for module, key in keys for other in values if other != module):
         names = exact  # its dots are any letter
     return {names[module]: value for module, value in odd.items()}
 

@@ -156,8 +156,9 @@ class Reader:
         if want != have:
             return
         rank = next(iter(named[names["a"]].shape), 0)
-        if rank not in {self.config.r, *self.config.rank_pattern.values()}:
-            self.bad.append(f"{module!r} has rank {rank}, which neither r={self.config.r} nor rank_pattern says")
+        if rank != (said := self.config.rank(module)):
+            nor = f"which neither r={self.config.r} nor rank_pattern says"
+            self.bad.append(f"{module!r} has rank {rank}, {nor}: it is to have {said}")
         shapes = layout.factor_shapes(one, rank)
         wrong = [x for x in names if not self._fits(module, names[x], named[names[x]], leaf, shapes[x])]
         if wrong:

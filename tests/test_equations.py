@@ -62,6 +62,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_against_files_of_peft(name):
+    """With peft's factors, merged weights and outputs are those that peft computed."""
     spec, factors = GOLDEN[name]
     tensors = load_file(FILES / name / "adapter_model.safetensors")
     adapted = jlora.adapt(PARAMS, spec)
@@ -291,6 +292,7 @@ def test_dora_where_float32_cancels():
 
 
 def test_ssf_scales_and_shifts_the_output():
+    """gamma * (x W0 + b0) + beta, kernel and bias named together."""
     params = {"dense": {"kernel": jnp.asarray(W0, jnp.float32), "bias": jnp.arange(8.0)}}
     adapted = jlora.adapt(params, jlora.SSF(target="dense/"))
     gamma, beta = np.linspace(0.5, 2, 8), np.linspace(-1, 1, 8)
@@ -349,6 +351,7 @@ def test_tied_gradients_sum_over_layers():
     ],
 )
 def test_refused_in_words(make, words):
+    """What makes no sense for a formula is refused before anything is made."""
     with pytest.raises(ValueError, match=words):
         jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, make())
 
@@ -366,6 +369,7 @@ def test_saved_and_loaded(row, tmp_path):
 
 
 def test_random_matrices_are_drawn_again_not_saved(tmp_path):
+    """A file holds no drawn matrix; loading draws the same bits, a narrow one the start of a wide one."""
     params = {"q": jnp.ones((6, 4)), "v": jnp.ones((6, 8))}
     adapted = jlora.adapt(params, jlora.VeRA(rank=5, target="."))
     jlora.save(tmp_path / "x", adapted)

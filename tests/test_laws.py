@@ -249,6 +249,7 @@ EXAMPLES = ("linen/mlp", "linen/tied_attend", "linen/convolutions", "plain/biase
 
 @pytest.mark.parametrize("row,case", pairs(names=EXAMPLES))
 def test_vmap_over_examples(row, case):
+    """Mapped over examples one by one, a lifted model gives what it gives the batch."""
     call, arrays, frozen, trainable = setting(row, case)
     lifted, ad = jlora.lift(call), jlora.join(trainable, frozen)
     alone = lambda *example: floats(lifted(ad, tuple(x[None] for x in example)))
@@ -295,6 +296,7 @@ def test_forward_mode(row, case):
 
 @pytest.mark.parametrize("row", each_row([row for row in METHODS if row.on != "vectors"]))
 def test_jacobian_in_forward_mode(row):
+    """Column by column or row by row, the Jacobian of the factors is one."""
     call, arrays, frozen, trainable = setting(row, row.home)
     f = lambda t, **how: jlora.lift(call, **how)(jlora.join(t, frozen), arrays)
     forward = jax.jit(jax.jacfwd(lambda t: f(t, forward_mode=True)))(trainable)
@@ -303,6 +305,7 @@ def test_jacobian_in_forward_mode(row):
 
 @pytest.mark.parametrize("row,case", in_turn(pairs(names=COMPOSED)))
 def test_eager_equals_jit(row, case):
+    """Outputs do not depend on `jit`."""
     call, arrays, frozen, trainable = setting(row, case)
     lifted, ad = jlora.lift(call), jlora.join(trainable, frozen)
     assert_close(floats(lifted(ad, arrays)), floats(jax.jit(lifted)(ad, arrays)), 2e-6)
@@ -328,6 +331,7 @@ def test_inside_other_transforms(row, case):
 
 @pytest.mark.parametrize("row", each_row())
 def test_dense_is_merge_then_call(row):
+    """`dense=True` is the plain model over merged parameters, bit for bit; these have the base's shapes and dtypes."""
     call, arrays, frozen, trainable = setting(row, row.home)
     ad = jlora.join(trainable, frozen)
     merged = jlora.merge(ad)
@@ -461,6 +465,7 @@ def random_convolution(seed):
 @any_letters
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 6 else pytest.mark.slow) for n in range(60)])
 def test_random_convolutions(seed):
+    """Any layout, stride, padding, dilation and grouping: lifted equals dense in value and gradient."""
     f, shape, letters, x_shape = random_convolution(seed)
     x = jnp.asarray(np.random.default_rng(seed).standard_normal(x_shape), jnp.float32)
     for spec in (jlora.LoRA(rank=1, alpha=3, target="w"), jlora.Full(target="w")):
@@ -509,6 +514,7 @@ def test_rows_out_of_range_that_are_masked_later():
 
 
 def test_complex_activations():
+    """A complex activation meets a real weight: lifted equals dense in value and gradient."""
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 6)), jnp.float32)
     against_dense(lambda p, x: jnp.abs((x + 1j * jnp.flip(x)) @ p["w"]), (6, 4), "io", x)
 
@@ -516,6 +522,7 @@ def test_complex_activations():
 @pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_modes_of_a_lookup(axis, mode):
+    """Rows out of range are filled, clipped or counted from the end as the model's own mode says."""
     ids = jnp.array([[0, 5], [-3, 2]]) if mode == "fill" else jnp.array([[0, 5], [-3, 22]])
     f = lambda p, ids: jnp.take(p["w"], ids, axis=axis, mode=mode)
     against_dense(f, (10, 6) if axis == 0 else (6, 10), "io" if axis == 0 else "oi", ids)
@@ -563,6 +570,7 @@ def traced_once():
 
 
 def test_calling_twice_compiles_once():
+    """Other values, halves joined anew, an equal adapter or another scale trace nothing again."""
     chex.clear_trace_counter()
     f, x = traced_once(), jnp.ones((3, 6))
     ad = matrices()
@@ -588,6 +596,7 @@ def test_what_is_data_shares_a_program(options):
 
 
 def test_equal_specs_are_one_plan():
+    """Equal methods on equal trees give one plan object, through copies and pickles; what is data is no part of it."""
     plan = matrices().frozen.plan
     assert matrices().frozen.plan is plan
     assert matrices(alpha=3, init="gaussian").frozen.plan is plan
@@ -601,6 +610,7 @@ def test_equal_specs_are_one_plan():
 
 
 def test_the_initial_value_depends_on_key_and_path_alone():
+    """Other targets change no factor; another key or path changes it."""
     params = {"query": {"kernel": jnp.ones((6, 4))}, "value": {"kernel": jnp.ones((6, 4))}}
     both = jlora.adapt(params, jlora.LoRA(rank=2)).trainable
     one = jlora.adapt(params, jlora.LoRA(rank=2, target="value")).trainable

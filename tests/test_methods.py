@@ -55,6 +55,7 @@ def test_lora(options, scale):
 
 
 def test_lora_of_a_kernel_stored_out_by_in():
+    """x W^T: a stands on the second axis, b on the first; value, gradients and merged weight."""
     w, x, c = normal(1, 5, 6), normal(2, 4, 6), normal(3, 4, 5)
     spec = jlora.LoRA(rank=2, alpha=3, target="w")
     y, grads, factors, merged = lifted_and_grads(lambda p, x: x @ p["w"].T, {"w": w}, spec, x, c, {"w": "oi"})
@@ -147,6 +148,7 @@ def test_lora_of_an_embedding():
 
 
 def test_lora_of_tied_embeddings_sums_both_uses():
+    """A table looked up and multiplied has the gradient of both uses."""
     table, ids, c = normal(1, 9, 6), np.array([4, 1, 4]), normal(2, 3, 9)
     f = lambda p, ids: jnp.tanh(p["embedding"][ids]) @ p["embedding"].T
     spec = jlora.LoRA(rank=2, alpha=3, target="embedding")
@@ -175,6 +177,7 @@ def merged_linear(w, factors, enable, scale):
 
 @pytest.mark.parametrize("enable", [(True, False, True), (True, True, True), (False, True, False)], ids=str)
 def test_slices_are_the_merged_linear_of_loralib(enable):
+    """Enabled thirds of a fused projection have factors of their own; others are the base."""
     w, x, c = normal(1, 6, 12), normal(2, 5, 6), normal(3, 5, 12)
     slices = tuple((4 * n, 4 * n + 4) for n, on in enumerate(enable) if on)
     spec = jlora.LoRA(rank=2, alpha=3, slices=slices, target="kernel")
@@ -224,12 +227,14 @@ def test_initial_values(shape, letters, fan_in):
 
 
 def test_layers_of_a_stack_start_apart():
+    """No two layers of a stack begin with the same a."""
     start = jlora.adapt({"w": jnp.zeros((3, 6, 5))}, jlora.LoRA(rank=2, target="w"), axes={"w": "sio"}).trainable
     a = np.asarray(start["w"]["a"])
     assert not np.array_equal(a[0], a[1]) and not np.array_equal(a[1], a[2])
 
 
 def test_factors_are_float32_whatever_the_base_is():
+    """Factors have the method's dtype, and the output that of the unlifted model."""
     params = {"query": {"kernel": jnp.ones((6, 4), jnp.bfloat16)}}
     trainable = jlora.adapt(params, jlora.LoRA(rank=2)).trainable
     assert {a.dtype for a in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
@@ -292,6 +297,7 @@ def test_a_rank_above_the_width_of_a_slice_is_warned_of():
 
 
 def test_a_wide_rank_can_be_resized_and_compacted():
+    """A rank above min(in, out), which `adapt` warns of, is cut without a change."""
     with pytest.warns(UserWarning, match="above min"):
         ad = jlora.adapt({"w": jnp.ones((24, 5))}, jlora.LoRA(rank=6, target="w"))
     ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
@@ -317,6 +323,7 @@ def test_bitfit_and_full():
 
 
 def test_bitfit_takes_every_bias_and_nothing_else():
+    """Biases by all their names; no scale, kernel or table."""
     params = {
         "dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
         "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
@@ -340,6 +347,7 @@ def settled(dtype=jnp.float32, size=1.0):
 
 @pytest.mark.parametrize("x", [0, 0.5, 1, -2.0])
 def test_scale(x):
+    """W0 + x dW, under `jit` too; exactly W0 at x = 0."""
     ad, w, delta = settled()
     assert_close(jlora.merge(jlora.scale(ad, x))["query"]["kernel"], w + x * delta)
     traced = jax.jit(lambda ad, x: jlora.merge(jlora.scale(ad, x)))(ad, x)
@@ -508,12 +516,14 @@ def test_every_use_draws_a_mask_of_its_own(f, key):
 
 
 def test_rows_draw_masks_of_their_own(key):
+    """No two rows of an activation share a mask."""
     (mask, _) = masks(twice, key)
     assert all(0.2 < np.mean(a == b) < 0.8 for a, b in itertools.combinations(mask, 2))
 
 
 @pytest.mark.parametrize("f", (twice, in_scan_over_layers, in_while_loop), ids=lambda f: f.__name__)
 def test_without_a_key_there_is_no_dropout(f):
+    """Without a key, and in `merge`, every element is kept."""
     ad = transparent(**({"stack": (3,), "letters": "sio"} if f in STACKED else {}))
     for y in jax.tree.leaves(jlora.lift(f)(ad, ROWS)):
         np.testing.assert_array_equal(y, np.ones_like(y))
@@ -521,6 +531,7 @@ def test_without_a_key_there_is_no_dropout(f):
 
 
 def test_weights_draw_masks_of_their_own(key):
+    """Two weights under one key have unlike masks."""
     params = {"u": jnp.zeros((SIZE, SIZE)), "w": jnp.zeros((SIZE, SIZE))}
     ad = jlora.adapt(params, jlora.LoRA(rank=SIZE, target=".", dropout=RATE))
     eye = jax.tree.map(lambda a: jnp.eye(SIZE), ad.trainable)
@@ -531,6 +542,7 @@ def test_weights_draw_masks_of_their_own(key):
 
 @pytest.mark.parametrize("how", ["indexed", "scanned"])
 def test_layers_of_a_stack_that_is_split_draw_masks_of_their_own(key, how):
+    """Layers taken from a stack one by one have unlike masks."""
     ad = jlora.adapt(
         {"w": jnp.zeros((4, SIZE, SIZE))}, jlora.LoRA(rank=SIZE, target=".", dropout=RATE), axes={"w": "sio"}
     )

@@ -23,6 +23,20 @@ def _is_plain(path: Path) -> bool:
     return bool(_PLAIN.fullmatch(str(path))) and "__lock" not in str(path)
 
 
+def check_readable(path: Path) -> None:
+    """ValueError where Orbax, or TensorStore below it, could not open a checkpoint by this path of its own."""
+    said = str(path)
+    odd = {
+        "a backslash": "\\" in said,
+        "letters that are not UTF-8": any("\ud800" <= letter <= "\udfff" for letter in said),
+        "a folder called gs:": "gs:/" in said,
+        "a name that ends in .__lock": f"{said}/".count(".__lock/"),
+        ".orbax-checkpoint-tmp, its mark of what is not finished,": ".orbax-checkpoint-tmp" in path.name,
+    }
+    if bad := " and ".join(name for name, found in odd.items() if found):
+        raise ValueError(f"{said!r} has {bad} in it, and Orbax cannot read a checkpoint there: export to another path")
+
+
 @contextlib.contextmanager
 def _plainly(path: Path) -> Iterator[Path]:
     """The same folder under a path of plain letters; its parent must be there."""

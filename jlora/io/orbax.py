@@ -240,7 +240,7 @@ def export(
       NotImplementedError: in one of several processes; the message says how they save together.
       TypeError: no `Adapted`, or one that is being traced.
       ValueError: less than 0.5 of some update survives; abstract, donated or empty leaves, ones that are no arrays;
-        names that Orbax confuses, since it joins them by dots.
+        names that Orbax confuses, since it joins them by dots; a path that Orbax could not open.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora, orbax.checkpoint as ocp
@@ -251,6 +251,7 @@ def export(
       (6, 4)
     """
     target = _folder.local(path)
+    _checkpoint.check_readable(target)
     _folder.recover(target)
     replaces = _folder.check_free(target, overwrite, "_METADATA", "exported parameters")
     _arrays.check_concrete(adapted, lambda x: x, "jlora.export")

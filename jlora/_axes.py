@@ -125,8 +125,12 @@ class Roles:
         if "?" not in named:
             return named
         traced, decided = (self.traced or {}).get(path), self._decided[n]
-        if traced and decided and all(a == b or (a, b) == ("o", "s") for a, b in zip(traced, decided, strict=True)):
-            return decided  # members that share an input look like outputs to a dot, and the tree knows them as a stack
+        # members that share an input look like outputs to a dot: a stack where the tree reads them so, and the trace
+        # has a stack of as many elsewhere
+        apart = [n for n, pair in enumerate(zip(traced or "", decided or "", strict=False)) if pair[0] != pair[1]]
+        if traced and decided and all((traced[n], decided[n]) == ("o", "s") for n in apart):
+            shape = _tree.shape_dtype(leaf)[0]
+            return decided if all((n, shape[n]) in self._traced_stacks for n in apart) else traced
         return traced or decided
 
     def likely(self, n: int) -> str:
@@ -139,6 +143,12 @@ class Roles:
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {p: _tree.shape_dtype(x)[0] for p, x in zip(self.tree.paths, self.tree.leaves, strict=True)}
+
+    @functools.cached_property
+    def _traced_stacks(self) -> set[tuple[int, int]]:
+        """`(axis, size)` of every stack that the trace found."""
+        letters = self.traced or {}
+        return {(n, self._shapes[p][n]) for p, roles in letters.items() for n, x in enumerate(roles) if x == "s"}
 
     @functools.cached_property
     def _named(self) -> list[str]:

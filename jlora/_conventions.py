@@ -250,6 +250,9 @@ UNCLEAR = r"weight\w*|\w*bias|\w*scale|sinks|\w*norm"
 # Steps of a path that say that what stands below is stacked, where no number follows.
 STACKS = r"(\w+_)?(layers|blocks|stack|stacked|st|scan|scanned|experts)|Scan\w*_\d+"
 
+# The same anywhere in a path; flax/linen/transforms.py names what `nn.vmap` and `nn.scan` make `VmapDense_0`.
+MAPPED = r"(^|/)(Vmap|Scan)|(?i:layers|blocks|stack|experts?|ensemble|members?|moe)"
+
 # Words of logical axis names: MaxText src/MaxText/configs/base.yml, T5X t5x/partitioning.py
 # standard_logical_axis_rules, MaxDiffusion, Flax examples/lm1b and examples/gemma.
 MODEL_WORDS = r"embed(_\w+)?|emb|d_model|model_dim|hidden(_size|_dim)?|features_in"

@@ -39,6 +39,7 @@ def decide(shapes: Shapes) -> Letters:
 def _decided(shapes: Shapes, below_a_stack: bool = False) -> Letters:
     """The same for a tree, or for what is below a stack without its axis; `?` where a stack is known, and no more."""
     found = _flat(shapes, below_a_stack)
+    found |= {path: None for path in found if _alone(path, shapes, found)}
     for prefix, axis in _stacks(shapes, found):
         below = _below(shapes, prefix, axis)
         for path, inner in _decided(below, True).items():
@@ -47,6 +48,20 @@ def _decided(shapes: Shapes, below_a_stack: bool = False) -> Letters:
                 at = axis % len(shapes[path])
                 found[path] = letters[:at] + "s" + letters[at:]
     return found
+
+
+def _alone(path: str, shapes: Shapes, found: Letters) -> bool:
+    """Whether a weight that reads as a stack is the only one of its size, and no name says so.
+
+    (heads, in, width) with a bias (heads, width) would read as that many layers of (in, width).
+    """
+    letters, owner = found[path] or "", path.rpartition("/")[0]
+    if letters.count("s") != 1 or len(letters) < 3 or "i" not in letters or re.search(_conventions.MAPPED, path):
+        return False
+    axis = letters.index("s")
+    size = shapes[path][axis]
+    others = [p for p, x in found.items() if x and x[axis : axis + 1] == "s" and p.rpartition("/")[0] != owner]
+    return not any(shapes[p][axis] == size for p in others) and _name(path) in ("kernel", "w")
 
 
 def _below(shapes: Shapes, prefix: str, axis: int) -> dict[str, tuple[int, ...]]:

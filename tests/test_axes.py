@@ -481,3 +481,14 @@ def test_single_elements_say_nothing_of_axes():
 def test_a_proposal_fits_the_bias_beside_it(path, shape, bias, right):
     """The line that a refusal proposes is one that the tree does not exclude."""
     assert _axes.guess(path, shape, bias) == right
+
+
+def test_heads_with_a_bias_are_no_layers():
+    """(heads, in, width) and a bias (heads, width), alone: asked about, and what a trace says where there is one."""
+    params = {"attend": {"kernel": jnp.ones((3, 6, 4)), "bias": jnp.ones((3, 4))}}
+    model = lambda p, x: jnp.einsum("td,ndh->tnh", x, p["attend"]["kernel"]) + p["attend"]["bias"]
+    with pytest.raises(ValueError, match="asks which axes"):
+        jlora.adapt(params, KERNELS)
+    adapted = jlora.adapt(params, KERNELS, fn=model, args=(X,))
+    assert letters(adapted) == {"attend/kernel": "oio"}
+    jlora.lift(model)(adapted, jnp.ones((3, 6)))

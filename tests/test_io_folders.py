@@ -563,7 +563,7 @@ def test_a_small_file_that_asks_for_much(spec, field, value, tmp_path):
     for name in list(content.get("drawn") or ()):  # their names say the rank
         content["drawn"][name.replace("%2F2%2F", f"%2F{value}%2F")] = content["drawn"].pop(name)
     (tmp_path / "x" / "jlora.json").write_bytes(_manifest.seal(content))
-    with pytest.raises(ValueError, match=r"asks for arrays of more than|has shape|above min"):
+    with pytest.raises(ValueError, match=r"asks for arrays of more than|has shape|above min|in 31 bits"):
         jlora.load(tmp_path / "x", BASE)
 
 

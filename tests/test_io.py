@@ -606,7 +606,7 @@ HOSTILE = [
     (put("methods", 0, "rank", 2.0), "not of type int"),
     (put("methods", 0, "rank", True), "not of type int"),
     (put("methods", 0, "rank", -1), "at least 0"),
-    (put("methods", 0, "rank", 10**30), "'a' has shape .*, not"),
+    (put("methods", 0, "rank", 10**30), "a rank is an integer .* in 31 bits"),
     (put("methods", 0, "rank", 0), "leaves this weight alone"),
     (put("methods", 0, "rank", 2), "'a' has shape .*, not"),
     (put("methods", 0, "dropout", 1.0), r"\[0, 1\)"),

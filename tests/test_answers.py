@@ -147,6 +147,7 @@ def refused(action, kinds, words):
 
 @pytest.mark.parametrize("name", TAKEN_FOR)
 def test_an_adapter_says_that_it_is_none_of_that(name):
+    """An Adapted called, indexed, iterated or multiplied names the function to write in place of that."""
     refused(*TAKEN_FOR[name])
 
 
@@ -337,6 +338,7 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_refused_in_words(name):
+    """In every room a wrong argument is refused where it is given, in words that name it, and at no great length."""
     if name in PLOTS:
         pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     refused(*TABLE[name])

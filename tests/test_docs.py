@@ -34,6 +34,7 @@ PUBLIC = {name: x for name, x in vars(jlora).items() if not name.startswith("_")
 
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests(name, tmp_path, monkeypatch):
+    """Every example in a docstring of the library comes to what is printed below it."""
     monkeypatch.chdir(tmp_path)
     for room, extra in NEEDS.items():
         if name == room or name.startswith(f"{room}."):
@@ -49,6 +50,7 @@ def test_doctests(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_every_public_name_says_what_it_does_and_shows_it(name):
+    """Whoever asks for help on a public name finds a first line and an example; `Frozen`, made by jlora, needs none."""
     text = inspect.getdoc(PUBLIC[name]) or ""
     assert text.split("\n")[0].strip(), f"{name} has no docstring"
     if name not in ("Frozen",):  # seen by users, made by the library
@@ -104,6 +106,7 @@ RESULTS = {
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_of_pages(page, tmp_path, monkeypatch):
+    """The Python blocks of a page run in order as they stand, and none goes without a check of what it comes to."""
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
     namespace = {"__name__": page.stem}
@@ -120,6 +123,7 @@ def test_blocks_of_pages(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
 def test_every_method_stands_in_the_tables(page):
+    """No method is left out of the two tables from which users choose."""
     rows = "\n".join(line.split("|")[1] for line in (ROOT / page).read_text().splitlines() if line.startswith("| `"))
     methods = {x.__name__ for x in vars(jlora.methods).values() if inspect.isclass(x)} - {"Method"}
     assert not [name for name in methods if not re.search(rf"`{name}\b", rows)]

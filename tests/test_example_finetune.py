@@ -99,6 +99,7 @@ def last_state(out: Path) -> dict:
 
 
 def test_hidden_states_equal_transformers(hf, folder):
+    """Embeddings and each layer, under padding and two token types, are those of transformers; a new head is zero."""
     config = bert.Config.read(folder, num_labels=3)
     params = bert.load(folder, config)
     rng = np.random.default_rng(1)
@@ -118,6 +119,7 @@ def test_hidden_states_equal_transformers(hf, folder):
 
 
 def test_padding_changes_no_logit(folder):
+    """Masked positions, whatever stands in them, have no part in the logits."""
     config = bert.Config.read(folder)
     params = bert.load(folder, config)
     params["classifier"]["kernel"] = np.ones_like(params["classifier"]["kernel"])
@@ -130,6 +132,7 @@ def test_padding_changes_no_logit(folder):
 
 @pytest.mark.parametrize("style", ["prefix", "gamma"])
 def test_loads_older_names(folder, style):
+    """A checkpoint with the prefix `bert.`, or with gamma and beta, is the same model bit for bit."""
     config = bert.Config.read(folder)
     want = bert.load(folder, config)
     file = folder / "model.safetensors"
@@ -145,6 +148,7 @@ def test_loads_older_names(folder, style):
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(folder):
+    """All that is missing, misshapen or too much in a checkpoint is named in one refusal, and nothing is made up."""
     config = bert.Config.read(folder)
     file = folder / "model.safetensors"
     tensors = safetensors.load_file(file)
@@ -177,6 +181,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(folder):
     ],
 )
 def test_malformed_data_is_refused(folder, tmp_path, text, words):
+    """A line that is no text, tab and label is refused by number, and so is data of one label or another encoding."""
     (tmp_path / "bad.tsv").write_bytes(text.encode("latin-1"))
     with pytest.raises(SystemExit, match=words):
         finetune.main(["--model", str(folder), "--data", str(tmp_path / "bad.tsv")])
@@ -191,6 +196,7 @@ def test_malformed_data_is_refused(folder, tmp_path, text, words):
     ],
 )
 def test_an_incomplete_model_is_refused(folder, tsv, name, words):
+    """The file that a model's folder lacks is named in the words the program ends with."""
     (folder / "vocab.txt").unlink()
     (folder / name).unlink()
     with pytest.raises(SystemExit, match=words):
@@ -198,6 +204,7 @@ def test_an_incomplete_model_is_refused(folder, tsv, name, words):
 
 
 def test_without_network_and_cache_says_so(tmp_path, monkeypatch):
+    """A failed download ends in words with pip's own reason, and leaves nothing in the cache to be taken for whole."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -208,6 +215,7 @@ def test_without_network_and_cache_says_so(tmp_path, monkeypatch):
 
 
 def test_the_order_of_the_data_is_a_function_of_seed_and_step():
+    """A batch is the same whenever it is asked for; an epoch has no text twice, and the next one another order."""
     n = 100
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 17, n)
@@ -225,6 +233,7 @@ def test_the_order_of_the_data_is_a_function_of_seed_and_step():
 
 
 def test_runs_compares_and_resumes_bit_for_bit(folder, tsv, tmp_path, capsys):
+    """A stopped run goes on only when told to and with its own options, and ends with the bits of one never stopped."""
     out = tmp_path / "out"
     args = ["--model", str(folder), "--data", str(tsv), "--out", str(out), "--length", "32"]
     args += ["--batch", "8", "--rank", "2", "--steps", "6", "--save-every", "2", "--dropout", "0.1"]
@@ -253,6 +262,7 @@ def test_runs_compares_and_resumes_bit_for_bit(folder, tsv, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["bitfit", "full"])
 def test_other_methods(folder, tsv, tmp_path, capsys, method):
+    """Biases alone and all weights train and are read back too, and a vocabulary alone makes the tokenizer."""
     (folder / "tokenizer.json").unlink()  # the vocabulary alone will do
     args = ["--model", str(folder), "--data", str(tsv), "--out", str(tmp_path / "out")]
     finetune.main([*args, "--length", "32", "--steps", "2", "--no-compare", "--method", method])
@@ -296,6 +306,7 @@ def killed_runs(args: list[str], out: Path, kills: int, inside: int, seed: int) 
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_like_one_never_killed(folder, tsv, tmp_path):
+    """No kill, not one amid a save, costs anything but time: what a run ends with is that of one never killed."""
     args = [sys.executable, str(EXAMPLES / "finetune.py"), "--model", str(folder), "--data", str(tsv)]
     args += ["--length", "32", "--batch", "4", "--steps", "160", "--save-every", "1", "--no-compare"]
     args += ["--dropout", "0.1"]

@@ -154,6 +154,7 @@ def reference(file, ids):
 
 
 def test_forward_equals_llama_cpp_in_float64_with_and_without_a_cache(llama, file):
+    """Logits are what the bytes of the file mean by ggml's rules, read whole or piece by piece into a cache."""
     config, params, tokenizer = llama.read(file)
     ids = np.array(tokenizer.encode("the other 42<|im_end|>").ids)
     assert [tokenizer.id_to_token(i) for i in ids] == ["t", "he", "Ġ", "o", "t", "he", "r", "Ġ", "4", "2", "<|im_end|>"]
@@ -180,6 +181,7 @@ def test_forward_equals_llama_cpp_in_float64_with_and_without_a_cache(llama, fil
 
 @pytest.mark.slow
 def test_generate_continues_greedily(llama, file):
+    """What is generated with a cache is, token by token, the likeliest next one of the whole text read anew."""
     config, params, _ = llama.read(file)
     ids = jnp.array([[5, 80, 91], [7, 7, 200]])
     apply = jax.jit(llama.function(config))
@@ -192,6 +194,7 @@ def test_generate_continues_greedily(llama, file):
 
 @pytest.mark.slow
 def test_an_adapter_meets_every_linear_layer_of_the_stack(llama, file):
+    """Seven kernels with factors for each layer, all used, none made dense; value and gradients are the dense ones."""
     config, params, _ = llama.read(file)
     apply = llama.function(config)
     adapted = jlora.adapt(params, jlora.LoRA(rank=2, target=jlora.targets.linear))
@@ -215,6 +218,7 @@ def test_an_adapter_meets_every_linear_layer_of_the_stack(llama, file):
 
 @pytest.mark.slow
 def test_a_file_that_does_not_fit_is_refused_whole(llama, tmp_path):
+    """Tensors missing, misshapen or unknown are named together, and another architecture is refused by its name."""
     tensors = random_tensors()
     del tensors["blk.1.ffn_up.weight"]
     tensors["blk.0.attn_v.weight"] = np.zeros((GROUPS * HEAD + 1, WIDTH), np.float32)

@@ -69,6 +69,7 @@ def test_what_two_processes_saved_opens_in_one(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_takes_the_other_down(victim, tmp_path):
+    """A killed process takes the other down within a minute, in words that name the one that died."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -50,23 +50,28 @@ def numbers(rest):
 
 
 def test_loss_falls(result):
+    """An adapter of the attention teaches the decoder the task that its base was not trained on."""
     assert result.loss_after < 0.8 * result.loss_before
 
 
 def test_merged_equals_lifted(result):
+    """The module with merged weights has the logits of the lifted one, to rounding."""
     assert result.merged_gap < 1e-5
 
 
 def test_module_form_equals_split_form(result):
+    """Factors trained beside `rest` fit the adapted module as they are: the paths are the same."""
     assert result.module_gap < 1e-5
 
 
 def test_base_is_untouched(result):
+    """Neither the frozen half nor the module that was adapted has one bit changed by the training."""
     assert bits(result.adapted.frozen.base) == bits(result.base_before)
     assert bits(nnx.state(result.model, nnx.Param)) == bits(result.base_before)
 
 
 def test_cache_changes_no_text(result):
+    """The lifted model generates the same text with a cache as without one."""
     assert result.same_text
 
 

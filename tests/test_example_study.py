@@ -47,6 +47,7 @@ def folder(tmp_path):
 
 
 def test_the_study_stops_goes_on_and_judges_every_claim(folder, tsv, tmp_path, monkeypatch):  # noqa: F811
+    """A study out of time keeps its runs when it goes on; all places have one budget, and every claim is judged."""
     out = tmp_path / "out"
     args = ["--model", str(folder), "--data", str(tsv), "--out", str(out), "--tokens", "16"]
     args += ["--seeds", "2", "--steps", "2", "--batch", "4"]

@@ -28,6 +28,7 @@ def normal(seed, *shape, dtype=jnp.float32):
 @pytest.mark.parametrize("case", ["plain", "zero_block"])
 @pytest.mark.parametrize("parity", [None, "torch"])
 def test_golden(case, parity):
+    """Codes, scales and what they stand for are bitsandbytes' bits, whatever the layout and XLA's optimiser."""
     with np.load(GOLDEN) as golden:
         for scheme, part in (("nf4", "sq"), ("nf4+double", "dq")):
             get = lambda name, part=part: golden[f"{case}.{part}.{name}"]
@@ -47,6 +48,7 @@ def test_golden(case, parity):
 
 
 def test_golden_tables():
+    """The levels of 4 bits and of double quantisation are bitsandbytes' own, which the formula gives to 2e-7."""
     with np.load(GOLDEN) as golden:
         np.testing.assert_array_equal(jlora.quant.NF(4).levels, golden["plain.code"])
         np.testing.assert_array_equal(dynamic_levels(), golden["plain.dq.code2"])
@@ -55,6 +57,7 @@ def test_golden_tables():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_normal_levels_against_quantiles(bits):
+    """At every width the levels are quantiles of the normal law, with one exact zero and a top of 1."""
     from scipy.stats import norm
 
     d = 1 - (1 / (2 * (2**bits - 1)) + 1 / 2 ** (bits + 1)) / 2
@@ -78,6 +81,7 @@ def two_layers(params, x):
     "scheme", [pytest.param(s, marks=() if s == "nf4+double" else pytest.mark.slow) for s in SCHEMES]
 )
 def test_lift_is_the_dense_model(scheme):
+    """On codes, the lifted model and its gradients are those of the weights that they stand for, merged too."""
     params = {"query": {"kernel": normal(0, 128, 64)}, "value": {"kernel": normal(1, 64, 8), "bias": jnp.ones(8)}}
     small, x = jlora.quantize(params, scheme), normal(2, 5, 128)
     dense = jlora.quant.dequantize(small)
@@ -134,6 +138,7 @@ def by_hand(w, block=64, levels=None):
 @pytest.mark.parametrize("shape", [(128, 3), (64, 1), (100, 7), (63, 1), (1, 130), (5, 13)])
 @pytest.mark.parametrize("parity", [None, "torch"])
 def test_blocks_and_a_partial_one(shape, parity):
+    """Each block has its own scale in either layout; a size that no block divides costs one partial block at most."""
     w = normal(3, *shape)
     leaf = jlora.quantize({"w": w}, target="w", axes={"w": "io"}, parity=parity)["w"]
     np.testing.assert_allclose(leaf.dequantize(), by_hand(w), rtol=1e-6, atol=1e-7)
@@ -142,6 +147,7 @@ def test_blocks_and_a_partial_one(shape, parity):
 
 
 def test_bits_a_parameter():
+    """NF4 with double quantisation costs QLoRA's 4.127 bits a parameter, and `nbytes` is what is really held."""
     leaf = jlora.quantize({"w": normal(0, 1536, 576)}, "nf4+double", target="w")["w"]
     assert 8 * leaf.nbytes / leaf.size < 4.127 + 8 * 8 / leaf.size
     held = sum(a.nbytes for a in jax.tree.leaves(leaf))
@@ -163,6 +169,7 @@ def test_zeros_and_midpoints():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_half_precision(dtype, scheme):
+    """A weight in half precision has the codes of its float32 values, and is read and multiplied in its own dtype."""
     w = normal(4, 64, 8, dtype=dtype)
     leaf = jlora.quantize({"w": w}, scheme, target="w")["w"]
     wide = jlora.quantize({"w": w.astype(jnp.float32)}, scheme, target="w")["w"]
@@ -189,6 +196,7 @@ def test_a_call_of_the_model_tells_the_axes():
 
 
 def test_refused_in_words():
+    """NaN, integers, and patterns, schemes or starts that are none are refused, each by its name."""
     good, bad = normal(0, 64, 2), normal(0, 64, 2).at[3, 1].set(jnp.nan).at[0, 0].set(jnp.inf)
     with pytest.raises(ValueError, match=r"'a' of shape \(64, 2\) has 1 NaN and 1 infinite(.|\n)*'c'"):
         jlora.quantize({"a": bad, "b": good, "c": bad}, target=".")
@@ -233,6 +241,7 @@ def test_a_cast_is_refused_wherever_codes_are_read(tmp_path):
 
 
 def test_left_as_they_are():
+    """Empty leaves, scalars and what is quantised already pass as the same objects; a tied weight stays tied."""
     tree = {"empty": jnp.ones((0, 3)), "scalar": jnp.ones(()), "w": normal(0, 64, 2)}
     small = jlora.quantize(tree, target=".")
     assert small["empty"] is tree["empty"] and small["scalar"] is tree["scalar"]
@@ -242,6 +251,7 @@ def test_left_as_they_are():
 
 
 def test_donation_frees_each_weight():
+    """A donated weight is freed unless another leaf still needs it, and none is freed by a call that is refused."""
     w = normal(0, 64, 2)
     leaf = jlora.quantize({"w": w}, target="w", donate=True)["w"]
     assert w.is_deleted() and leaf.shape == (64, 2)
@@ -258,12 +268,14 @@ def test_donation_frees_each_weight():
 
 @pytest.mark.slow
 def test_normal_weights_are_nearer_to_normal_floats():
+    """On normal weights four bits of NF lose less than four of Int, and each bit more loses less."""
     w = normal(5, 4096, 64)
     error = lambda scheme: float(jnp.mean((jlora.quantize({"w": w}, scheme, target="w")["w"].dequantize() - w) ** 2))
     assert max(error("nf8"), error("int8")) < error("nf4") < error("int4") < error("nf3") < error("nf2")
 
 
 def test_shapes_alone():
+    """Under `eval_shape`, and given shapes, `quantize` tells the arrays it would make and needs no values."""
     made = jax.eval_shape(lambda: jlora.quantize({"w": jnp.ones((128, 4))}, "nf4+double", target="w"))
     assert made["w"].shape == (128, 4)
     again = jlora.quantize({"w": jax.ShapeDtypeStruct((128, 4), jnp.float32)}, "nf4+double", target="w")
@@ -326,6 +338,7 @@ def small_model():
 
 
 def test_merging_and_quantising_again():
+    """Merging adds the update to what the codes mean; new codes that lose most of it are refused unless allowed."""
     base = jlora.quantize(small_model())
     adapted = drawn(jlora.adapt(base, jlora.LoRA(rank=2)), 0.05)
     merged = jlora.merge(adapted)
@@ -359,6 +372,7 @@ def test_merged_parameters_are_exported(tmp_path):
 
 
 def test_an_adapted_is_quantised_under_its_adapter():
+    """Quantising an Adapted changes its base alone: factors and plan are the very ones."""
     adapted = drawn(jlora.adapt(small_model(), jlora.LoRA(rank=2)), 0.1)
     small = jlora.quantize(adapted, "int8")
     assert small.trainable is adapted.trainable and small.frozen.plan is adapted.frozen.plan
@@ -367,6 +381,7 @@ def test_an_adapted_is_quantised_under_its_adapter():
 
 @pytest.mark.parametrize("scheme", ["nf4+double", "nf3", "int8"])
 def test_a_base_is_saved_once(tmp_path, scheme):
+    """A base comes back from its file bit for bit, and one of other shapes, another scheme or damaged is refused."""
     base = jlora.quantize(small_model(), scheme)
     jlora.io.quantised.save(tmp_path / "base", base)
     for like in (None, small_model()):
@@ -388,6 +403,7 @@ def test_a_base_is_saved_once(tmp_path, scheme):
 
 
 def test_an_adapter_moves_to_the_plain_base(tmp_path):
+    """An adapter knows its base by values and scheme: the plain one takes it under check='shapes' alone, unchanged."""
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small_model())
     adapted = drawn(jlora.adapt(jlora.quantize(params), jlora.LoRA(rank=2)), 0.1)
     jlora.save(tmp_path / "adapter", adapted)
@@ -408,6 +424,7 @@ def test_an_adapter_moves_to_the_plain_base(tmp_path):
 @pytest.mark.parametrize("start", [jlora.init.loftq, jlora.init.qpissa])
 @pytest.mark.parametrize("scheme", ["nf4", "nf2"])
 def test_starts_that_mend_what_quantising_lost(start, scheme):
+    """LoftQ and QPiSSA start nearer to the weight than its codes, more so with more steps, and alike by `quantize`."""
     w = normal(9, 128, 64) * jnp.exp(normal(10, 64)) + normal(11, 128, 4) @ normal(12, 4, 64)
     params = {"query": {"kernel": w}, "norm": {"scale": jnp.ones(16)}}
     error = lambda made: float(jnp.linalg.norm(made - w))

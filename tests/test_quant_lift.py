@@ -155,6 +155,7 @@ def test_unrolled_layers_make_few_weights_at_a_time(name, method):
 
 
 def test_a_scan_meets_codes_alone():
+    """The stack of a scan is never made dense: its body makes the one layer it needs."""
     small = jlora.quantize(weights("scanned"), "nf4", target=".")
     text = str(jax.make_jaxpr(jlora.lift(scanned))(small, normal(1, 8, WIDTH)))
     assert f"f32[{LAYERS},{WIDTH},{WIDTH}]" not in text and f"f32[{WIDTH},{WIDTH}]" in text
@@ -309,6 +310,7 @@ def test_derivatives_without_the_custom_rule_through_a_gathered_base():
 
 @pytest.mark.slow
 def test_a_mesh_of_explicit_and_automatic_axes():
+    """A step whose batch axis is explicit and whose weight axis is automatic is the step of one device."""
     small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, WIDTH)}}, "nf4", target="up")
     ad = jlora.adapt(small, jlora.LoRA(rank=2, target="up"))
     ad = jlora.join(jax.tree.map(np.asarray, away_from_start(ad.trainable, 0.1)), ad.frozen)
@@ -413,6 +415,7 @@ def test_numbers_under_explicit_axes(method, name):
 
 
 def test_places_that_do_not_fit_are_refused():
+    """Places that are not those of `shardings` are refused with that call; a gathered leaf still says what it is."""
     small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, 64)}}, target="up")
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     places = jlora.shard.shardings(mesh, small, [("kernel", P("fsdp"))])
@@ -427,6 +430,7 @@ def test_places_that_do_not_fit_are_refused():
 
 @pytest.mark.slow
 def test_init_and_a_step_on_a_mesh():
+    """A base quantised inside of `shard.init` has its codes cut as the rules say, and trains."""
     mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
     make = lambda: jlora.quantize({"up": {"kernel": normal(0, WIDTH, 512)}}, target="up")
     rules = [("up/kernel", P(None, "tensor"))]
@@ -488,6 +492,7 @@ def test_laws_on_a_quantised_base(row, case, tmp_path):
 
 @pytest.mark.slow
 def test_hessian_products_and_forward_mode():
+    """Second derivatives and forward mode on codes are those of the dense model."""
     small = jlora.quantize(weights("unrolled"), "nf4+double", target=".")
     trainable, frozen = jlora.split(jlora.adapt(small, jlora.LoRA(rank=2, target=".")))
     trainable, x = away_from_start(trainable, 0.1), normal(1, 3, WIDTH)

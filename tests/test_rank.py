@@ -45,6 +45,7 @@ def norms(adapted):
 
 @pytest.mark.parametrize("form", ["paper", "reference"])
 def test_orthogonality_is_the_formula(form):
+    """The penalty is the sum of squares, or the mean of norms, of p p^T - I and q q^T - I over every layer."""
     adapted = away()
     found = norms(adapted)
     assert len(found) == 2 * (1 + 3 + 1)
@@ -60,6 +61,7 @@ def test_the_size_at_the_start():
 
 @pytest.mark.parametrize("form", ["paper", "reference"])
 def test_gradients_by_finite_differences(form):
+    """Its gradient is the slope of it, and the diagonal, which is no part of it, has none."""
     adapted = away()
     penalty = lambda t: orthogonality(jlora.join(t, adapted.frozen), form)
     penalty = jax.jit(penalty)
@@ -87,6 +89,7 @@ def test_gradients_at_exact_orthogonality_are_zero(form):
 
 
 def test_only_weights_with_a_diagonal_take_part():
+    """LoRA and whole leaves beside AdaLoRA add nothing to the penalty, and DoRA around it changes nothing."""
     alone = jlora.adapt(params(), jlora.AdaLoRA(rank=3, target="dense"))
     mixed = [jlora.AdaLoRA(rank=3, target="dense"), jlora.LoRA(rank=2, target="query"), jlora.Full(target="layers")]
     adapted = jlora.adapt(params(), mixed)
@@ -96,6 +99,7 @@ def test_only_weights_with_a_diagonal_take_part():
 
 
 def test_bfloat16_factors_are_summed_in_float32():
+    """Half-precision factors lose nothing more in the penalty: products and sums are in float32."""
     adapted = away()
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapted.trainable)
     got = orthogonality(jlora.join(half, adapted.frozen))
@@ -104,6 +108,7 @@ def test_bfloat16_factors_are_summed_in_float32():
 
 
 def test_mistakes_are_refused_in_words():
+    """An unknown form, what is no adapter, and methods without a diagonal are refused, never penalised by nothing."""
     adapted = away()
     with pytest.raises(ValueError, match="form='squared'.*'paper' or 'reference'"):
         orthogonality(adapted, "squared")

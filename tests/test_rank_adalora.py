@@ -74,6 +74,7 @@ def gates(trainable):
 
 
 def test_the_budget_is_the_papers():
+    """The budget falls by the paper's cubic between the warm-ups; masks come at intervals, and the last at its end."""
     budget = Budget(864, 576, 3000, 500, 1500, 10)
     assert [budget.at(t) for t in (500, 501, 750, 1000, 1499, 1500, 3000, 10**6)] == [
         864, 863, 697, 612, 576, 576, 576, 576,
@@ -83,6 +84,7 @@ def test_the_budget_is_the_papers():
 
 @pytest.mark.parametrize("numbers", [(864, 576, 3000, 500, 1500), (12, 6, 20, 2, 4), (9, 9, 5, 0, 0), (40, 1, 7, 3, 3)])
 def test_the_traced_budget_is_the_plain_one_at_every_step(numbers):
+    """What is counted under `jit` is never one rank off the plain count, from the first step to past the last."""
     budget = Budget(*numbers, interval=3)
     steps = range(numbers[2] + 3)
     traced = jax.jit(jax.vmap(budget.traced))(jnp.arange(numbers[2] + 3))
@@ -215,6 +217,7 @@ def configuration(seed):
 
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n > 1)) for n in range(20)])
 def test_a_slow_allocator_takes_the_same_steps(seed):
+    """Whatever the configuration, each step has the values, averages and zeros of the formulas in float64."""
     rank, c = configuration(seed)
     adapted = start(rank)
     trainable = away_from_start(adapted.trainable)
@@ -255,6 +258,7 @@ def test_equal_scores_never_go_below_the_budget():
 
 
 def test_pruned_values_stay_zero_between_masks_and_momentum_revives_them_if_asked():
+    """Between masks no momentum moves what is pruned, unless `revive` lets it; after the last mask nothing does."""
     adapted = start()
     trainable = away_from_start(adapted.trainable)
     schedule = SCHEDULE | dict(interval=4)
@@ -269,6 +273,7 @@ def test_pruned_values_stay_zero_between_masks_and_momentum_revives_them_if_aske
 
 
 def test_every_form_takes_the_same_steps():
+    """Split, whole, beside other parameters or in a chain: the steps are the same, and the base takes no part."""
     adapted = start()
     trainable, frozen = jlora.split(adapted)
     trainable = away_from_start(trainable)
@@ -290,6 +295,7 @@ def test_every_form_takes_the_same_steps():
 
 
 def test_steps_under_multi_steps_are_real_updates():
+    """Under MultiSteps the schedule counts updates and not microbatches, and prunes the same ranks."""
     adapted = start()
     trainable = away_from_start(adapted.trainable)
     make = lambda: adalora(optax.sgd(0.1), adapted, **SCHEDULE)
@@ -307,6 +313,7 @@ def test_steps_under_multi_steps_are_real_updates():
 
 
 def test_stopping_in_the_middle_changes_no_bit():
+    """The state holds all there is: a run stopped before or amid the final phase ends with the same bits."""
     adapted = start()
     trainable = away_from_start(adapted.trainable)
     tx = adalora(optax.adamw(0.05), adapted, **SCHEDULE)
@@ -349,6 +356,7 @@ def test_layers_of_a_scan_have_ranks_of_their_own():
 
 
 def test_it_keeps_no_array_alive_but_its_state():
+    """The transformation holds no factor of the adapter that it was made of."""
     adapted = jlora.adapt(params(), jlora.AdaLoRA(rank=3, target="kernel"))
     alive = [weakref.ref(x) for x in jax.tree.leaves((adapted.trainable, adapted.frozen.factors))]
     tx = adalora(optax.sgd(0.1), adapted, **SCHEDULE)
@@ -383,6 +391,7 @@ def test_eight_devices_prune_the_same_ranks(kind, ties):
 
 @pytest.mark.slow
 def test_half_precision_factors_have_exact_zeros():
+    """In bfloat16 the budget is kept by exact zeros, and the averages are float32."""
     adapted = jlora.adapt(params(), jlora.AdaLoRA(rank=3, target="kernel", dtype="bfloat16"))
     tx = adalora(optax.adamw(0.05), adapted, **SCHEDULE)
     got, state = train(tx, away_from_start(adapted.trainable), 12, programs=2)[-1]
@@ -405,6 +414,7 @@ def test_only_triplets_take_part():
 
 
 def test_mistakes_are_refused_in_words():
+    """Budgets out of reach, schedules without steps and optimizers inside out are refused before a step is taken."""
     adapted, tx = start(), optax.sgd(0.1)
     with pytest.raises(TypeError, match="takes an Adapted.*dict"):
         adalora(tx, adapted.trainable, **SCHEDULE)
@@ -444,6 +454,7 @@ def test_mistakes_are_refused_in_words():
 
 @pytest.mark.parametrize("method", [jlora.AdaLoRA, jlora.SoRA, jlora.LoRA])
 def test_prune_keeps_the_largest_of_all(method):
+    """Over all weights and layers together the b largest ranks are left, as they are, and the others are zero."""
     adapted = jlora.adapt(params(), method(rank=3, target="kernel"))
     adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     scores = magnitude(adapted)
@@ -460,6 +471,7 @@ def test_prune_keeps_the_largest_of_all(method):
 
 
 def test_magnitude_is_the_norm_of_each_ranks_part():
+    """A rank's score is the Frobenius norm of what it adds to the weight, the scale in it, layer by layer."""
     adapted = jlora.adapt(params(), jlora.AdaLoRA(rank=3, alpha=5, target="kernel"))
     adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     f = {n: np.asarray(x, np.float64) for n, x in adapted.trainable["layers/kernel"].items()}
@@ -469,6 +481,7 @@ def test_magnitude_is_the_norm_of_each_ranks_part():
 
 
 def test_prune_is_compiled_once_and_ties_are_exact():
+    """One program serves every budget, equal scores leave just as many as asked for, and NaN goes first."""
     adapted = jlora.join(away_from_start(start().trainable), start().frozen)
     scores = jax.tree.map(jnp.ones_like, magnitude(adapted))
     alive = jax.jit(lambda t, b: jnp.stack([
@@ -482,6 +495,7 @@ def test_prune_is_compiled_once_and_ties_are_exact():
 
 
 def test_prune_refuses_in_words():
+    """Scores that are missing, of no rank or misshapen are named, and methods without ranks are refused."""
     adapted = start()
     scores = magnitude(adapted)
     with pytest.raises(TypeError, match="prune takes an Adapted"):

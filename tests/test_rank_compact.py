@@ -75,6 +75,7 @@ def ranks(adapted):
 
 @pytest.mark.parametrize("name", few("adalora", "lora", of=METHODS))
 def test_a_compact_adapter_computes_the_same(name):
+    """Dead ranks leave without a change of outputs or scale; a stack keeps its largest layer's, padded with zeros."""
     adapted = pruned(name)
     small = compact(adapted)
     for lifted in (jlora.lift(model), jlora.lift(model, dense=True)):
@@ -96,6 +97,7 @@ def test_a_compact_adapter_computes_the_same(name):
 
 @pytest.mark.parametrize("name", ["adalora", "sora"])
 def test_plain_lora_on_request(name):
+    """AdaLoRA and SoRA made plain are LoRAs of the same outputs: the diagonal goes into a factor."""
     adapted = pruned(name)
     small = compact(adapted, plain=True)
     assert {type(s.method) for s in small.frozen.plan.sites} == {jlora.LoRA}
@@ -104,6 +106,7 @@ def test_plain_lora_on_request(name):
 
 
 def test_a_compact_adapter_is_saved_and_loaded(tmp_path):
+    """A file of a compact adapter opens to its plan and bits on the base it came from."""
     for n, small in enumerate((compact(pruned("adalora")), compact(pruned("sora"), plain=True))):
         jlora.save(tmp_path / str(n), small)
         again = jlora.load(tmp_path / str(n), params())
@@ -155,6 +158,7 @@ def test_padding_stays_zero_and_training_goes_on_as_it_was():
 
 
 def test_the_penalty_does_not_count_padding():
+    """The penalty is over the living rows of each layer, and pushes none that is padding."""
     adapted = pruned("adalora")
     small = compact(adapted)
     for form in ("paper", "reference"):
@@ -175,6 +179,7 @@ def test_the_penalty_does_not_count_padding():
 
 
 def test_stacks_refuse_on_request():
+    """Where padding is not wanted, a stack of unlike ranks is refused with its ranks."""
     with pytest.raises(ValueError, match=r"layers of 'layers/kernel' .* unlike ranks, \[0, 1, 3\]"):
         compact(pruned("adalora"), stacks="refuse")
 
@@ -213,6 +218,7 @@ def test_layers_unstacked_have_ranks_of_their_own(name):
 
 
 def test_an_unstacked_adapter_is_written_with_a_rank_a_module(tmp_path):
+    """A peft file of unstacked layers has each layer's own rank, and reads back to the same merged weights."""
     pytest.importorskip("safetensors", reason="peft's files are an extra")
     base = {"layers": {"kernel": draw(3, 3, 8, 8)}}
     adapted = jlora.adapt(base, jlora.LoRA(rank=4, alpha=3, target="kernel"))
@@ -250,6 +256,7 @@ def test_layers_unstacked_share_what_they_shared(tmp_path):
 
 
 def test_unstack_refuses_in_words():
+    """Names that are not there or taken twice are refused together by path, and so is a layer of another shape."""
     adapted = pruned("lora")
     with pytest.raises(ValueError) as error:
         jlora.rank.unstack(adapted, unrolled(), lambda path, index: "layer_0/kernel" if index else f"{path}s")
@@ -309,6 +316,7 @@ def test_the_state_of_adalora_goes_along(form):
 
 
 def test_save_is_told_whether_a_schedule_ran(tmp_path):
+    """An adapter whose schedule never ran is not saved, when its state is given; after a step it is."""
     adapted = jlora.adapt(params(), METHODS["adalora"])
     tx = adalora(optax.sgd(0.1), adapted, target_rank=1, total_steps=3)
     state = tx.init(adapted.trainable)
@@ -321,6 +329,7 @@ def test_save_is_told_whether_a_schedule_ran(tmp_path):
 
 
 def test_compact_refuses_in_words():
+    """What would leave nothing, has no values or a state that does not fit is refused; no dead rank is warned of."""
     adapted = jlora.adapt(params(), METHODS["adalora"])
     with pytest.raises(ValueError, match="no adapter would be left; has it been trained"):
         compact(adapted)
@@ -361,6 +370,7 @@ def test_stacks_of_stacks_and_partitioned_states():
 
 
 def test_shared_factors_stay():
+    """An adapter whose ranks are of shared factors, as VeRA's, stays whole, however many of them are dead."""
     tied = jlora.adapt(params(), jlora.VeRA(rank=3, target="kernel"))
     tied = jlora.join(away_from_start(tied.trainable), tied.frozen)
     zeroed = {g: dict(f) | {"d": jnp.zeros_like(f["d"])} for g, f in tied.trainable.items()}
@@ -384,6 +394,7 @@ def deltas(adapted):
 @pytest.mark.parametrize("name", few("adalora", of=("lora", "adalora", "sora")))
 @pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.9}], ids=str)
 def test_resize_is_eckart_and_young(name, how):
+    """Each update becomes its best approximation, by rank or by energy, with the error of the singular values left."""
     adapted = jlora.adapt(params(), METHODS[name])
     adapted = jlora.join(away_from_start(adapted.trainable, 1.0), adapted.frozen)
     small, error = resize(adapted, **how)
@@ -407,6 +418,7 @@ def test_resize_is_eckart_and_young(name, how):
 
 
 def test_resize_to_the_own_rank_changes_nothing():
+    """A rank at least that of the adapter leaves plan and outputs as they are, and no error."""
     adapted = jlora.adapt(params(), METHODS["lora"])
     adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     same, error = resize(adapted, rank=9)
@@ -415,6 +427,7 @@ def test_resize_to_the_own_rank_changes_nothing():
 
 
 def test_resize_refuses_in_words():
+    """Zero updates, no rank or two, and methods without a low-rank update are refused."""
     adapted = jlora.adapt(params(), METHODS["lora"])
     with pytest.raises(ValueError, match="update of 'dense/kernel' is zero"):
         resize(adapted, rank=2)
@@ -431,6 +444,7 @@ def test_resize_refuses_in_words():
 
 
 def test_the_table_of_ranks():
+    """Every weight stands there with its living ranks, layer by layer, and LoHa's with those of each term."""
     text = rank_table(pruned("adalora"))
     rows = [line.split() for line in text.splitlines()]
     assert ["dense/kernel", "1", "4", "2"] in rows and ["layers/kernel", "1", "4", "1", "3", "0"] in rows

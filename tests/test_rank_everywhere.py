@@ -63,6 +63,7 @@ def train(name, trainable, steps, first=1, state=None, dtype="float32", place=la
 
 @pytest.mark.parametrize("name", ["dylora", "selora"])
 def test_stopping_in_the_middle_changes_no_bit(name):
+    """Trainable half and state hold all there is: DyLoRA and SeLoRA resumed end with the same bits."""
     trainable = start(jlora.LoRA).trainable
     whole = train(name, trainable, 9)
     at, state = train(name, trainable, 5)
@@ -99,6 +100,7 @@ def test_eight_devices_decide_the_same(name, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_half_precision_factors_have_exact_zeros(name):
+    """In bfloat16 what is pruned, undrawn or not grown is exactly zero, and SeLoRA's ratios are float32."""
     adapted = start(WAYS[name][0], "bfloat16")
     got, state = train(name, adapted.trainable, 8, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}

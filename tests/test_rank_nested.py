@@ -45,6 +45,7 @@ def start(method=jlora.LoRA, away=True):
     ids=lambda m: m.__name__,
 )
 def test_a_rank_is_a_slice_with_alpha_over_b(method):
+    """Rank b is the first b rows at scale alpha / b, in one program for every b, and compacts to just those rows."""
     adapted = start(method)
     merged = jax.jit(lambda b: jlora.merge(at_rank(adapted, b)))
     lifted = jax.jit(lambda b: jlora.lift(model)(at_rank(adapted, b), X))
@@ -117,6 +118,7 @@ def test_momentum_and_decay_move_no_other_row(mode, form):
 
 
 def test_ranks_are_drawn_as_said():
+    """Drawn ranks are uniform or geometric between low and high, ends included, and never outside."""
     keys = jax.random.split(jax.random.key(1), 4000)
     shares = lambda **law: (
         np.bincount(jax.jit(jax.vmap(lambda k: sample_rank(k, 2, 5, **law)))(keys), minlength=6) / 4000
@@ -128,6 +130,7 @@ def test_ranks_are_drawn_as_said():
 
 
 def test_the_search_returns_the_whole_curve():
+    """Every rank is evaluated, in one program; the choice is the last before the first that is not good enough."""
     adapted = start()
     values = {4: 0.9, 3: 0.89, 2: 0.7, 1: 0.95}
     traces = []
@@ -146,6 +149,7 @@ def test_the_search_returns_the_whole_curve():
 
 
 def test_dylora_refuses_in_words():
+    """Ranks beyond those of the adapter, and an update that is not told its rank, are refused."""
     adapted = start()
     for b in (0, 5, np.int64(5)):
         with pytest.raises(ValueError, match="ranks from 1 to 4"):
@@ -228,6 +232,7 @@ def test_a_probe_of_the_same_point_gives_a_ratio_of_at_least_one_and_is_the_row_
 
 
 def test_what_never_grew_is_dropped_by_compact():
+    """Rows that SeLoRA did not reach add nothing, and the adapter without them computes the same."""
     adapted = start(away=False)
     tx = selora(optax.sgd(0.1), adapted, start=2)
     t, state = adapted.trainable, tx.init(adapted.trainable)
@@ -241,6 +246,7 @@ def test_what_never_grew_is_dropped_by_compact():
 
 
 def test_a_second_gradient_and_every_form():
+    """Growth follows the probe where one is given; zero gradients grow nothing; the whole form has the same bits."""
     adapted = start(away=False)
     make = lambda: selora(optax.adam(0.05), adapted, threshold=1.3, interval=1)
     t = adapted.trainable
@@ -260,6 +266,7 @@ def test_a_second_gradient_and_every_form():
 
 
 def test_selora_refuses_in_words():
+    """SeLoRA without a LoRA to grow, or with a threshold that every ratio passes, is refused."""
     with pytest.raises(ValueError, match="would do nothing.*jlora.LoRA"):
         selora(optax.sgd(0.1), jlora.adapt(params(), jlora.SoRA(rank=2, target="kernel")))
     with pytest.raises(ValueError, match="threshold=0.9.*at least 1"):

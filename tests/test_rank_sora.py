@@ -66,6 +66,7 @@ def test_the_soft_threshold_is_the_minimiser():
 
 
 def test_the_soft_threshold_at_its_corners():
+    """At the threshold the exact step is zero, and never -0.0; the authors' keeps it, and zeroes up to twice it."""
     x = jnp.array([1.5, 1.99, 2.0, 2.5, 1.0, -1.0, 0.5, -0.0])
     one = lambda prox: np.asarray(soft_threshold(x, 1.0, prox=prox))
     np.testing.assert_allclose(one("exact"), [0.5, 0.99, 1.0, 1.5, 0, 0, 0, 0], atol=1e-6)
@@ -88,6 +89,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("make", SCHEDULES, ids=lambda make: make.__name__)
 def test_schedules_are_the_closed_forms(make):
+    """Each stage of lambda holds for its steps at the closed form's value, and the last one for ever after."""
     for start, end, stages in ((1e-4, 7e-4, 6), (0.5, 2.0, 4), (2.0, 0.1, 3)):
         want = SCHEDULES[make](start, end, stages)
         got = jax.jit(jax.vmap(make(start, end, stages, every=5)))(jnp.arange(5 * stages + 7))
@@ -96,6 +98,7 @@ def test_schedules_are_the_closed_forms(make):
 
 
 def test_schedules_refuse_in_words():
+    """One stage, a negative lambda and a geometric schedule from zero are no schedules."""
     for make in SCHEDULES:
         with pytest.raises(ValueError, match="at least two stages"):
             make(0.1, 0.2, 1)
@@ -146,6 +149,7 @@ def test_steps_are_the_formula(prox, scale_by_lr):
 
 
 def test_the_gates_have_the_authors_optimizer_by_default():
+    """Gates alone step by Adam without decay, eps 1e-6; all else by the optimizer that was given."""
     adapted = start()
     got, _ = train(sora(optax.sgd(0.1), adapted, learning_rate=1e-2, sparsity=0.0), adapted.trainable, 5)
     adam = optax.adamw(1e-2, eps=1e-6, weight_decay=0.0)
@@ -158,6 +162,7 @@ def test_the_gates_have_the_authors_optimizer_by_default():
 
 
 def test_more_sparsity_leaves_fewer_gates_and_zeros_are_exact():
+    """The number of gates left falls as lambda rises, from all to none, and a closed gate is +0.0."""
     adapted = start()
     left = []
     for lam in (0.0, 1.0, 2.0, 1e3):
@@ -169,6 +174,7 @@ def test_more_sparsity_leaves_fewer_gates_and_zeros_are_exact():
 
 
 def test_every_form_takes_the_same_steps():
+    """Split, whole, in a chain, accumulated or beside other parameters: the same steps, and the base takes no part."""
     adapted = start()
     trainable, frozen = jlora.split(adapted)
     make = lambda: sora(optax.adamw(0.05), adapted, learning_rate=0.05, sparsity=geometric(0.1, 5.0, 4))
@@ -190,6 +196,7 @@ def test_every_form_takes_the_same_steps():
 
 
 def test_stopping_in_the_middle_changes_no_bit():
+    """The state holds all there is, the stage of lambda in it: a resumed run ends with the same bits."""
     adapted = start()
     make = lambda: sora(optax.adamw(0.05), adapted, learning_rate=0.05, sparsity=geometric(0.1, 5.0, 4, every=2))
     whole = train(make(), adapted.trainable, 10)
@@ -199,6 +206,7 @@ def test_stopping_in_the_middle_changes_no_bit():
 
 
 def test_a_scanned_model_in_a_train_state_becomes_sparse():
+    """Gates of a stack close in ordinary Flax training while the loss falls, and are then cut without a change."""
     base = {"layers": {"kernel": 0.1 * draw(4, 3, 6, 6)}}
     adapted = jlora.adapt(base, jlora.SoRA(rank=4, target="kernel"))
     apply = jlora.lift(lambda p, x: jax.lax.scan(lambda x, k: (x + x @ k, None), x, p["layers"]["kernel"])[0])
@@ -222,6 +230,7 @@ def test_a_scanned_model_in_a_train_state_becomes_sparse():
 
 
 def test_mistakes_are_refused_in_words():
+    """An adapter without gates, a negative lambda and updates without parameters are refused."""
     adapted, tx = start(), optax.sgd(0.1)
     with pytest.raises(TypeError, match="sora takes an Adapted.*dict"):
         sora(tx, adapted.trainable, learning_rate=0.1, sparsity=0.1)

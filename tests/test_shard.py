@@ -83,6 +83,7 @@ def named(method, shape=(16, 24), rules=RULES, mesh=MESH, axes=None):
     ids=lambda x: x.describe() if isinstance(x, jlora.methods.Method) else "",
 )
 def test_specs_follow_the_equation(method, want):
+    """A factor is cut where its letters are the weight's cut axes, and is whole in its rank and its scale."""
     assert named(method) == want
 
 
@@ -102,6 +103,7 @@ def test_every_method_fits_a_mesh(row):
 
 
 def test_slow_letters_need_sizes_that_divide():
+    """An axis is left whole where its mesh axis does not divide it, or where no mesh tells the sizes."""
     # 9 x 15 is (3 3) x (3 5)
     assert set(named(jlora.KronA(**TAKE), (9, 15)).values()) == {P()}
     assert named(jlora.KronA(**TAKE), (16, 24), mesh=None)["a"] == P()
@@ -109,12 +111,14 @@ def test_slow_letters_need_sizes_that_divide():
 
 
 def test_stack_axes_keep_their_place():
+    """Factors have the stack first, wherever the kernel has it, and are cut there as the kernel is."""
     rules = [("kernel$", P("fsdp", "data", "tensor"))]
     found = named(jlora.LoRA(rank=2, **TAKE), (16, 4, 24), rules, axes={"kernel": "iso"})
     assert found == {"a": P("data", None, "fsdp"), "b": P("data", None, "tensor"), "s": P("data")}
 
 
 def test_several_axes_a_side():
+    """Of a side with several axes, a factor is cut as each of them is; a slow letter only as the slowest."""
     rules = [("kernel$", P("fsdp", "tensor"))]
     found = named(jlora.LoRA(rank=2, **TAKE), (16, 4, 6), rules, axes={"kernel": "ioo"})
     assert found == {"a": P(None, "fsdp"), "b": P(None, "tensor"), "s": P()}
@@ -125,6 +129,7 @@ def test_several_axes_a_side():
 
 
 def test_shared_factors_are_sharded_where_their_weights_agree():
+    """A shared factor is cut along a side that all its weights cut alike, and is whole along any other."""
     params = shapes(query=(16, 24), value=(16, 24))
     method = jlora.VeRA(rank=4, target="kernel$")
     agreed = specs_of(params, method, [("kernel$", P("fsdp", "tensor"))], MESH).frozen.factors
@@ -138,6 +143,7 @@ def test_shared_factors_are_sharded_where_their_weights_agree():
 
 
 def test_every_form_of_base_specs():
+    """A tree, a prefix of one, rules and a preset that mean the same give the same specs."""
     params = shapes(query=(16, 24), out=(24, 16))
     want = {"query": {"kernel": P("fsdp")}, "out": {"kernel": P(None, "fsdp")}}
     tree = {"query": {"kernel": P("fsdp", None)}, "out": P(None, "fsdp")}  # one above several leaves is for them all
@@ -150,6 +156,7 @@ def test_every_form_of_base_specs():
 
 
 def test_flax_metadata():
+    """The partition specs that Linen and NNX keep with their parameters are taken as they are."""
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("fsdp", "tensor"))
     variables = nn.Dense(24, kernel_init=init, name="query").init(jax.random.key(0), jnp.ones((1, 16)))
     found = jlora.shard.partition_specs(variables, nn.get_partition_spec(variables), MESH)
@@ -164,6 +171,7 @@ def test_flax_metadata():
 
 
 def test_presets_know_heads_stacks_and_biases():
+    """A preset cuts heads and not their width, leaves stacks and norms whole, and cuts biases over `tensor` alone."""
     sizes = {
         "embed/embedding": (64, 16),
         "layers/query/kernel": (3, 16, 4, 4),
@@ -196,6 +204,7 @@ def test_presets_know_heads_stacks_and_biases():
 
 
 def test_unknown_leaves_are_printed_or_refused(capsys):
+    """A leaf unknown to a preset is never replicated in silence, and half of the parameters not at all."""
     params = shapes(query=(64, 64), mystery=(4, 4))
     found = jlora.shard.partition_specs(params, "fsdp", MESH)
     assert found["mystery"]["kernel"] == P()
@@ -221,11 +230,13 @@ def test_unknown_leaves_are_printed_or_refused(capsys):
     ],
 )
 def test_specs_that_do_not_fit(given, words):
+    """A wrong preset, pattern, mesh axis or entry is refused with the leaf it is for and what there is instead."""
     with pytest.raises(ValueError, match=f"(?s){words}"):
         jlora.shard.partition_specs(shapes(query=(16, 24)), given, MESH)
 
 
 def test_arrays_on_no_mesh_are_named():
+    """An adapter that lies on no mesh is told by path, with the call that places it."""
     adapted = jlora.adapt({"query": {"kernel": jnp.ones((4, 4))}}, jlora.LoRA(rank=2))
     with pytest.raises(ValueError, match=r"'query/kernel'.*are on no mesh; write .*jlora.shard.shardings"):
         jlora.shard.state_shardings(optax.adam(1e-3), adapted)
@@ -243,6 +254,7 @@ def test_arrays_on_no_mesh_are_named():
     ],
 )
 def test_steps_that_cannot_be(given, words):
+    """A clip, an accumulation, a batch or a mesh that makes no step is refused when it is made, not when it runs."""
     mesh = mesh_of((8,), ("data",))
     whole = jax.eval_shape(lambda p: jlora.adapt(p, jlora.LoRA(rank=2)), shapes(query=(8, 8)))
     adapted = jlora.shard.abstract(mesh, whole, P())
@@ -357,6 +369,7 @@ def runs():
 
 @pytest.mark.parametrize("method,scanned,place,kind", list(runs()))
 def test_training_gives_the_numbers_of_one_device(method, scanned, place, kind):
+    """On any mesh, automatic or explicit, scanned or not, twenty steps have the losses and factors of one device."""
     shape, names, base_specs, batch = PLACES[place]
     mesh = mesh_of(shape, names, kind)
     losses, trainable = train(TRAINED[method], scanned, mesh, base_specs, batch, place_of(mesh, batch))
@@ -377,6 +390,7 @@ def test_accumulation_and_clipping():
 
 
 def test_the_clip_bounds_the_gradient():
+    """A gradient above the clip is cut to it before the optimizer, and the norm that is told is the one before."""
     mesh = mesh_of((8,), ("data",))
     adapted = jlora.shard.init({"query": {"kernel": jnp.eye(4)}}, jlora.LoRA(rank=2), mesh, P())
     lifted = jlora.lift(lambda p, x: x @ p["query"]["kernel"])
@@ -389,6 +403,7 @@ def test_the_clip_bounds_the_gradient():
 
 
 def test_donated_buffers_are_freed_and_nothing_moves():
+    """A step frees the factors and state it was given, keeps the frozen half, and leaves each array where it was."""
     mesh = mesh_of((2, 2, 2), ("data", "fsdp", "tensor"))
     adapted = jlora.shard.init(params_of(True), TRAINED["LoRA"], mesh, "fsdp+tensor")
     f = jlora.lift(model(True, place_of(mesh, P())))
@@ -439,6 +454,7 @@ def on_a_device(tree, device):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "VeRA", "LoKr"])
 def test_bytes_a_device_are_those_of_the_estimate(method, place):
+    """Every device holds the bytes that were foretold, to the byte, and a share of the base where it is cut."""
     shape, names, base_specs, batch = PLACES[place]
     mesh = mesh_of(shape, names)
     tx = optax.adamw(1e-3)
@@ -460,6 +476,7 @@ def test_bytes_a_device_are_those_of_the_estimate(method, place):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["LoRA", *(pytest.param(m, marks=pytest.mark.slow) for m in ("DoRA", "VeRA"))])
 def test_values_do_not_depend_on_the_mesh(method):
+    """The same keys give the same base and factors on every mesh: no draw depends on how it is cut."""
     make = lambda: jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), params_of(False))
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     want = jlora.shard.init(make, TRAINED[method], mesh, P())
@@ -473,6 +490,7 @@ def test_values_do_not_depend_on_the_mesh(method):
 
 
 def test_a_start_that_decomposes_the_weight():
+    """PiSSA of a sharded weight is that of one device, with its factors cut and the base where it lay, uncopied."""
     mesh = mesh_of((2, 2, 2), ("data", "fsdp", "tensor"), "Explicit")
     method = jlora.LoRA(rank=2, init="pissa", target="kernel")
     there = jax.device_put(params_of(False), jlora.shard.shardings(mesh, params_of(False), "fsdp+tensor"))
@@ -498,6 +516,7 @@ def test_values_are_those_of_adapt():
 
 
 def test_what_init_refuses():
+    """Shapes without values and one array under two paths are refused before anything is placed."""
     mesh = mesh_of((8,), ("data",))
     with pytest.raises(ValueError, match="'query'.*has no values"):
         jlora.shard.init(shapes(query=(4, 4)), jlora.LoRA(rank=2), mesh, P())
@@ -566,22 +585,26 @@ WEIGHT, LAYERS_OF_PROGRAMS = 48 * 80, 3  # of the programs' models
 @pytest.mark.parametrize("model", ["unrolled", "scanned"])
 class TestPrograms:
     def test_data_parallel_sends_gradients_of_the_adapter_alone(self, programs, model):
+        """Data parallelism adds up the gradients of the factors and a few scalars: nothing of the base is sent."""
         found = programs[f"{model} data"]
         assert {kind for kind, *_ in found["sent"]} == {"all-reduce"}
         gradients = 4 * found["trainable"]
         assert gradients <= total(found["sent"], "all-reduce") <= gradients + 64
 
     def test_tensor_parallel_gathers_nothing(self, programs, model):
+        """Beside sums there is no traffic: no weight, factor or activation is gathered for the adapter."""
         for place in ("tensor", "tensor, long"):
             assert {kind for kind, *_ in programs[f"{model} {place}"]["sent"]} == {"all-reduce"}
 
     def test_fsdp_gathers_each_weight_as_often_as_the_plain_model(self, programs, model):
+        """The adapter costs no further gathering of any weight, short batch or long."""
         gathered = lambda sent: sum(times for kind, n, _, times in sent if kind == "all-gather" and n == WEIGHT)
         for place in ("fsdp", "fsdp, long"):
             found = programs[f"{model} {place}"]
             assert gathered(found["sent"]) == gathered(found["with x"]) == gathered(found["plain"]) > 0
 
     def test_batch_and_sequence_sharded_move_no_activation(self, programs, model):
+        """Over rows and positions what is sent is sums no larger than the gradients of the factors."""
         for place in ("sequence", "sequence, long"):
             found = programs[f"{model} {place}"]
             assert {kind for kind, *_ in found["sent"]} == {"all-reduce"}
@@ -605,6 +628,7 @@ class TestPrograms:
 
     @pytest.mark.parametrize("place", ["data", "tensor", "fsdp"])
     def test_no_temporary_of_the_size_of_the_base(self, programs, model, place):
+        """A scanned step makes no array as large as all the weights it runs over."""
         if model == "scanned":  # unrolled, XLA keeps what it gathered, in the plain model too
             assert programs[f"{model} {place}"]["temporary"] < 4 * 2 * 3 * WEIGHT
 
@@ -612,6 +636,7 @@ class TestPrograms:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["DoRA", "AdaLoRA", "VeRA", "LoKr", "LoHa", "Full"])
 def test_what_other_methods_send(programs, method):
+    """Each method adds up gradients of its factors, VeRA those of its products, and gathers no further weight."""
     data, fsdp = programs[f"{method} data"], programs[f"{method} fsdp, long"]
     assert {kind for kind, *_ in data["sent"]} == {"all-reduce"}
     gradients, found = 4 * data["trainable"], total(data["sent"], "all-reduce")

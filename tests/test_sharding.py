@@ -285,6 +285,7 @@ class Normed(nn.Module):
 
 
 def test_batch_norm_over_a_named_axis():
+    """Statistics that a lifted model takes over a named axis are those of the dense one, and so are its outputs."""
     variables = Normed().init(jax.random.key(0), jnp.ones((2, 4)))
     ad = jlora.adapt(variables["params"], jlora.LoRA(rank=2, target="kernel"))
     ad = jlora.Adapted(away_from_start(ad.trainable), ad.frozen)
@@ -402,6 +403,7 @@ def test_scopes_for_the_profiler(tokens):
 
 
 def test_scopes_in_a_scan_and_under_remat():
+    """The names of layers, and `/delta` below them, outlast a scan and a remat."""
     scan = nn.scan(nn.remat(Step), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
     x = jnp.ones((2, WIDE))
     params = scan(name="layers").init(jax.random.key(0), x, None)

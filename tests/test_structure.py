@@ -71,11 +71,13 @@ def own_room(file: str) -> str:
 
 
 def test_every_room_has_its_place():
+    """No room is outside of the order: a new one says what it stands on."""
     assert {own_room(file) for file in FILES} - {"__init__"} <= set(ROOMS)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f != "__init__.py"])
 def test_imports_point_downwards(file):
+    """A room imports rooms below it alone, so that there are no cycles, and each can be read without those above."""
     mine = own_room(file)
     for module, _ in imports(file):
         if module.split(".")[0] != "jlora":
@@ -87,12 +89,14 @@ def test_imports_point_downwards(file):
 
 
 def test_lift_imports_the_interpreter_late():
+    """The dense oracle of the tests runs without the code that it judges."""
     assert ("jlora._interpret", True) in set(imports("lift.py"))
     assert ("jlora._interpret", False) not in set(imports("lift.py"))
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_one_room_knows_jaxprs_and_nobody_knows_the_inside_of_jax(file):
+    """What changes with JAX's versions is met in one room, and what is private to JAX in none."""
     for module, _ in imports(file):
         assert not module.startswith(("jax._src", "jax.interpreters")), f"{file} imports {module}"
         assert own_room(file) == "_interpret" or not module.startswith("jax.extend"), f"{file} imports {module}"
@@ -109,6 +113,7 @@ def test_one_room_asks_jax_to_promote(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_extras_are_imported_late(file):
+    """The library imports without any extra, and only `io` knows checkpoints."""
     for module, late in imports(file):
         if module.split(".")[0] in EXTRAS:
             assert late, f"{file} imports {module} for everybody"
@@ -118,6 +123,7 @@ def test_extras_are_imported_late(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_files_stay_readable(file):
+    """A file is as short as can be read at one go, or has a date by which it is cut, and a reason."""
     lines = (ROOT / file).read_text().splitlines()
     until, why = LONGER.get(file, ("", ""))
     if len(lines) <= LIMIT:

@@ -108,6 +108,7 @@ def sizes(state):
 
 @pytest.mark.parametrize("form", ["split", "whole"])
 def test_the_optimizer_holds_twice_what_is_trained_and_a_counter(form):
+    """Adam keeps two moments of each factor and nothing of the base, in either form."""
     ad = adapted()
     params, tx = (ad.trainable, optax.adamw(1e-3)) if form == "split" else (ad, jlora.masked(optax.adamw(1e-3)))
     state = tx.init(params)

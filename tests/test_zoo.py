@@ -47,6 +47,7 @@ def finite(arrays) -> bool:
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks(c, c.name in SMALL)) for c in zoo.CASES])
 def test_case(case):
+    """A case's patterns and axes are those of its weights, and its targets have finite gradients, each not all zero."""
     fn, params, args = case.build()
     paths = leaves(params)
     chosen = [path for path in paths if re.search(case.target, path)]
@@ -78,5 +79,6 @@ def test_case(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case.param for case in zoo.CASES if not case.marks])
 def test_building_twice_gives_the_same_values(case):
+    """A case is a function of nothing: two builds have the same floating-point parameters, bit for bit."""
     for a, b in zip(*(jax.tree.leaves(case.build()[1]) for _ in range(2)), strict=True):
         assert not trainable(a) or np.array_equal(a, b)

@@ -70,7 +70,7 @@ def test_normal_levels_against_quantiles(bits):
 
 # --- lifting ----------------------------------------------------------------------------------------------------------
 
-SCHEMES = ["nf4", "int8", "int4", "nf2", "nf3", "nf8"]
+SCHEMES = ["nf4+double", "nf4", "int8", "int4", "nf2", "nf3", "nf8"]
 
 
 def two_layers(params, x):

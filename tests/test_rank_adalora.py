@@ -362,8 +362,7 @@ def test_it_keeps_no_array_alive_but_its_state():
     tx = adalora(optax.sgd(0.1), adapted, **SCHEDULE)
     del adapted
     gc.collect()
-    assert not any(ref() is not None for ref in alive)
-    assert tx.update is not None
+    assert not any(ref() is not None for ref in alive), f"kept by {tx}"
 
 
 @pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])

@@ -48,6 +48,7 @@ ANGLES = np.array([0.0, 1e-6, 3e-5, 1e-3, 0.4, np.pi / 4, 1.2, np.pi / 2])
 
 
 def test_planted_angles_are_found_small_ones_too():
+    """Angles are those of the spans, whatever their bases; small ones are right to 1e-6, where arccos alone is not."""
     a, b = planted(ANGLES)
     found = np.asarray(jax.jit(analysis.principal_angles)(a, b), np.float64)
     np.testing.assert_allclose(found, ANGLES, rtol=2e-5, atol=6e-7)
@@ -58,6 +59,7 @@ def test_planted_angles_are_found_small_ones_too():
 
 
 def test_unlike_dimensions_and_a_stack():
+    """There are as many angles as the smaller span has dimensions, and each layer of a stack has its own."""
     a, b = planted(ANGLES)
     line = analysis.principal_angles(a, b[:, :3])
     want = np.linalg.svd(a.T @ b[:, :3], compute_uv=False)
@@ -69,6 +71,7 @@ def test_unlike_dimensions_and_a_stack():
 
 
 def test_distances_are_the_formulas():
+    """Grassmann is the norm of the angles; chordal and projection are norms of the projectors' difference."""
     a, b = planted(ANGLES)
     found = analysis.distances(a, b)
     projector = a @ a.T - b @ b.T
@@ -93,6 +96,7 @@ def test_similarity_of_planted_angles_is_the_mean_of_their_cosines_squared():
 
 
 def test_similarity_is_the_definition_on_either_side_and_in_stacks():
+    """Every phi(i, j) is the definition's, layer by layer, and the right side is the left one of the transposes."""
     one, other = rng(1).standard_normal((3, 12, 5)), rng(2).standard_normal((3, 12, 4))
     found = jax.jit(analysis.similarity)(analysis.svd(one), analysis.svd(other))
     assert found.shape == (3, 5, 4)
@@ -104,6 +108,7 @@ def test_similarity_is_the_definition_on_either_side_and_in_stacks():
 
 
 def test_random_subspaces_share_what_the_baseline_says():
+    """The baseline is what subspaces drawn at random share in the mean, max(i, j) / d."""
     d, count = 24, 400
     draw = lambda seed, r: np.linalg.qr(rng(seed).standard_normal((count, d, r)))[0]
     u, v = draw(1, 6), draw(2, 4)
@@ -131,6 +136,7 @@ def test_random_subspaces_share_what_the_baseline_says():
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_words(call, words):
+    """Inputs that do not belong together have no figure: the error says what differs, or what to make first."""
     with pytest.raises((TypeError, ValueError), match=words):
         call()
 
@@ -139,6 +145,7 @@ def test_what_cannot_be_compared_is_refused_in_words(call, words):
 
 
 def test_the_svd_of_a_product_is_that_of_the_matrix():
+    """Factors alone give the SVD of a^T b, with orthonormal bases, for each layer of a stack."""
     a, b = rng(3).standard_normal((2, 5, 30)), rng(4).standard_normal((2, 5, 20))
     found = jax.jit(analysis.factored_svd)(a, b)
     assert found.u.shape == (2, 30, 5) and found.v.shape == (2, 20, 5)
@@ -149,6 +156,7 @@ def test_the_svd_of_a_product_is_that_of_the_matrix():
 
 
 def test_a_rank_above_the_sides_and_narrow_dtypes():
+    """Factors of more rows than either side has columns still give a^T b, and bfloat16 is decomposed in float32."""
     a, b = rng(3).standard_normal((7, 4)), rng(4).standard_normal((7, 5))
     np.testing.assert_allclose(analysis.factored_svd(a, b).matrix, a.T @ b, atol=1e-4)
     half = jnp.asarray(a, jnp.bfloat16)
@@ -156,6 +164,7 @@ def test_a_rank_above_the_sides_and_narrow_dtypes():
 
 
 def test_ranks_of_spectra():
+    """Effective rank is exp of the entropy, stable rank sum s^2 / s_1^2; both are 0 of zeros and NaN where one is."""
     s = np.array([[4.0, 4.0, 4.0, 0.0], [3.0, 2.0, 1.0, 0.5], [0.0] * 4])
     p = s[1] / s[1].sum()
     np.testing.assert_allclose(analysis.effective_rank(s), [3, np.exp(-np.sum(p * np.log(p))), 0], rtol=1e-6)
@@ -165,6 +174,7 @@ def test_ranks_of_spectra():
 
 
 def test_truncation_is_as_good_as_eckart_and_young_say():
+    """The errors that a truncation states are those of the matrix that it returns, from rank 0 to the full one."""
     matrix = rng(5).standard_normal((2, 9, 6))
     whole = analysis.svd(matrix)
     for rank in (0, 2, 6):
@@ -188,6 +198,7 @@ def spiked(d_in=30, d_out=20, spikes=(7.0, 5.0), at=(12, 15)):
 
 
 def test_planted_spikes_are_amplified_by_what_was_planted():
+    """The factor is ||dW|| over what W has along dW; the baseline is what W has along random directions."""
     weight, update, s = spiked()
     found = jax.jit(analysis.amplification, static_argnums=2)(analysis.svd(update), weight, 2)
     onto = np.hypot(s[12], s[15])
@@ -206,6 +217,7 @@ def test_the_figures_of_the_lora_paper_follow_from_the_closed_form():
 
 
 def test_shares_inside_the_weight():
+    """A share is of ||dW||^2, in the first k directions of W on the left, the right and both, layer by layer."""
     weight, update, _ = spiked(at=(2, 15))
     found = analysis.inside(analysis.svd(update), analysis.svd(weight))
     share = 49 / 74
@@ -223,6 +235,7 @@ def test_shares_inside_the_weight():
 
 
 def test_intruders_are_the_directions_that_the_weight_had_not():
+    """A strong direction is an intruder if the weight had nothing like it; one that it had is none at any size."""
     weight, _, _ = spiked()
     foreign = rng(4).standard_normal((30, 20))
     within = np.outer(orthonormal(1, 30, 20)[:, 3], orthonormal(2, 20, 20)[:, 3])
@@ -276,6 +289,7 @@ EVERY = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in (
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_update_of_every_kind_of_method(name):
+    """An update is what merging adds, whatever the method, and its factors, where it has any, multiply to it."""
     adapted = jlora.adapt(params(), (LOW_RANK | OTHERS)[name], axes=AXES)
     adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     found, pairs, want = jax.jit(lambda a: (analysis.updates(a), analysis.factors(a), difference(a)))(adapted)
@@ -306,6 +320,7 @@ def test_every_method_has_an_update_and_a_budget(row, case):
 
 
 def test_the_factors_of_lora_are_those_stored():
+    """LoRA's a is the stored array and its b has the heads in one axis; a bias is no matrix and is left out."""
     adapted = jlora.adapt(params(), LOW_RANK["lora"], axes=AXES)
     pair = analysis.factors(adapted)["layers/query/kernel"]
     assert (pair.a == adapted.trainable["layers/query/kernel"]["a"]).all() and pair.b.shape == (3, 2, 8)
@@ -350,6 +365,7 @@ def test_flops_are_those_of_the_factors_and_of_the_trace():
 
 
 def test_a_budget_prints_and_knows_lookups_vectors_and_stacks():
+    """A token costs one row of a table, little in a vector and each layer of a stack; the print fits 120 columns."""
     tree = jax.eval_shape(params) | {"embed": {"embedding": jax.ShapeDtypeStruct((1000, 8), jnp.bfloat16)}}
     found = analysis.cost(
         tree, [jlora.LoRA(rank=2, target="embedding|query"), jlora.Full(target="bias")], axes={"query": "sioo"}
@@ -383,6 +399,7 @@ def matrix(kind, d, size):
 @pytest.mark.parametrize("kind", PROJECTIONS)
 @pytest.mark.parametrize("d,size", [(5, 300), pytest.param(40, 12, marks=pytest.mark.slow), (7, 64), (1, 1)])
 def test_columns_have_unit_norm_and_are_those_of_no_other_place(kind, d, size):
+    """P's columns have norm one (fastfood's nearly), so theta keeps its length, and no two places share a P."""
     p, *others = np.asarray(columns(kind, d, size, jnp.stack([PLACE, *(PLACE.at[n].add(1) for n in range(3))])))
     norms = np.linalg.norm(p, axis=0)
     exact = kind != "fastfood" or size == 64
@@ -426,6 +443,7 @@ def test_fastfood_is_the_product_that_it_says(d, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_the_other_transposes_are_true_too(kind):
+    """Dense and sparse projections pull gradients back by the transpose of the P that they apply."""
     theta, g = rng(1).standard_normal(30).astype("f"), rng(2).standard_normal(200).astype("f")
     transposed = jax.vjp(lambda t: PROJECTIONS[kind](t, PLACE, 200), theta)[1](g)[0]
     np.testing.assert_allclose(transposed, matrix(kind, 30, 200).T @ g, rtol=1e-4, atol=1e-4)
@@ -434,6 +452,7 @@ def test_the_other_transposes_are_true_too(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PROJECTIONS)
 def test_gradients_are_finite_differences_in_float64(kind):
+    """The slope through a projection is the true one, and under x64 it is float64 all the way."""
     theta, u, g = (rng(n).standard_normal(size) for n, size in ((1, 6), (2, 6), (3, 40)))
     with jax.enable_x64(True):
         loss = jax.jit(lambda t: jnp.sum(jnp.sin(PROJECTIONS[kind](t, PLACE, 40)) * g))
@@ -509,6 +528,7 @@ def test_the_projection_is_never_kept():
 
 
 def test_a_subspace_is_saved_without_its_projection(tmp_path):
+    """A subspace comes back from its file bit for bit and merges to the same weights; a scale of zero is the base."""
     tree = model()[1]
     adapted = jlora.adapt(tree, jlora.IntrinsicDimension(6, "sparse", seed=3))
     adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
@@ -538,6 +558,7 @@ def test_a_task_of_known_dimension_is_learned_in_as_many():
 
 
 def test_the_search_counts_as_the_paper_does():
+    """d counts theta and lam but no head trained beside them; a search that cannot end or begin is refused."""
     tree, seen = model()[1], []
 
     def train(adapted):

@@ -146,6 +146,7 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_refused_in_words(name):
+    """A mistake raises the right kind of error, in a short text that names the culprit and what would be right."""
     action, kinds, words = TABLE[name]
     with pytest.raises(kinds) as caught:
         action()
@@ -156,6 +157,7 @@ def test_refused_in_words(name):
 
 
 def test_all_bad_leaves_are_named_at_once():
+    """One error names every leaf that cannot be adapted, with the axes to write where they would help, and no other."""
     params = {
         "a": ONE,
         "b": jnp.ones((6, 4), jnp.int8),
@@ -183,6 +185,7 @@ def test_the_pattern_to_write_for_a_vector_at_the_top_takes_it():
 
 
 def test_rank_zero_leaves_the_plan():
+    """A rule of rank 0 keeps its weights out of the plan and from later rules, and the table says so."""
     ad = adapted(spec=[lora(target="layer_0/query/kernel", rank=0), lora()])
     assert list(ad.trainable) == ["layer_1/query/kernel"]
     assert "layer_0/query/kernel: rank 0, left as it is" in str(ad)
@@ -190,6 +193,7 @@ def test_rank_zero_leaves_the_plan():
 
 
 def test_rank_zero_everywhere_is_the_base():
+    """An adapter of rank 0 alone has no parameters and still lifts, explains and prints, as the base."""
     ad = adapted(spec=lora(rank=0))
     f = lambda p, x: x @ p["layer_0"]["query"]["kernel"]
     x = jnp.ones((2, 6))
@@ -200,6 +204,7 @@ def test_rank_zero_everywhere_is_the_base():
 
 
 def test_the_first_of_two_rules_wins():
+    """A weight is its first matching rule's, and the table names the later rules that would have had it."""
     ad = adapted(spec=[lora(target="layer_0/query/kernel", rank=1), lora(rank=2), jlora.Full(target="query/kernel")])
     assert ad.trainable["layer_0/query/kernel"]["a"].shape == (1, 6)
     assert ad.trainable["layer_1/query/kernel"]["a"].shape == (2, 6)
@@ -208,11 +213,13 @@ def test_the_first_of_two_rules_wins():
 
 
 def test_a_rule_whose_leaves_all_went_to_another_is_no_error():
+    """A rule that matches leaves is no mistake, though earlier rules have taken every one of them."""
     ad = adapted(spec=[lora(), jlora.Full(target="layer_1/query/kernel")])
     assert [type(s.method).__name__ for s in ad.frozen.plan.sites] == ["LoRA", "LoRA"]
 
 
 def test_tied_arrays_may_be_adapted_at_both_ends_or_on_request():
+    """A tied array is adapted where both its paths are, or at one of them where `allow_untied` asks for it."""
     both = jlora.adapt(TIED, jlora.LoRA(rank=2, target="embedding|kernel"))
     assert len(both.trainable) == 2
     one = jlora.adapt(TIED, jlora.LoRA(rank=2, target="embedding"), allow_untied=True)
@@ -220,6 +227,7 @@ def test_tied_arrays_may_be_adapted_at_both_ends_or_on_request():
 
 
 def test_a_shared_module_is_fine_beside_what_is_adapted_and_after_a_split():
+    """A shared module is refused only where it is itself adapted, and neither beside a target nor once it is split."""
     graphdef, params, rest = nnx.split(Shared(), nnx.Param, ...)
     assert len(jlora.adapt(params, lora(target="kernel")).trainable) == 1
     assert len(jlora.adapt({"m": Shared(), "query": {"kernel": ONE}}, lora()).trainable) == 1
@@ -294,6 +302,7 @@ def test_odd_names():
 
 
 def test_integer_keys():
+    """Integer keys and the indices of lists and tuples stand in paths as plain numbers, which targets match."""
     ad = jlora.adapt({0: {"w": ONE}, 1: {"w": ONE + 1}}, jlora.LoRA(rank=1, target="^1/"))
     assert list(ad.trainable) == ["1/w"]
     ad = jlora.adapt([{"w": ONE}, (ONE + 1, ONE + 2)], jlora.LoRA(rank=1, target="."))
@@ -315,11 +324,13 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def test_two_leaves_with_one_path():
+    """Two leaves whose keys print alike are refused with both keys, since a path could not tell them apart."""
     with pytest.raises(ValueError, match=r"share the path \['0'\].*\(0 and '0'\)"):
         jlora.adapt(Both([ONE, ONE + 1]), jlora.LoRA(rank=1, target="0"))
 
 
 def test_merge_of_an_adapter_scaled_to_zero():
+    """An adapter scaled to zero merges to the base exactly, and its report says that nothing was lost."""
     ad = jlora.join(jax.tree.map(jnp.ones_like, adapted().trainable), adapted().frozen)
     off = jlora.scale(ad, 0)
     for a, b in zip(jax.tree.leaves(jlora.merge(off)), jax.tree.leaves(PARAMS), strict=True):
@@ -352,6 +363,7 @@ def test_what_survives_is_a_share_at_every_size(size, survives):
 
 
 def test_a_call_without_an_adapter_is_a_call():
+    """A lifted function that is given no adapter is the function itself, and passes strings through."""
     f = lambda p, x, flag: (x @ p["head"]["kernel"], flag)
     lifted = jlora.lift(f)
     y, flag = lifted(PARAMS, jnp.ones((2, 4)), "flag")
@@ -380,6 +392,7 @@ def test_without_values():
 
 
 def test_keys_of_either_kind():
+    """A typed key and a raw one of the same seed draw the same factors."""
     typed, raw = jax.random.key(3), jax.random.PRNGKey(3)
     for a, b in zip(jax.tree.leaves(adapted(key=typed).trainable), jax.tree.leaves(adapted(key=raw).trainable),
                     strict=True):  # fmt: skip
@@ -387,6 +400,7 @@ def test_keys_of_either_kind():
 
 
 def test_numpy_leaves():
+    """A base of NumPy arrays is kept without a copy, and a model computes with it as with JAX's."""
     params = jax.tree.map(np.asarray, PARAMS)
     f = lambda p, x: x @ p["layer_0"]["query"]["kernel"]
     ad = adapted(params)

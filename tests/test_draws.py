@@ -105,6 +105,7 @@ EARLIER = {
 
 @pytest.mark.parametrize("kind", PROJECTIONS)
 def test_projections_are_those_of_earlier_files(kind):
+    """A seed still gives the P that earlier files were trained beside; with another they would be noise."""
     made = PROJECTIONS[kind](jnp.linspace(-1, 1, 7), jnp.array([4711, 123, 2], jnp.uint32), 50)
     np.testing.assert_allclose(made[:6], EARLIER[kind], rtol=1e-5, atol=1e-7)
 

@@ -104,6 +104,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_scanned_stack_draws_as_the_layers_one_by_one(name):
+    """A layer draws the same mask in a loop over its stack as where it is indexed by hand."""
     ad = transparent(3)
     one_by_one = drawn(lambda p, x: jnp.stack([x @ p["w"][n] for n in range(3)]), ad)
     np.testing.assert_array_equal(drawn(LAYERS[name], ad), one_by_one)
@@ -116,6 +117,8 @@ def test_a_layer_that_is_used_twice_draws_twice():
 
 
 def test_the_condition_of_a_loop_draws_apart_from_its_body():
+    """A weight that a loop's condition uses too has a whole mask in the body: each element is zero or doubled."""
+
     def f(p, x):
         def turn(c):
             return c[0] + 1, x @ p["w"]
@@ -184,6 +187,7 @@ def test_every_method_is_right_in_the_mean(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_rate_of_zero_changes_no_bit(name):
+    """A rate of zero is no dropout: the plan is the same, and under a key the output is, bit for bit."""
     params = {"w": jax.random.normal(jax.random.key(1), (9, 8))}
     plain, zero = (
         jlora.adapt(params, METHODS[name](target="w", **rates), axes={"w": "io"})
@@ -211,6 +215,7 @@ def test_a_dropped_rank_is_away_for_all_rows():
 
 
 def test_a_dropped_module_is_away_as_a_whole():
+    """One draw decides for the whole update and all rows of a use; each turn of a loop is a use of its own."""
     each = gates(scanned(1), module_dropout=RATE).reshape(4, -1)
     many = gates(lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, 64)[1], module_dropout=RATE)
     assert (each == each[:, :1]).all() and set(np.unique(many)) == {0.0, 2.0}
@@ -218,6 +223,7 @@ def test_a_dropped_module_is_away_as_a_whole():
 
 
 def test_slices_of_one_module_go_together_and_two_methods_of_a_sum_apart():
+    """The slices of a weight are one module and go together; the two methods of a Sum are two and go apart."""
     half = SIZE // 2
     lora = lambda **o: jlora.LoRA(rank=2, target="w", module_dropout=RATE, **o)
 
@@ -234,6 +240,7 @@ def test_slices_of_one_module_go_together_and_two_methods_of_a_sum_apart():
 
 
 def test_ranks_of_a_table_are_dropped_where_it_is_looked_up():
+    """A look-up drops ranks as a product does: each is away, or divided by 1 - rate."""
     table = {"embedding": jnp.zeros((SIZE, SIZE))}
     ad = jlora.adapt(table, jlora.LoRA(rank=SIZE, target="embedding", rank_dropout=RATE))
     ad = jlora.join(jax.tree.map(lambda a: jnp.eye(SIZE), ad.trainable), ad.frozen)
@@ -242,6 +249,7 @@ def test_ranks_of_a_table_are_dropped_where_it_is_looked_up():
 
 
 def test_ranks_of_a_method_that_has_none_are_not_dropped_in_silence():
+    """A rank dropout on a weight whose update has no rank is refused, as it would do nothing unnoticed."""
     with pytest.raises(ValueError, match="rank_dropout=0.1, and it has no rank here"):
         jlora.adapt({"w": jnp.zeros((4, 4))}, jlora.LoKr(rank=8, rank_dropout=0.1, target="w"), axes={"w": "io"})
 
@@ -251,6 +259,7 @@ def test_ranks_of_a_method_that_has_none_are_not_dropped_in_silence():
 
 @pytest.mark.parametrize("raw", [jax.random.PRNGKey(5), np.asarray(jax.random.PRNGKey(5))], ids=["jax", "numpy"])
 def test_a_raw_key_draws_as_the_typed_one(raw):
+    """A raw key, JAX's or NumPy's, gives the masks and the factors of the typed key that it spells."""
     ad = transparent(3)
     np.testing.assert_array_equal(drawn(LAYERS["scan"], ad, raw), drawn(LAYERS["scan"], ad))
     adapted = lambda key: jlora.adapt({"w": jnp.zeros((4, 4))}, jlora.LoRA(rank=2, target="w"), key=key)
@@ -270,6 +279,7 @@ def test_keys_of_other_implementations_draw():
 
 @pytest.mark.parametrize("key", [jax.random.split(KEY, 3), jax.random.split(jax.random.PRNGKey(0), 3)])
 def test_several_keys_are_refused_and_vmapped(key):
+    """Several keys at once are refused with both ways out, and under vmap each draws as it does alone."""
     ad = transparent()
     with pytest.raises(TypeError, match=r"keys of shape \(3,\); write key=keys\[0\], or vmap"):
         jlora.with_dropout(ad, key)
@@ -278,6 +288,7 @@ def test_several_keys_are_refused_and_vmapped(key):
 
 
 def test_with_dropout_of_something_else_says_where_it_goes():
+    """A key for what is no Adapted is refused: the error names what to make, or where in the tree the Adapted is."""
     for other in ({"w": ROWS}, {"params": transparent()}):
         with pytest.raises(TypeError, match="with_dropout takes an Adapted.*(jlora.adapt|inside, at ..params..)"):
             jlora.with_dropout(other, KEY)
@@ -314,12 +325,14 @@ EVALUATED = {
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_training_step_without_a_key_says_so(name):
+    """A gradient of factors without a key warns that dropout is off, in whatever way it is taken."""
     with pytest.warns(UserWarning, match=r"dropout 0.5 is off without a key: jlora.with_dropout\(adapted, key\)"):
         TRAINED[name](transparent())
 
 
 @pytest.mark.parametrize("name", EVALUATED)
 def test_evaluation_without_a_key_says_nothing(name):
+    """Nothing warns where dropout is off by right, without a gradient of factors, or where there is a key."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         EVALUATED[name](transparent())
@@ -335,6 +348,7 @@ def test_it_is_said_once():
 
 
 def test_the_table_says_it():
+    """The table notes dropout that has no key, and is silent with a key or without dropout."""
     ad = transparent()
     assert "note: dropout 0.5 is off without a key: jlora.with_dropout(adapted, key), in the loss" in str(ad)
     assert "dropout" not in str(jlora.with_dropout(ad, KEY))
@@ -346,6 +360,7 @@ def test_the_table_says_it():
 
 @pytest.mark.parametrize("name", ["jit", "remat of jit of remat", "scan", "cond", "while_loop"])
 def test_no_tracer_outlives_its_trace(name):
+    """Counting draws leaks no tracer out of a step, out of `explain` or out of any control flow."""
     ad = transparent()
     step = lambda ad: jax.grad(loss)(ad.trainable, ad.frozen, ROWS, SAME[name] if name != "while_loop" else FLAT)
     with jax.checking_leaks():

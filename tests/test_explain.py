@@ -60,17 +60,20 @@ def printed(request):
 
 
 def test_table_is_as_it_was(printed):
+    """The table is its golden file to the letter, and `str` of an adapter is that table."""
     name, ad, _ = printed
     assert str(ad) == jlora.table(ad)
     compare(f"{name}_table", str(ad))
 
 
 def test_report_is_as_it_was(printed):
+    """The report is its golden file to the letter, apart from the file and line of a fallback."""
     name, _, report = printed
     compare(f"{name}_explain", re.sub(r" at \w+\.py:\d+", " at FILE:LINE", str(report)))
 
 
 def test_no_line_is_wider_than_a_hundred_columns(printed):
+    """Table and report fit a terminal of a hundred columns on every model here."""
     _, ad, report = printed
     assert max(map(len, (str(ad) + "\n" + str(report)).splitlines())) <= 100
 
@@ -99,6 +102,7 @@ def test_repeated_layers_are_folded():
 
 
 def test_long_paths_give_way():
+    """A path too long for the line gives up its middle, so that the table stays within its width."""
     deep = {"a_rather_long_name_of_a_module_" * 3: {"another_one_that_goes_on_and_on_" * 2: {"query": {"kernel": 0}}}}
     params = jax.tree.map(lambda _: jnp.ones((6, 4)), deep)
     ad = jlora.adapt(params, jlora.LoRA(rank=2))
@@ -167,6 +171,7 @@ def test_biases_are_no_fallback(name):
 
 
 def test_unused_weights_are_named():
+    """Adapted weights that a call never meets are listed as unused, repeated layers in one line with their number."""
     params = {"w": jnp.ones((6, 4)), "v": jnp.ones((6, 4)), "layer_0": {"u": jnp.ones((6, 4))},
               "layer_1": {"u": jnp.ones((6, 4))}}  # fmt: skip
     ad = jlora.adapt(params, jlora.LoRA(rank=2, target="."))
@@ -177,6 +182,7 @@ def test_unused_weights_are_named():
 
 
 def test_a_row_for_each_use():
+    """Each use of a weight has its row, also where one jitted function is called again and again."""
     report = explained(lambda p, x: (x @ p["w"], x[:1] @ p["w"], p["w"][0]))
     assert [row.use for row in report.rows].count("dot_general") == 2
     twice = explained(lambda p, x: [jax.jit(lambda x, w: x @ w)(x, p["w"]) for _ in range(3)])
@@ -184,17 +190,20 @@ def test_a_row_for_each_use():
 
 
 def test_a_weight_that_comes_out_is_a_use():
+    """A weight that the function returns is used, and its row says 'output'."""
     report = explained(lambda p, x: p)
     assert report.rows[0].use == "output" and not report.unused
 
 
 def test_two_adapters_are_told_apart():
+    """Where a call has two adapters, each path bears the number of its own, so that equal paths differ."""
     ad = jlora.adapt({"w": jnp.ones((6, 6))}, jlora.LoRA(rank=2, target="w"))
     report = jlora.explain(lambda p, q, x: x @ p["w"], ad, ad, X)
     assert {row.path for row in report.rows} == {"0:w"} and report.unused == ("1:w",)
 
 
 def test_quantised_weights_without_an_adapter_have_their_paths():
+    """Quantised weights are reported by their paths in the tree, used or unused, though nothing adapts them."""
     params = {name: nnx.Param(jnp.ones((64, 64))) for name in ("query", "value")}
     small = jlora.quantize(params, target=".")
     report = jlora.explain(lambda p, x: x @ p["query"][...], small, jnp.ones((2, 64)))
@@ -210,6 +219,7 @@ def test_explain_takes_a_lifted_function_and_structs():
 
 
 def test_explain_passes_keywords_and_flags():
+    """Keywords reach the function as they are, flags and strings too, and the adapter may be one of them."""
     ad = jlora.adapt({"w": jnp.ones((6, 4))}, jlora.LoRA(rank=2, target="w"))
     f = lambda p, x, *, transpose, name: (x.T if transpose else x) @ p["w"]
     assert len(jlora.explain(f, params := ad, X, transpose=False, name="name").rows) == 1
@@ -269,6 +279,7 @@ def test_the_conventions_of_flax():
 
 
 def test_infer_axes_of_a_linen_model():
+    """The trace of a Linen model, from shapes alone, tells the heads of a query from those of an output."""
     model = nn.MultiHeadDotProductAttention(2, qkv_features=8, name="attention")
     x = jnp.ones((2, 3, 5))
     params = jax.eval_shape(model.init, jax.random.key(0), x)

@@ -58,6 +58,7 @@ def read_again(adapted):
 
 
 def test_every_method_is_here():
+    """Every public method has a row in this file, so that none escapes its laws."""
     assert set(MADE) == {n for n, cls in vars(methods).items() if isinstance(cls, type)} - {"Method"}
 
 
@@ -91,6 +92,7 @@ def test_an_odd_value_is_refused_when_a_method_is_made_or_can_be_saved_and_loade
 @pytest.mark.parametrize("name", sorted(MADE))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype("float16"), np.float32])
 def test_factors_of_any_dtype_are_saved_and_loaded(name, dtype, tmp_path):
+    """A dtype is one name in the plan however it was spelled, and factors of it come back bit for bit."""
     adapted = jlora.adapt(PARAMS, MADE[name](dtype=dtype))
     spelled = {jnp.dtype(dtype).name}
     assert {s.method.dtype for s in adapted.frozen.plan.sites} == spelled
@@ -103,6 +105,7 @@ def test_factors_of_any_dtype_are_saved_and_loaded(name, dtype, tmp_path):
 
 
 def test_all_bad_fields_are_named_at_once():
+    """One error names every bad field of a method with its value."""
     with pytest.raises(ValueError) as caught:
         jlora.LoRA(rank=2.5, alpha="16", dropout=1, scaling="r", slices=("q", "v"), dtype="fp16")
     for words in ("rank=2.5", "alpha='16'", "dropout=1)", "scaling='r'", "slices=('q', 'v')", "dtype='fp16'"):
@@ -117,6 +120,8 @@ def test_equal_numbers_are_spelled_alike():
 
 
 def test_a_method_of_ones_own_is_checked_by_its_hints():
+    """A user's method has its fields held to the hints that resolve, and without a recipe it adapts nothing."""
+
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(methods.Method):
         rank: "int" = 2
@@ -134,5 +139,6 @@ def test_a_method_of_ones_own_is_checked_by_its_hints():
     lambda: jlora.KronA(scale=0), lambda: jlora.VeRA(d_initial=0),
 ])  # fmt: skip
 def test_an_adapter_that_could_never_change_anything_is_refused(make):
+    """A method whose update is zero whatever is learned is refused where it is made."""
     with pytest.raises(ValueError, match="never change anything"):
         make()

@@ -66,6 +66,7 @@ def test_against_peft(name):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_pissa_is_the_best_approximation(dtype):
+    """PiSSA begins at the best approximation of its rank, shared evenly by a and b, for a bfloat16 weight too."""
     w = normal(0, 12, 10, dtype=dtype)
     f = factors(jlora.adapt({"w": w}, jlora.LoRA(rank=3, alpha=5, init="pissa", target="w")))
     want = best(np.float64(w), 3)
@@ -77,6 +78,7 @@ def test_pissa_is_the_best_approximation(dtype):
 
 
 def test_olora_is_orthonormal_and_orthogonal_is_zero():
+    """OLoRA's b is orthonormal and its a is R; the orthogonal start is a zero product of factors that are not."""
     w = normal(1, 12, 10)
     f = factors(jlora.adapt({"w": w}, jlora.LoRA(rank=4, alpha=5, init="olora", target="w")))
     np.testing.assert_allclose(f["b"] @ f["b"].T, np.eye(4), atol=1e-6)
@@ -133,6 +135,7 @@ def test_the_start_is_the_base_bit_for_bit_however_it_is_computed(model):
 @pytest.mark.parametrize("shape", [(64, 8, 8), (2, 64, 64)], ids=["merged", "factored"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_start_where_the_planner_merges(shape, dtype):
+    """A pair starts at the base bit for bit where the planner merges and where it does not, and at a scale of 0."""
     tokens, d_in, d_out = shape
     params, x = {"w": normal(3, d_in, d_out, dtype=dtype)}, normal(4, tokens, d_in, dtype=dtype)
     ad = jlora.adapt(params, jlora.LoRA(rank=4, alpha=3, init="pissa", target="w"))
@@ -158,6 +161,7 @@ def test_what_is_learned_is_not_drowned_in_bfloat16():
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_update_is_the_difference_of_the_products(name):
+    """A pair's update is s (a b - a0 b0), merged and lifted, and unmerging takes the same away."""
     params = {"w": normal(7, 12, 10)}
     ad = jlora.adapt(params, jlora.LoRA(rank=2, alpha=3, init=name, target="w"))
     ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
@@ -173,6 +177,7 @@ def test_the_update_is_the_difference_of_the_products(name):
 
 @pytest.mark.parametrize("model", ["linen/mlp", "linen/scan_axis_1_remat"])
 def test_a_pair_as_a_plain_lora_of_twice_the_rank(model):
+    """A pair is a plain LoRA of twice the rank, which merges and computes bit for bit as the pair did."""
     case = CASES[model]
     fn, params, args = case.build()
     ad = adapted(next(row for row in METHODS if row.name == "olora"), case, params)
@@ -187,6 +192,7 @@ def test_a_pair_as_a_plain_lora_of_twice_the_rank(model):
 
 
 def test_lora_fa_of_a_pair_trains_b_alone():
+    """LoRA-FA over PiSSA starts at the base and trains b alone: its update is s a (b - b0)."""
     params = {"w": normal(9, 8, 6)}
     ad = jlora.adapt(params, jlora.LoRAFA(rank=2, init="pissa", target="w"))
     assert set(ad.trainable["w"]) == {"b"} and set(ad.frozen.factors["w"]) == {"a", "b0", "s"}
@@ -198,6 +204,7 @@ def test_lora_fa_of_a_pair_trains_b_alone():
 
 
 def test_dora_over_a_pair():
+    """DoRA's direction is W0 plus the pair's difference, and starts at the base; lifting it in a scan is the same."""
     params = {"w": normal(10, 3, 8, 6)}
     spec = jlora.DoRA(jlora.LoRA(rank=2, alpha=3, init="pissa", target="w"))
     ad = jlora.adapt(params, spec, axes={"w": "sio"})
@@ -214,6 +221,7 @@ def test_dora_over_a_pair():
 
 
 def test_two_pairs_share_one_base_and_one_program():
+    """Alpha and the kind of start are data: adapters that differ in them share base, plan and compiled program."""
     params, x = {"w": normal(12, 8, 6)}, normal(13, 4, 8)
     make = lambda alpha, name: jlora.adapt(params, jlora.LoRA(rank=2, alpha=alpha, init=name, target="w"))
     a, b = make(2, "pissa"), make(8, "olora")
@@ -225,6 +233,7 @@ def test_two_pairs_share_one_base_and_one_program():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_trained_and_frozen_factors_share_no_buffer(compiled):
+    """Donating the trained factors leaves the frozen starts alive, though both began as the same numbers."""
     params = {"w": normal(14, 8, 6)}
     make = lambda p: jlora.adapt(p, jlora.LoRA(rank=2, init="pissa", target="w"))
     trainable, frozen = jlora.split(jax.jit(make)(params) if compiled else make(params))
@@ -236,6 +245,7 @@ def test_trained_and_frozen_factors_share_no_buffer(compiled):
 
 
 def test_a_pair_is_saved_and_loaded(tmp_path):
+    """A pair comes back from its file with its starts and its plan, bit for bit, and prints as a pair."""
     params = {"w": normal(16, 8, 6)}
     ad = jlora.adapt(params, jlora.LoRA(rank=2, alpha=3, init="olora", target="w"))
     jlora.save(tmp_path / "x", ad)
@@ -258,6 +268,7 @@ def two_layers():
 
 
 def test_gradients_are_the_mean_over_batches():
+    """The gradients of LoRA-GA are those of the plain weights, averaged over the batches, of the targets alone."""
     params, batches = two_layers()
     spec = jlora.LoRA(rank=2, target="w$")
     got = jlora.init.gradients(squares, params, iter(batches), spec)
@@ -291,6 +302,7 @@ def test_lora_ga_takes_the_best_first_step():
 
 
 def test_lora_ga_refuses_in_words():
+    """LoRA-GA names the weight whose gradient is missing or misshapen and the rank that it can still make."""
     grads = {"w": normal(23, 6, 5)}
     make = lambda params, rank: jlora.adapt(params, jlora.LoRA(rank=rank, init=jlora.init.GA(grads), target="."))
     with pytest.raises(ValueError, match="rank of at most 2"):
@@ -365,6 +377,7 @@ def test_eva_of_a_stack_tells_its_layers_apart(how):
 
 
 def test_two_uses_of_one_weight_add_up():
+    """Moments sum over uses and batches; a scaled input counts as it is scaled, a scaled or cast weight does not."""
     w, x = normal(57, 6, 6), normal(58, 5, 6)
     fn = lambda p, x: (x @ (2 * p["w"].T)).astype(jnp.bfloat16) + 3 * x @ p["w"].T
     moments = jlora.init.activations(fn, {"w": w}, [x, x], jlora.LoRA(rank=2, target="w"), axes={"w": "oi"})
@@ -397,6 +410,7 @@ def test_eva_of_a_stack_of_stacks_scanned_from_within():
 
 
 def test_inputs_that_cannot_be_seen_are_refused():
+    """Weights whose inputs the trace cannot see are named in an error, and so is one with a moment of another size."""
     params = {"table": normal(60, 5, 6), "w": normal(61, 6, 6)}
     fn = lambda p, i: lax.cond(i[0] > 0, lambda: p["table"][i] @ p["w"], lambda: p["table"][i])
     with pytest.raises(ValueError, match=r"inputs of \['table', 'w'\] could not be seen"):
@@ -426,6 +440,7 @@ def test_ranks_go_where_the_variance_is(scaling):
 
 
 def test_a_stack_has_one_rank_and_each_layer_costs():
+    """A stack has one rank for all its layers and pays for it once a layer; a rho below 1 is refused."""
     stack = jnp.stack([jnp.diag(jnp.array([5.0, 3.0, 1.0, 1.0])), jnp.diag(jnp.array([6.0, 2.0, 1.0, 1.0]))])
     moments = {"stack": stack, "one": jnp.diag(jnp.array([4.0, 3.0, 2.0, 1.0]))}
     rules = jlora.init.redistributed(jlora.LoRA(rank=2), moments)  # 6 in all: stack .55, one .4, .3, stack .25
@@ -438,6 +453,7 @@ def test_a_stack_has_one_rank_and_each_layer_costs():
 
 
 def test_loftq_mends_what_quantising_lost():
+    """LoftQ's factors mend all that their rank can of what quantising lost, and more steps leave less."""
     params = {"w": normal(80, 3, 12, 10), "other": jnp.ones(3)}
     levels = lambda w: jnp.where(w > 0, 0.75, -0.75)  # the nearest of fixed ones: no step can make it worse
     method = jlora.LoRA(rank=3, alpha=6, target="w")
@@ -466,6 +482,7 @@ def test_loftq_mends_what_quantising_lost():
 
 @pytest.mark.parametrize("init", ["pissa", "olora", jlora.init.PiSSA()])
 def test_a_start_that_reads_the_weight_needs_one(init):
+    """A start made from a weight's values is refused on structs by its path, and traced by `eval_shape` it is not."""
     params = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
     with pytest.raises(ValueError, match=r"'w' of shape \(8, 6\) is made from the values of the weight"):
         jlora.adapt(params, jlora.LoRA(rank=2, init=init, target="w"))
@@ -474,6 +491,7 @@ def test_a_start_that_reads_the_weight_needs_one(init):
 
 
 def test_a_start_that_does_not_read_the_weight_needs_none():
+    """A start that reads no values of the weight adapts a tree of structs."""
     params = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
     moments = {"w": jnp.eye(8)}
     for init in ("orthogonal", jlora.init.EVA(moments), jlora.init.GA({"w": normal(0, 8, 6)})):
@@ -494,11 +512,13 @@ WRONG = {"w": (jnp.ones((2, 8)), jnp.ones((1, 6)))}
     ],
 )
 def test_refused_in_words(make, words):
+    """A start that cannot be had is refused with what can be: the known names, an even rank, the right shape."""
     with pytest.raises(ValueError, match=words):
         jlora.adapt({"w": jnp.ones((8, 6))}, make())
 
 
 def test_twice_the_rank_above_the_matrix_rank_is_warned_of():
+    """A pair made plain at a rank above the matrix's is warned of, and merges bit for bit as it did."""
     ad = jlora.adapt({"w": normal(0, 8, 6)}, [jlora.LoRA(rank=4, init="pissa", target="w")])
     ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
     with pytest.warns(UserWarning, match=r"'w': rank 8 is above min\(in, out\) = 6"):
@@ -529,6 +549,7 @@ def change(ad):
 
 
 def test_the_size_of_a_rank_of_a_pair():
+    """The size of a pair's rank is the norm of what it adds to the update, zero where it is as it began."""
     ad, _ = ranks_of_a_pair()
     want = np.linalg.norm(parts(ad), axis=(-2, -1))
     np.testing.assert_allclose(jlora.rank.magnitude(ad)["w"]["b"], want, rtol=1e-5, atol=1e-6)
@@ -596,12 +617,14 @@ def test_optimizers_of_pairs():
 
 
 def test_growing_ranks_are_none_of_a_pair():
+    """SeLoRA grows no rank of a pair, and refuses an adapter that has nothing else."""
     ad = jlora.adapt({"w": normal(3, 8, 6)}, jlora.LoRA(rank=2, init="pissa", target="w"))
     with pytest.raises(ValueError, match="selora would do nothing"):
         jlora.rank.selora(optax.sgd(0.1), ad)
 
 
 def test_other_methods_stay_when_pairs_become_plain():
+    """Making pairs plain leaves weights of other methods in place and every merged weight as it was."""
     params = {"w": normal(0, 8, 6), "v": normal(1, 8, 6), "b": jnp.ones(6)}
     ad = jlora.adapt(
         params, [jlora.LoRA(rank=2, init="pissa", target="w"), jlora.LoRA(rank=1, target="v"), jlora.BitFit(target="b")]
@@ -611,6 +634,7 @@ def test_other_methods_stay_when_pairs_become_plain():
 
 
 def test_pissa_learns_and_its_frozen_half_stays():
+    """Gradient steps on a PiSSA adapter lower the loss and move no bit of its frozen half."""
     params, batches = two_layers()
     ad = jlora.adapt(params, jlora.LoRA(rank=2, init="pissa", target="w$"))
     trainable, frozen = jlora.split(ad)

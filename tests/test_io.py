@@ -140,6 +140,7 @@ FITS += [(b, "sequence") for b in BASES if b not in ("plain", "nnx module", "seq
 
 @pytest.mark.parametrize("base,spec", FITS)
 def test_round_trip(base, spec, tmp_path):
+    """An adapter of any kind of tree comes back bit for bit with its plan, and saving it moves no bit of it."""
     adapter = adapted(base, spec)
     before = bits(adapter)
     save(tmp_path / "x", adapter)
@@ -154,6 +155,7 @@ def test_round_trip(base, spec, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3", "int4"])
 def test_dtypes(dtype, tmp_path):
+    """Factors of the narrow dtypes, float8 and int4 among them, come back bit for bit."""
     adapter = adapted()
     cast = jax.tree.map(lambda x: x.astype(dtype), adapter.trainable)
     adapter = jlora.Adapted(cast, adapter.frozen)
@@ -201,6 +203,7 @@ class Spread:
 
 
 def test_a_method_of_ones_own(tmp_path):
+    """A user's method comes back with its fields where its class is given, and no class can pass for another."""
     spec = Shared(width=4, note='"', bounds=((0.1, 2),), mode="x")
     adapter = jlora.adapt(plain(), spec)
     save(tmp_path / "x", adapter)
@@ -262,6 +265,7 @@ def test_sharded(kind, tmp_path):
 
 
 def test_samples_do_not_depend_on_where_a_leaf_lies():
+    """A fingerprint is of at most 1,024 elements, the same ones from NumPy, from one device and from a mesh."""
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     for shape, spec in [((4096, 30), ("x", "y")), ((12, 3000, 8), ("x",)), ((40_000,), ("x",)), ((8,), ()), ((), ())]:
         host = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
@@ -272,6 +276,7 @@ def test_samples_do_not_depend_on_where_a_leaf_lies():
 
 
 def test_abstract_base(saved):
+    """An adapter loads onto a base of structs, with all its factors, and keeps those structs for its base."""
     path, adapter, base = saved
     shapes = jax.eval_shape(lambda: base)
     back = load(path, shapes)
@@ -280,6 +285,7 @@ def test_abstract_base(saved):
 
 
 def test_the_dropout_key_is_not_saved(saved, tmp_path):
+    """A dropout key is not in the file: what is loaded has none."""
     _, adapter, base = saved
     save(tmp_path / "x", jlora.with_dropout(adapter, jax.random.key(3)))
     assert same(load(tmp_path / "x", base), adapter)
@@ -329,6 +335,7 @@ def test_saving_what_was_not_trained_says_so(name, init, tmp_path):
 
 
 def test_save_refuses(saved, tmp_path):
+    """What is no adapter with all its values is refused by what is wrong with it, and nothing is left on the disk."""
     _, adapter, base = saved
     extra = jlora.Adapted({**adapter.trainable, "more": {"a": jnp.ones(2)}}, adapter.frozen)
     less = jlora.Adapted({}, adapter.frozen)
@@ -378,6 +385,7 @@ def test_one_of_several_processes_is_told_what_to_write(tmp_path, monkeypatch):
 
 
 def test_an_existing_path(saved, tmp_path):
+    """Nothing is replaced unasked, and with overwrite=True only an empty folder or one that jlora wrote so itself."""
     _, adapter, base = saved
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
@@ -483,6 +491,7 @@ def test_a_flipped_byte(saved, copy):
 
 
 def test_a_file_cut_short_or_missing(saved, copy):
+    """A file that is missing, short, long or one too many is refused, and a whole folder loads again."""
     _, _, base = saved
     for path in files(copy):
         raw = path.read_bytes()
@@ -635,6 +644,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("change,message", HOSTILE, ids=[f"{n}" for n in range(len(HOSTILE))])
 def test_a_hostile_manifest(change, message, saved, copy):
+    """A manifest with a right digest is refused in a short text where it is false of files, methods or arrays."""
     content = read(copy)
     change(content)
     write(copy, content)
@@ -650,6 +660,7 @@ RAW += [b'{"format": 1, "x": 1e999, "sha256": ""}', b'{"format": 1, "format": 1}
 
 @pytest.mark.parametrize("raw", RAW, ids=range(len(RAW)))
 def test_no_manifest_at_all(raw, saved, copy):
+    """Whatever bytes stand for a manifest, they are refused as damaged, and deep or long ones break no parser."""
     (copy / "jlora.json").write_bytes(raw)
     with pytest.raises(ValueError, match="jlora.json is (cut short or damaged|of format)"):
         load(copy, saved[2])
@@ -664,6 +675,7 @@ def test_a_manifest_spelt_otherwise(saved, copy):
 
 
 def test_links(saved, copy, tmp_path):
+    """A user's link to a folder is followed; a link or a pipe inside one is refused, as it could lead anywhere."""
     path, _, base = saved
     (tmp_path / "latest").symlink_to(copy)
     load(tmp_path / "latest", base)  # the user's own link to a whole folder is fine
@@ -682,6 +694,7 @@ def test_links(saved, copy, tmp_path):
 
 
 def test_load_refuses(saved, tmp_path):
+    """What cannot be loaded, or not so, is refused with what is there instead or what to write."""
     path, adapter, base = saved
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -732,6 +745,7 @@ OTHER_BASES = [
 
 @pytest.mark.parametrize("base,allowed,message", OTHER_BASES, ids=range(len(OTHER_BASES)))
 def test_another_base(base, allowed, message, saved):
+    """A base that is not the adapter's is refused by leaf and difference as `check` asks, a misfit at every `check`."""
     path, adapter, _ = saved
     base = changed(**base)
     for check in ("values", "shapes", "none"):
@@ -743,6 +757,7 @@ def test_another_base(base, allowed, message, saved):
 
 
 def test_the_state_of_random_streams_is_no_base(tmp_path):
+    """A random stream may have gone on since the save and the base is the same; a batch statistic may not."""
     model = Model(nnx.Rngs(0))
     adapter = jlora.adapt(model, jlora.LoRA(rank=1))
     save(tmp_path / "x", adapter)
@@ -754,6 +769,7 @@ def test_the_state_of_random_streams_is_no_base(tmp_path):
 
 
 def test_integers_keys_and_scalars_in_the_base(tmp_path):
+    """Integers, flags, masks and plain scalars of a base are compared by value, and PRNG keys are not."""
     base = {"query": {"kernel": array(6, 4)}, "codes": jnp.arange(7, dtype=jnp.uint8), "key": jax.random.key(0)}
     base |= {"step": 3, "rate": 0.5, "on": True, "mask": np.ones(2, bool)}
     base |= {"int4": jnp.ones(4, "int4"), "none": jnp.ones((0, 3)), "complex": jnp.ones(2, complex)}
@@ -789,6 +805,7 @@ def manager(path, composite=False, **options):
 
 @pytest.mark.parametrize("composite", [False, True])
 def test_training_checkpoint(composite, tmp_path):
+    """A run of Orbax opens at its last whole step or at a step or item named; a spec that does not fit is refused."""
     options = {"step_prefix": "run_1", "step_format_fixed_length": 6} if composite else {}
     manager(tmp_path / "x", composite, **options)
     (tmp_path / "x" / "11.orbax-checkpoint-tmp").mkdir()
@@ -813,6 +830,7 @@ def test_training_checkpoint(composite, tmp_path):
 
 
 def test_other_forms_of_training_checkpoints(tmp_path):
+    """A tree and both forms of a TrainState open alike; a folder with no trainable half, or several, is refused."""
     base, spec = plain(), SPECS["lora"]()
     adapter = trained(jlora.adapt(base, spec))
     tx = optax.sgd(0.1)
@@ -876,6 +894,7 @@ def test_an_optimizer_that_moved_the_base_is_named(tmp_path):
 
 @pytest.mark.parametrize("call", ["metadata", "restore"])
 def test_what_orbax_cannot_read(call, tmp_path, monkeypatch):
+    """A failure inside Orbax comes out as a ValueError that says Orbax cannot read the folder, and why."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "x", {"trainable": adapted(spec="lora").trainable})
 
@@ -900,6 +919,7 @@ def test_frozen_factors_are_not_in_a_training_checkpoint(tmp_path):
 
 
 def test_names_that_orbax_confuses_in_training(tmp_path):
+    """Dotted names survive jlora's files and Orbax's; where two keys are one name to Orbax, nothing is guessed."""
     base = {"w.a": array(4, 4), "w": {"a.b": array(4, 4)}}
     spec = jlora.LoRA(rank=2, target="w")
     adapter = jlora.adapt(base, spec)
@@ -936,6 +956,7 @@ def named(tree):
 
 @pytest.mark.parametrize("base", ["plain", "flat", "sequence", "nnx module", "boxes", "stacked"])
 def test_export(base, tmp_path):
+    """An export is the merged model in plain dicts, bit for bit, and is replaced on request alone, without remains."""
     adapter = jlora.scale(adapted(base, "lora"), 1)
     export(tmp_path / "x", adapter)
     back = restored(tmp_path / "x")
@@ -965,6 +986,7 @@ def test_export_recovers(saved, tmp_path):
 
 
 def test_export_refuses_to_lose_an_update(tmp_path):
+    """An export that loses most of an update is refused unless `allow_loss`; one that loses a part of it warns."""
     base = {"query": {"kernel": jnp.ones((8, 8), jnp.bfloat16)}}
     fresh = jlora.adapt(base, jlora.LoRA(rank=2, alpha=2))
     ones = jlora.Adapted(jax.tree.map(jnp.ones_like, fresh.trainable), fresh.frozen)
@@ -987,6 +1009,7 @@ def test_export_refuses_to_lose_an_update(tmp_path):
 
 
 def test_export_refuses(saved, tmp_path):
+    """What Orbax would confuse or cannot store is refused by its path, without remains; integer keys become strings."""
     _, adapter, base = saved
     spec = jlora.LoRA(rank=1, target="query")
     query = {"query": {"kernel": array(6, 4)}}
@@ -1027,6 +1050,7 @@ sys.stdout.write(tree["query"]["kernel"].tobytes().hex())
 
 
 def test_64_bits(tmp_path):
+    """float64 factors come back whole under x64, and without it they are refused and not truncated."""
     base = {"query": {"kernel": np.asarray(array(6, 4))}}
     with jax.enable_x64(True):
         adapter = trained(jlora.adapt(base, jlora.LoRA(rank=1, dtype="float64")))

@@ -62,6 +62,7 @@ STACKS = {"layers/kernel": 1}  # of all others: none
 
 
 def test_labels_are_the_factors_names():
+    """A factor's label is its name, any other leaf's is its own, and all of a frozen half is 'frozen'."""
     adapted = start()
     labels = factor_labels(adapted.trainable)
     assert labels["dense/kernel"] == {"a": "a", "b": "b"} and labels["dense/bias"] == {"delta": "delta"}
@@ -84,6 +85,7 @@ def test_labels_look_at_structure_alone():
 
 @pytest.mark.parametrize("given", ["labels", "callable"])
 def test_labels_partition_both_forms(given):
+    """Labels, as a tree or as the callable, give each factor an optimizer of its own in the split and whole form."""
     adapted = start()
     rates = {"a": 1.0, "b": 2.0, "delta": 3.0}
     rules = {name: optax.sgd(rate) for name, rate in rates.items()}
@@ -157,6 +159,7 @@ def test_every_form_takes_the_same_steps(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_no_pair_passes_through(name):
+    """A bias's update passes through as the very array, and optax finds its way through the states."""
     method, make = CASES[name]
     adapted = start(method)
     grads = gradients(adapted.trainable)
@@ -223,6 +226,7 @@ def test_they_train_in_a_train_state():
 
 @pytest.mark.parametrize("make", [lora_plus, riemannian, lora_fa], ids=lambda make: make.__name__)
 def test_mistakes_are_refused_in_words(make):
+    """A transformation that would do nothing is not made, one of another adapter takes no step; the words say why."""
     method = jlora.LoRAFA if make is lora_fa else jlora.LoRA
     adapted = start(method)
     trainable = adapted.trainable
@@ -290,10 +294,12 @@ def fast(method, params=None):
     ids=lambda x: x.describe() if isinstance(x, jlora.methods.Method) else "-".join(sorted(x)),
 )
 def test_which_factor_is_fast_is_read_off_the_equation(method, names):
+    """The fast factor of LoRA+ is the one in B's place in the equation of each method, and no other."""
     assert fast(method)["query/kernel"] == names
 
 
 def test_the_fast_factor_of_an_embedding_is_the_one_that_starts_at_zero():
+    """LoRA+ speeds up an embedding's a, which starts at zero, and no factor that is trained without its partner."""
     embedding = jlora.LoRA(rank=2, target="embedding$")
     assert fast(embedding) == {"embed/embedding": {"a"}}
     assert not np.any(jlora.adapt(base(), embedding).trainable["embed/embedding"]["a"])
@@ -322,6 +328,7 @@ def test_names_play_no_part():
 
 
 def test_riemannian_is_the_papers_formula():
+    """A factor's gradient is multiplied by the inverse of its partner's Gram matrix plus eps, layer by layer."""
     adapted = start(target="kernel$|embedding$")
     trainable, grads = adapted.trainable, gradients(adapted.trainable)
     got = stepped(riemannian(adapted, eps=1e-3), trainable, grads)
@@ -413,6 +420,7 @@ def test_scanned_and_unrolled_models_take_the_same_steps(tied):
 
 
 def test_tied_factors_meet_the_sum_of_their_layers():
+    """A factor that layers share has the sum of its partners' Gram matrices for a metric; gates pass through."""
     adapted = jlora.adapt({"layers": {"kernel": draw(1, 3, 6, 5)}}, jlora.TiedLoRA(rank=2, tied="a", target="kernel"))
     trainable = away_from_start(adapted.trainable)
     grads = gradients(trainable)
@@ -425,6 +433,7 @@ def test_tied_factors_meet_the_sum_of_their_layers():
 
 
 def test_riemannian_needs_its_partner():
+    """A factor without its partner's values has no metric and is refused; a weight masked out whole passes through."""
     adapted = start()
     grads = gradients(adapted.trainable)
     tx = riemannian(adapted)
@@ -464,6 +473,7 @@ def test_lora_fa_is_the_gradient_of_dw_projected_on_the_rows_of_a():
 
 
 def test_lora_fa_is_pefts_formula_and_follows_the_scale():
+    """b's gradient is multiplied by (a a^T)^-1 / s^2, where a and s are data: another scale compiles nothing anew."""
     adapted = start(jlora.LoRAFA)
     grads = gradients(adapted.trainable)
     tx = lora_fa(adapted)
@@ -479,6 +489,7 @@ def test_lora_fa_is_pefts_formula_and_follows_the_scale():
 
 
 def test_lora_fa_at_a_scale_of_zero_stands_still():
+    """At a scale of zero b stands still, and at one whose square is no float32 its step is finite."""
     adapted = start(jlora.LoRAFA)
     grads = gradients(adapted.trainable)
     got = stepped(lora_fa(adapted), adapted.trainable, grads, frozen=jlora.scale(adapted, 0).frozen)
@@ -517,6 +528,7 @@ def test_lora_fa_leaves_gated_updates_alone():
 
 
 def test_lora_fa_asks_for_what_is_frozen():
+    """Where a is not to be seen LoRA-FA's step is refused, and the error says to pass frozen=frozen."""
     adapted = start(jlora.LoRAFA)
     grads = gradients(adapted.trainable)
     with pytest.raises(ValueError, match=r"(?s)no 'a' of 'dense/kernel'.*frozen=frozen"):

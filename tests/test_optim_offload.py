@@ -65,6 +65,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", [n if n == "adamw" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS])
 def test_numbers_are_those_of_the_plain_optimizer_bit_for_bit(name):
+    """State on the host trains to the plain optimizer's bits in one compilation; small arrays stay on the device."""
     adapted = start(jlora.AdaLoRA if name == "adalora" else jlora.LoRA)
     tx = OPTIMIZERS[name](adapted)
     plain, state, _ = train(tx, adapted, whole=False)
@@ -77,6 +78,7 @@ def test_numbers_are_those_of_the_plain_optimizer_bit_for_bit(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("outside", [False, True])
 def test_the_whole_form(outside):
+    """On a whole Adapted, inside `masked` or around it, the bits are the plain optimizer's, in one compilation."""
     tx = optax.adamw(1e-2)
     both = offload(jlora.masked(tx), size=SIZE) if outside else jlora.masked(offload(tx, size=SIZE))
     plain, state, _ = train(jlora.masked(tx), start(), whole=True)
@@ -86,6 +88,7 @@ def test_the_whole_form(outside):
 
 
 def test_what_is_large_is_a_matter_of_size():
+    """An array of at least `size` elements, by default 100,000, is on the host and a smaller one on the device."""
     trainable = {"a": jnp.ones((2, 50_000)), "b": jnp.ones(99_999)}
     state = offload(optax.adam(1.0)).init(trainable)
     assert [x.sharding.memory_kind for x in (state[0].mu["a"], state[0].mu["b"])] == ["pinned_host", "device"]
@@ -96,6 +99,8 @@ def test_what_is_large_is_a_matter_of_size():
 
 
 def test_a_backend_without_host_memory_has_the_plain_optimizer(monkeypatch):
+    """A backend that has no pinned host memory keeps all state on the device, and nothing fails."""
+
     class Memory:
         kind = "device"
 
@@ -111,6 +116,7 @@ def test_a_backend_without_host_memory_has_the_plain_optimizer(monkeypatch):
 
 @pytest.mark.slow
 def test_state_on_the_host_is_checkpointed_and_cut_as_any_other(tmp_path):
+    """State on the host is restored to the host bit for bit, and compacted to what plain state is."""
     adapted = start(jlora.AdaLoRA)
     tx = offload(jlora.rank.adalora(optax.adamw(1e-2), adapted, **SCHEDULE), size=SIZE)
     trainable, state, _ = train(tx, adapted, whole=False)
@@ -130,6 +136,7 @@ def test_state_on_the_host_is_checkpointed_and_cut_as_any_other(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_on_a_mesh_each_device_has_its_shards_on_the_host(kind):
+    """On a mesh large state is on the host, sharded as its factor is, and the numbers are the plain optimizer's."""
     axes = (getattr(AxisType, kind),) * 2
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=axes)
     params = {"up": {"kernel": np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)}}

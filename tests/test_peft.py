@@ -72,6 +72,7 @@ def test_a_rank_above_the_matrix_rank_loads_without_a_word(tmp_path):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_numbers_of_peft(name):
+    """peft's own files give the weights and outputs that peft computed with them, and at a scale of zero the base."""
     adapted = peft.load(FILES / name, PARAMS)
     want, merged = load_file(FILES / name / "expected.safetensors"), jlora.merge(adapted)
     for module, leaves in merged.items():
@@ -90,6 +91,7 @@ def test_numbers_of_peft(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_round_trip_of_peft(name, tmp_path):
+    """Saved again, peft's file has the tensors, scales and modules that it had, and loads to the same adapter."""
     adapted = peft.load(FILES / name, PARAMS)
     peft.save(tmp_path / "x", adapted)
     assert_same(peft.load(tmp_path / "x", PARAMS), adapted)
@@ -108,6 +110,7 @@ def test_round_trip_of_peft(name, tmp_path):
 
 
 def test_a_loaded_adapter_is_an_ordinary_one(tmp_path):
+    """An adapter of peft's has the plan that `adapt` makes, so it lifts, merges and saves in either format."""
     adapted = peft.load(FILES / "dora_linear", {"params": PARAMS})  # below Linen's name of the collection
     spec = jlora.DoRA(jlora.LoRA(rank=4, target=r"lin\d/kernel$"))
     assert adapted.frozen.plan is jlora.adapt({"params": PARAMS}, spec).frozen.plan
@@ -225,6 +228,7 @@ def test_what_changes_nothing_may_be_there(tmp_path):
 
 
 def test_names(tmp_path):
+    """A dictionary with {n} and a function name a stack's slices alike, experts in layers too, in both directions."""
     params = {"block": {"query": {"kernel": jnp.ones((3, 2, 6, 4))}}, "head_1": {"w": jnp.ones((6, 4))}}
     tensors = {}
     for n in range(3):
@@ -466,6 +470,7 @@ LORA = jlora.LoRA(rank=2, alpha=3, target="q/kernel", dropout=0.1)
     ],
 )
 def test_saved_by_jlora(spec, keys, said, tmp_path):
+    """Each adapter is written as the tensors and settings that peft has for it, and read back as the same model."""
     adapted = jlora.adapt(MINE, spec)
     move = lambda x: x + jnp.asarray(normal(*x.shape))
     adapted = jlora.join(jax.tree.map(move, adapted.trainable), adapted.frozen)
@@ -494,12 +499,14 @@ def test_saved_by_jlora(spec, keys, said, tmp_path):
     ],
 )
 def test_peft_has_no_name_for(spec, names, words, tmp_path):
+    """An adapter that peft's format cannot say is refused by weight and reason, and nothing is written."""
     with pytest.raises(ValueError, match=words):
         peft.save(tmp_path / "x", jlora.adapt(MINE, spec), names)
     assert not (tmp_path / "x").exists()
 
 
 def test_no_name_for_numbers(tmp_path):
+    """A scaled DoRA, an unnamed stack, LoRA beside DoRA or two weights of one name are refused, nothing written."""
     adapted = jlora.scale(jlora.adapt(MINE, jlora.DoRA(LORA)), 0.5)
     with pytest.raises(ValueError, match="DoRA's gain is weakened"):
         peft.save(tmp_path / "x", adapted)
@@ -576,6 +583,7 @@ A, B = {"q.lora_A.weight": normal(2, 6)}, {"q.lora_B.weight": normal(4, 2)}
     ],
 )
 def test_bad_adapters(tensors, config, words, tmp_path):
+    """A folder that contradicts params, itself or peft's format is refused by what is wrong, and no pattern hangs."""
     with pytest.raises(ValueError, match=words):
         peft.load(write(tmp_path / "x", tensors, **config), Q)
 
@@ -604,12 +612,14 @@ def test_bad_adapters(tensors, config, words, tmp_path):
     ],
 )
 def test_bad_names(tensors, params, names, words, tmp_path):
+    """Names that leave a slice out, take a weight twice or could mean several are refused and never guessed."""
     with pytest.raises((ValueError, TypeError), match=words):
         axes = {"kernel": "sio"} if params is STACK else None
         peft.load(write(tmp_path / "x", tensors, rank_pattern={"z": 1}), params, names, axes=axes)
 
 
 def test_everything_bad_is_named_at_once(tmp_path):
+    """One error names all that is wrong with a folder's tensors, module by module."""
     tensors = A | linear("v") | {"lora_x": normal(2)} | linear("b", d_in=7)
     with pytest.raises(ValueError) as error:
         peft.load(write(tmp_path / "x", tensors), Q | {"b": {"kernel": jnp.ones((6, 4))}})
@@ -621,6 +631,7 @@ def test_everything_bad_is_named_at_once(tmp_path):
     "raw", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"r": 1, "r": 2}', b'{"r": ' + b"9" * 9999]
 )
 def test_damaged_configurations(raw, tmp_path):
+    """A configuration that is not one sound JSON object is refused by its name, and a deep or long one too."""
     folder = write(tmp_path / "x", linear())
     (folder / CONFIG).write_bytes(raw)
     with pytest.raises(ValueError, match="adapter_config.json"):
@@ -628,6 +639,7 @@ def test_damaged_configurations(raw, tmp_path):
 
 
 def test_damaged_tensors(tmp_path):
+    """A tensor file that lost or gained a byte, or whose header is wrong, is refused and never read as numbers."""
     folder = write(tmp_path / "x", linear())
     raw = (folder / TENSORS).read_bytes()
     for damaged in (b"", raw[:5], raw[:60], raw[:-1], raw + b"x", b"\xff" * 8 + raw[8:], raw.replace(b"F32", b"F99")):
@@ -637,6 +649,7 @@ def test_damaged_tensors(tmp_path):
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):
+    """What is missing is named, file, package or base; a pickle in its place is never opened."""
     with pytest.raises(FileNotFoundError, match="adapter_config.json and adapter_model.safetensors not found"):
         peft.load(tmp_path, Q)
     folder = write(tmp_path / "x", linear())
@@ -657,6 +670,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 
 
 def test_abstract_params(tmp_path):
+    """Factors load onto structs; a value saved whole does not, as its change needs the base's numbers."""
     folder = write(tmp_path / "x", linear())
     abstract = jax.eval_shape(lambda: Q)
     assert jlora.count(peft.load(folder, abstract)) == (20, 48)
@@ -669,6 +683,7 @@ def test_abstract_params(tmp_path):
 
 
 def test_nothing_else_is_replaced(tmp_path):
+    """Nothing is replaced unasked, and with overwrite=True only an adapter of peft's."""
     adapted = jlora.adapt(Q, jlora.LoRA(rank=2, target="q/kernel"))
     peft.save(tmp_path / "x", adapted)
     with pytest.raises(FileExistsError, match="overwrite=True"):

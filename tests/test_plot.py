@@ -142,11 +142,13 @@ def check_texts(figure):
 
 @pytest.mark.parametrize("draw", [*DRAWN.values(), *MANY.values()], ids=[*DRAWN, *(f"many {name}" for name in MANY)])
 def test_every_text_stands_inside_and_on_no_other(draw):
+    """Every text of every figure can be read, with long labels and many points too: none is cut off or covered."""
     check_texts(draw())
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "pareto" else pytest.mark.slow) for n in DRAWN])
 def test_axes_are_labelled_and_files_are_reproducible(name, tmp_path):
+    """A figure has a title and labelled axes, and drawn twice it gives the same PNG and SVG, byte for byte."""
     figure = DRAWN[name]()
     ax = figure.axes[0]
     assert ax.get_xlabel() and (ax.get_ylabel() or name == "scores") and ax.get_title()
@@ -157,6 +159,7 @@ def test_axes_are_labelled_and_files_are_reproducible(name, tmp_path):
 
 
 def test_no_global_is_touched(monkeypatch):
+    """Drawing changes no setting of matplotlib's and never imports pyplot, so a user's own figures are as they were."""
     settings = lambda: {
         k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"
     }  # reading that sets it
@@ -174,6 +177,7 @@ def test_series_are_told_apart_without_colour():
 
 
 def test_weights_are_named_by_where_they_differ():
+    """A label is a path without the ends that all paths share, never empty and never that of two weights."""
     assert _style.distinct(["a/0/q/w", "a/1/q/w", "a/1/k/w"]) == ["0/q", "1/q", "1/k"]
     assert _style.distinct(["a/q/w"]) == ["w"] and _style.distinct(["w", "b/w"]) == ["w", "b/w"]
     assert _style.distinct(["a/b", "a/b/b"]) == ["b", "b/b"] and _style.distinct([]) == []
@@ -190,6 +194,7 @@ def test_ranks_stand_where_layer_and_module_meet():
 
 
 def test_a_history_shows_the_sum_beside_the_budget():
+    """A history's line is the sum of ranks, drawn beside the budget of every step, and its cells are the last ranks."""
     left, right, _ = plot.ranks(HISTORY, budget=BUDGET.at).axes
     alive, budget = right.lines
     assert dict(zip(alive.get_xdata(), alive.get_ydata(), strict=True)) == {
@@ -202,6 +207,7 @@ def test_a_history_shows_the_sum_beside_the_budget():
 
 
 def test_the_front_leaves_out_what_something_smaller_beats():
+    """The front has the points that nothing of at most their size beats, by their means, and none that diverged."""
     figure = plot.pareto({"a": (10, 0.5), "b": (20, 0.4), "c": (30, [0.5, 0.7]), "d": (10, 0.3)})
     (line,) = [x for x in figure.axes[0].lines if x.get_label() == "front"]
     assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(10, 50.0), (30, pytest.approx(60.0))]
@@ -211,6 +217,7 @@ def test_the_front_leaves_out_what_something_smaller_beats():
 
 
 def test_a_value_that_is_missing_leaves_a_gap():
+    """NaN, and zero on a logarithmic axis, is a gap in a line and moves no other point."""
     (line,) = plot.spectra({"q": [3.0, np.nan, 1.0, 0.0]}).axes[0].lines
     np.testing.assert_array_equal(line.get_ydata(), [3, np.nan, 1, np.nan])
 
@@ -236,11 +243,13 @@ LABELLED = plot.amplification, plot.curves, plot.pareto, plot.scores, plot.spect
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_words(call, words):
+    """Data that has no figure is refused with the series and what is wrong with it, and no empty figure is made."""
     with pytest.raises(ValueError, match=words):
         call()
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    """Where matplotlib is missing, the error is the line that installs it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'jlora\[plot\]'"):
         plot.panels()

@@ -31,14 +31,15 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
                 shape = [parsed.sizes.get(x) for x in labels]
                 if isinstance(word, Array):
                     _check_array(word, labels, shape)
-                elif isinstance(word, Function):
-                    _check_function(word, leaf, labels, shape)
+                for array in word.arrays if isinstance(word, Function) else ():
+                    if array.shape is None:
+                        raise ValueError(f"{array.name!r} stands in a Function, so its shape is said: shape=(4,)")
         except ValueError as error:
             raise ValueError(f"{error} (in the equation {delta.equation!r})") from error.__cause__
 
 
-def check_start(leaf: Leaf, arrays: Arrays, made: Any) -> None:
-    """Raises ValueError unless `initial` made the arrays of the recipe."""
+def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Arrays, made: Any) -> None:
+    """Raises ValueError unless `initial` made the arrays of the recipe, and its functions make what they should."""
     if not isinstance(made, Mapping):
         raise ValueError(f"{leaf.path!r}: initial returns {{(group, name): array}}, not {type(made).__name__}")
     bad = [f"without {place}" for place in arrays if place not in made]
@@ -50,6 +51,11 @@ def check_start(leaf: Leaf, arrays: Arrays, made: Any) -> None:
             bad.append(f"{place} of shape {shape}, where the recipe has {want}{stack}")
     if bad:
         raise ValueError(f"initial of {leaf.path!r} of shape {leaf.shape} returns " + "; ".join(bad))
+    try:
+        check_functions(recipe, leaf, made)
+    except ValueError as error:
+        where = f"{method} on {leaf.path!r} of shape {leaf.shape} ({leaf.roles})"
+        raise ValueError(f"{where}: {error}") from error.__cause__
 
 
 def check_constants(arrays: Arrays, dtype: Any) -> None:
@@ -115,15 +121,32 @@ def _check_array(word: Array, labels: Sequence[str], shape: Sequence[int | None]
         raise ValueError(f"{word.name!r} has the shape {word.shape}, and its letters {_spoken(labels, shape)}")
 
 
-def _check_function(word: Function, leaf: Leaf, labels: Sequence[str], shape: Sequence[int | None]) -> None:
-    given = []
-    for array in word.arrays:
-        if array.shape is None:
-            raise ValueError(f"{array.name!r} stands in a Function, so its shape is said: Array(..., shape=(4,))")
-        given.append(jax.ShapeDtypeStruct(array.shape, "float32"))
-    if word.base:
-        whole = tuple(n for n, role in zip(leaf.shape, leaf.roles, strict=True) if role != "s")
-        given.append(jax.ShapeDtypeStruct(whole, leaf.dtype))
+def check_functions(recipe: Recipe, leaf: Leaf, made: Mapping[tuple[str, str], Any]) -> None:
+    """Raises ValueError unless each Function of a recipe makes the axes of its letters of the arrays that were made."""
+    functions = [(d, sides, w) for d, sides in recipe.networks for w in d.operands if isinstance(w, Function)]
+    place = lambda array: made[array.group or leaf.path, array.name]
+    given = tuple(tuple((place(array).dtype, array.shape) for array in w.arrays) for _, _, w in functions)
+    if functions:
+        _check_functions(recipe, dataclasses.replace(leaf, path=""), given)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_functions(recipe: Recipe, leaf: Leaf, given: tuple[Any, ...]) -> None:
+    rest = iter(given)
+    for delta, sides in recipe.networks:
+        parsed = _network.parse(delta, leaf, sides)
+        for word, labels in zip(delta.operands, parsed.operands, strict=True):
+            if isinstance(word, Function):
+                arrays = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in next(rest)]
+                if word.base:
+                    arrays.append(jax.ShapeDtypeStruct(leaf.layer.shape, leaf.dtype))
+                try:
+                    _check_function(word, arrays, labels, [parsed.sizes.get(x) for x in labels])
+                except ValueError as error:
+                    raise ValueError(f"{error} (in the equation {delta.equation!r})") from error.__cause__
+
+
+def _check_function(word: Function, given: Sequence[Any], labels: Sequence[str], shape: Sequence[int | None]) -> None:
     shapes = ", ".join(str(x.shape) for x in given)
     try:
         made: Any = jax.eval_shape(word.fn, *given)
@@ -132,9 +155,8 @@ def _check_function(word: Function, leaf: Leaf, labels: Sequence[str], shape: Se
     if not isinstance(made, jax.ShapeDtypeStruct):
         raise ValueError(f"a Function of arrays {shapes} returns {type(made).__name__}, not one array")
     if len(made.shape) != len(shape) or any(b not in (None, a) for a, b in zip(made.shape, shape, strict=True)):
-        raise ValueError(
-            f"a Function of arrays {shapes} returns {made.shape}, and its letters {_spoken(labels, shape)}"
-        )
+        letters = _spoken(labels, shape)
+        raise ValueError(f"a Function of arrays {shapes} returns {made.shape}, and its letters {letters}")
 
 
 def _spoken(labels: Sequence[str], shape: Sequence[int | None]) -> str:

@@ -205,7 +205,7 @@ def begun(
                 was = f"{site.leaf.path!r} of shape {site.leaf.shape}"
                 raise ValueError(f"{was} was donated or deleted: it has no values")
             made = method.initial(site.leaf, recipe, named, _packed.dense(weight))
-            _wellformed.check_start(site.leaf, arrays, made)
+            _wellformed.check_start(method.describe(), site.leaf, recipe, arrays, made)
         except ValueError as error:
             bad.append(str(error))
             continue

@@ -315,6 +315,7 @@ METHODS = (
         closed_forms.full,
         lambda leaf: math.prod(leaf.shape),
         on="all",
+        everywhere=False,
     ),
 )
 LORA = METHODS[0]

@@ -305,10 +305,10 @@ def killed_runs(args: list[str], out: Path, kills: int, inside: int, seed: int) 
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_like_one_never_killed(folder, tsv, tmp_path):
+def test_a_run_killed_again_and_again_ends_like_one_never_killed(folder, tsv, tmp_path):
     """No kill, not one amid a save, costs anything but time: what a run ends with is that of one never killed."""
     args = [sys.executable, str(EXAMPLES / "finetune.py"), "--model", str(folder), "--data", str(tsv)]
-    args += ["--length", "32", "--batch", "4", "--steps", "160", "--save-every", "1", "--no-compare"]
+    args += ["--length", "32", "--batch", "4", "--steps", "80", "--save-every", "1", "--no-compare"]
     args += ["--dropout", "0.1"]
     run = lambda out, *more: [*args, "--out", str(out), *more]
     whole = tmp_path / "whole"
@@ -316,10 +316,10 @@ def test_a_run_killed_twenty_times_ends_like_one_never_killed(folder, tsv, tmp_p
 
     outs = [tmp_path / "a", tmp_path / "b"]
     with ThreadPoolExecutor() as pool:  # two runs at a time keep two cores busy
-        kill = lambda seed, out: killed_runs(run(out), out, kills=10, inside=4, seed=seed)
+        kill = lambda seed, out: killed_runs(run(out), out, kills=3, inside=1, seed=seed)
         counts = list(pool.map(kill, range(2), outs))
     kills, caught = (sum(n) for n in zip(*counts, strict=True))
-    assert kills == 20 and caught >= 5
+    assert kills == 6 and caught >= 1
     want = last_state(whole)
     for out in outs:
         subprocess.run(run(out, "--resume"), check=True, stdout=subprocess.DEVNULL)

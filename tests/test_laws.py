@@ -311,7 +311,7 @@ def test_eager_equals_jit(row, case):
     assert_close(floats(lifted(ad, arrays)), floats(jax.jit(lifted)(ad, arrays)), 2e-6)
 
 
-@pytest.mark.parametrize("row,case", pairs(names=("linen/mlp", "linen/scan_axis_1_remat", "nnx/scan")))
+@pytest.mark.parametrize("row,case", in_turn(pairs(names=("linen/mlp", "linen/scan_axis_1_remat", "nnx/scan")), 1))
 def test_inside_other_transforms(row, case):
     """A lifted call in a `lax.scan`, in a `lax.cond` and under `jax.checkpoint`."""
     call, arrays, frozen, trainable = setting(row, case)
@@ -418,7 +418,7 @@ any_letters = pytest.mark.filterwarnings("ignore::jlora.RolesWarning")
 
 
 @any_letters
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 10 else pytest.mark.slow) for n in range(200)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 10 else pytest.mark.slow) for n in range(100)])
 def test_random_moves(seed):
     """Whatever the labels went through: lifted equals dense in value and in both gradients."""
     f, shape, letters, x_shape = random_model(seed)
@@ -463,7 +463,7 @@ def random_convolution(seed):
 
 
 @any_letters
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 6 else pytest.mark.slow) for n in range(60)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 6 else pytest.mark.slow) for n in range(40)])
 def test_random_convolutions(seed):
     """Any layout, stride, padding, dilation and grouping: lifted equals dense in value and gradient."""
     f, shape, letters, x_shape = random_convolution(seed)

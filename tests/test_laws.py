@@ -192,7 +192,7 @@ def test_count(row, case):
 TRAINED = ("linen/mlp", "linen/scan_axis_1_remat", "linen/tied_attend", "linen/bfloat16_params", "plain/biases")
 
 
-@pytest.mark.parametrize("row,case", pairs(names=TRAINED))
+@pytest.mark.parametrize("row,case", in_turn(pairs(names=TRAINED)))
 def test_twenty_steps_move_what_is_trained_alone(row, case):
     """In the whole form, where the optimizer sees the frozen half: the harder one for it."""
     fn, params, args = case.build()

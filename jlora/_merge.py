@@ -230,6 +230,10 @@ def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
     return Unmerged(jax.tree.unflatten(treedef, leaves), drift)
 
 
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
+
+
 def scale(adapted: Adapted, x: Any) -> Adapted:
     """The adapter weakened, strengthened or switched off: every delta times `x` (0 is the base, 1 the adapter).
 
@@ -242,7 +246,7 @@ def scale(adapted: Adapted, x: Any) -> Adapted:
       1.0
     """
     check_any("scale", adapted)
-    number = isinstance(x, (int, float)) or hasattr(x, "dtype") and jnp.issubdtype(x.dtype, np.number)
+    number = isinstance(x, (int, float)) or hasattr(x, "dtype") and _is_real(x.dtype)
     if not number or isinstance(x, bool):
         raise TypeError(f"scale(adapted, x) takes a scalar x, such as 0.5, not {_answers.kind(x)}")
     if jnp.ndim(x) != 0:

@@ -6,7 +6,7 @@ import math
 import threading
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -286,8 +286,18 @@ def shapes(plan: Plan) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
     return plan.shapes
 
 
+def check_half(name: str, half: Any) -> None:
+    """Raises ValueError unless a half is `{group: {factor: array}}`."""
+    if not isinstance(half, Mapping) or not all(isinstance(named, Mapping) for named in half.values()):
+        raise ValueError(f"{name} is {{group: {{factor: array}}}}, not {_answers.kind(half)}")
+    if gone := [(group, n) for group, named in half.items() for n, x in named.items() if x is None]:
+        raise ValueError(f"{name}: {gone[0][0]!r}: {gone[0][1]!r} is None, not an array")
+
+
 def check_one(caller: str, plan: Plan, trainable: Any, factors: Any) -> None:
     """Raises ValueError where the factors have other shapes than the plan's: with one axis more they are a stack."""
+    check_half(f"{caller}: trainable", trainable)
+    check_half(f"{caller}: frozen.factors", factors)
     for (group, name), (shape, trained) in plan.shapes.items():
         x = (trainable if trained else factors).get(group, {}).get(name)
         have = getattr(x, "shape", None)

@@ -268,8 +268,7 @@ def join(trainable: Any, frozen: Frozen) -> Adapted:
 def check_trainable(trainable: Any, plan: Plan) -> None:
     """Raises if groups, names or shapes are not the plan's; all of them are named at once."""
     want = {place: shape for place, (shape, trained) in shapes(plan).items() if trained}
-    if not isinstance(trainable, Mapping) or not all(isinstance(v, Mapping) for v in trainable.values()):
-        raise ValueError(f"trainable is {{group: {{factor: array}}}}, not {type(trainable).__name__}")
+    _plan.check_half("trainable", trainable)
     have = {(g, n): a for g, fs in trainable.items() for n, a in fs.items()}
     bad = [f"missing {g!r}: {n!r}" for g, n in want if (g, n) not in have]
     bad += [f"extra {g!r}: {n!r}" for g, n in have if (g, n) not in want]

@@ -221,6 +221,14 @@ TABLE = {
     "scale by None": (lambda: jlora.scale(ADAPTED, None), TypeError, ["scalar", "None"]),
     "scale by a dict": (lambda: jlora.scale(ADAPTED, {"layer_0": 0.5}), TypeError, ["scalar", "dict"]),
     "scale by a text": (lambda: jlora.scale(ADAPTED, "0.5"), TypeError, ["scalar", "'0.5'"]),
+    "a half that is none": (lambda: jlora.merge(jlora.Adapted(None, FROZEN)), ValueError, ["trainable is {group"]),
+    "a lifted half that is none": (
+        lambda: jlora.lift(model)(jlora.Adapted({PATH: None}, FROZEN), X), ValueError, ["trainable is {group"],
+    ),
+    "a factor that is none": (
+        lambda: jlora.merge(jlora.Adapted({PATH: {"a": None, "b": None}}, FROZEN)), ValueError, ["'a' is None"],
+    ),
+    "scale by a complex number": (lambda: jlora.scale(ADAPTED, np.complex64(1j)), TypeError, ["scalar"]),
     "scale by NaN": (lambda: jlora.scale(ADAPTED, float("nan")), ValueError, ["finite", "nan"]),
     "scale by too much": (lambda: jlora.scale(ADAPTED, 10**400), ValueError, ["float32's range"]),
     "scale by a NumPy text": (lambda: jlora.scale(ADAPTED, np.str_("3")), TypeError, ["scalar"]),

@@ -208,7 +208,7 @@ def ssf(W0: np.ndarray, f: Any) -> np.ndarray:
 
 
 def full(W0: np.ndarray, f: Any) -> np.ndarray:
-    """W0 + delta; of biases alone BitFit, Ben Zaken et al, 2021."""
+    """W0 + delta; of biases alone BitFit, Ben Zaken et al, 2021; of norms LN tuning, Zhao et al, 2023."""
     return W0 + f.delta.reshape(W0.shape)
 
 

@@ -310,6 +310,14 @@ METHODS = (
         on="vectors",
     ),
     Row(
+        "ln_tuning",
+        lambda target: jlora.LNTuning(target=target),
+        closed_forms.full,
+        lambda leaf: math.prod(leaf.shape),
+        on="vectors",
+        everywhere=False,
+    ),
+    Row(
         "full",
         lambda target: jlora.Full(target=target),
         closed_forms.full,

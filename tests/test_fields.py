@@ -29,6 +29,7 @@ MADE = {
     "Full": lambda **o: jlora.Full(**{"target": T, **o}),
     "SSF": lambda **o: jlora.SSF(**{"target": T, **o}),
     "BitFit": lambda **o: jlora.BitFit(**o),
+    "LNTuning": lambda **o: jlora.LNTuning(**{"target": "bias$", **o}),
     "IA3": lambda **o: jlora.IA3(**{"target": "q/kernel$", **o}),
     "OFT": lambda **o: jlora.OFT(**{"block": 4, "target": "q/kernel$", **o}),
 }

@@ -461,6 +461,7 @@ LORA = jlora.LoRA(rank=2, alpha=3, target="q/kernel", dropout=0.1)
         ([LORA, jlora.BitFit(target="q/bias")], {"q.base_layer.bias"}, {"bias": "lora_only"}),
         ([LORA, jlora.BitFit()], {"q.base_layer.bias", "ln.bias"}, {"bias": "all"}),
         ([LORA, jlora.Full(target="ln/")], {"ln.weight", "ln.bias"}, {"modules_to_save": ["ln"], "bias": "none"}),
+        ([LORA, jlora.LNTuning()], {"ln.weight", "ln.bias"}, {"modules_to_save": ["ln"], "bias": "none"}),
         ([LORA, jlora.Full(target="ln/scale")], {"ln.weight", "ln.bias"}, {"modules_to_save": ["ln"]}),
         (
             [jlora.LoRA(rank=2, target="q/kernel"), jlora.BitFit(target="q/bias")],

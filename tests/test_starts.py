@@ -109,6 +109,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "ia3_in": (jlora.IA3(side="in"), DENSE, {"l": one}),
     "ssf": (jlora.SSF(target="."), DENSE, {"gamma": one}),
     "intrinsic": (jlora.IntrinsicDimension(5), (6, 4), {"theta": zero, "lam": one}),
+    "ln_tuning": (jlora.LNTuning(), DENSE, {"delta": zero}),
     "full": (jlora.Full(target="."), DENSE, {"delta": zero}),
 }  # fmt: skip
 

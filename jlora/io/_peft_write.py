@@ -18,12 +18,13 @@ from jlora.io._record import several
 from jlora.methods.bitfit import BitFit
 from jlora.methods.dora import DoRA
 from jlora.methods.full import Full
+from jlora.methods.ln_tuning import LNTuning
 from jlora.methods.lora import LoRA
 from jlora.methods.lora_fa import LoRAFA
 
 #: What peft has a name for. LoRA-FA is LoRA to it: which factors are trained is no part of its files.
 _LOW_RANK = (LoRA, LoRAFA)
-_WHOLE = (Full, BitFit)
+_WHOLE = (Full, BitFit, LNTuning)
 
 
 class Writer:

@@ -11,6 +11,7 @@ from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.ia3 import IA3 as IA3
 from jlora.methods.intrinsic import IntrinsicDimension as IntrinsicDimension
 from jlora.methods.krona import KronA as KronA
+from jlora.methods.ln_tuning import LNTuning as LNTuning
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA

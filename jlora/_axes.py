@@ -124,14 +124,7 @@ class Roles:
         named = self._named[n]
         if "?" not in named:
             return named
-        traced, decided = (self.traced or {}).get(path), self._decided[n]
-        # members that share an input look like outputs to a dot: a stack where the tree reads them so, and the trace
-        # has a stack of as many elsewhere
-        apart = [n for n, pair in enumerate(zip(traced or "", decided or "", strict=False)) if pair[0] != pair[1]]
-        if traced and decided and all((traced[n], decided[n]) == ("o", "s") for n in apart):
-            shape = _tree.shape_dtype(leaf)[0]
-            return decided if all((n, shape[n]) in self._traced_stacks for n in apart) else traced
-        return traced or decided
+        return (self.traced or {}).get(path) or self._decided[n]
 
     def likely(self, n: int) -> str:
         """The letters of leaf n, a guess where nothing decides: for what an error proposes, or placement."""
@@ -143,12 +136,6 @@ class Roles:
     @functools.cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {p: _tree.shape_dtype(x)[0] for p, x in zip(self.tree.paths, self.tree.leaves, strict=True)}
-
-    @functools.cached_property
-    def _traced_stacks(self) -> set[tuple[int, int]]:
-        """`(axis, size)` of every stack that the trace found."""
-        letters = self.traced or {}
-        return {(n, self._shapes[p][n]) for p, roles in letters.items() for n, x in enumerate(roles) if x == "s"}
 
     @functools.cached_property
     def _named(self) -> list[str]:
@@ -205,9 +192,37 @@ def _first_guess(path: str, shape: tuple[int, ...]) -> str:
     return "s" * (n - 2) + "io"
 
 
-def names_heads(owner: str, path: str) -> bool:
+def members(tree: _tree.Named, read: dict[str, str]) -> dict[str, str]:
+    """The letters that a trace read, members of one input as a stack.
+
+    Experts that all see one activation look like outputs of it to a dot: `td,edf->etf`. They are a stack where another
+    weight of their module, of the same number in front, is contracted member by member, `etf,efd->etd`; and where the
+    tree reads a stack, and the trace has one of that size on that axis elsewhere.
+    """
+    shapes = {path: _tree.shape_dtype(leaf)[0] for path, leaf in zip(tree.paths, tree.leaves, strict=True)}
+    module = lambda path: re.sub(r"(^|/)(kernel|w|weight)$", "", path).rpartition("/")[0]
+    deep = {(module(path), shapes[path][0]) for path, letters in read.items() if re.match("s.*i", letters)}
+
+    def beside(path: str, letters: str) -> str:
+        one = re.fullmatch("o(?=.*i).*o.*", letters) and (module(path), shapes[path][0]) in deep
+        return "s" + letters[1:] if one and not _names_heads(module(path), path) else letters
+
+    read = {path: beside(path, letters) for path, letters in read.items()}
+    stacks = {(n, shapes[path][n]) for path, letters in read.items() for n, x in enumerate(letters) if x == "s"}
+    decided = dict(zip(tree.paths, Roles(tree)._decided, strict=True))
+
+    def in_tree(path: str, letters: str) -> str:
+        other = decided[path] or ""
+        apart = [n for n, pair in enumerate(zip(letters, other, strict=False)) if pair[0] != pair[1]]
+        agree = all((letters[n], other[n]) == ("o", "s") and (n, shapes[path][n]) in stacks for n in apart)
+        return other if letters and other and agree else letters
+
+    return {path: in_tree(path, letters) for path, letters in read.items()}
+
+
+def _names_heads(module: str, path: str) -> bool:
     """Whether a weight's name, below its module's, is one of attention's."""
-    name = path[len(owner) :].strip("/").partition("/")[0]
+    name = path[len(module) :].strip("/").partition("/")[0]
     return _INTO_HEADS.search(name) is not None or _OUT_OF_HEADS.search(name) is not None
 
 

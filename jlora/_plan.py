@@ -6,7 +6,7 @@ import math
 import threading
 import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -281,38 +281,6 @@ def describe_rank(site: Site) -> str:
     return "+".join(map(str, ranks)) or "-"
 
 
-def shapes(plan: Plan) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
-    """`{(group, factor): (shape, trained)}` of every array of a plan."""
-    return plan.shapes
-
-
-def check_half(name: str, half: Any) -> None:
-    """Raises ValueError unless a half is `{group: {factor: array}}`."""
-    if not isinstance(half, Mapping) or not all(isinstance(named, Mapping) for named in half.values()):
-        raise ValueError(f"{name} is {{group: {{factor: array}}}}, not {_answers.kind(half)}")
-    if gone := [(group, n) for group, named in half.items() for n, x in named.items() if x is None]:
-        raise ValueError(f"{name}: {gone[0][0]!r}: {gone[0][1]!r} is None, not an array")
-
-
-def check_one(caller: str, plan: Plan, trainable: Any, factors: Any) -> None:
-    """Raises ValueError where the factors have other shapes than the plan's: with one axis more they are a stack."""
-    check_half(f"{caller}: trainable", trainable)
-    check_half(f"{caller}: frozen.factors", factors)
-    for (group, name), (shape, trained) in plan.shapes.items():
-        x = (trainable if trained else factors).get(group, {}).get(name)
-        have = getattr(x, "shape", None)
-        if have is None or tuple(have) == shape:
-            continue
-        said = f"{caller}: {group!r}: {name!r} has shape {tuple(have)}, and the plan {shape}"
-        if tuple(have[1:]) == shape:
-            raise ValueError(
-                f"{said}: this is a stack of {have[0]} adapters, and {caller} takes one. With `stacked, axes = "
-                "jlora.stack(adapters)`, call it inside jax.vmap(..., in_axes=(axes, ...)) or on each of "
-                "jlora.unstack(stacked); an optimizer is made of one of them"
-            )
-        raise ValueError(f"{said}; jlora.rank.resize and prune change ranks with their plan")
-
-
 def derived(plan: Plan) -> dict[tuple[str, str], Any]:
     """`{(group, factor): make()}` of the frozen factors that need not be saved: they are made again."""
     return {
@@ -325,7 +293,7 @@ def derived(plan: Plan) -> dict[tuple[str, str], Any]:
 
 def trainable_size(plan: Plan) -> int:
     """The number of trainable parameters of a plan."""
-    return sum(math.prod(shape) for shape, trained in shapes(plan).values() if trained)
+    return sum(math.prod(shape) for shape, trained in plan.shapes.values() if trained)
 
 
 def dropouts(plan: Plan) -> dict[str, float]:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora.adapted import Adapted, Frozen, check_any, check_trainable, is_adapted, shapes
+from jlora import _fits
+from jlora.adapted import Adapted, Frozen, check_any, is_adapted
 
 
 class Stacked(NamedTuple):
@@ -64,7 +65,7 @@ def stack(adapters: Sequence[Adapted]) -> Stacked:
                 f"stack: adapter {n} is {other.frozen.plan!r}, adapter 0 is {plan!r}; their methods, ranks and weights "
                 "are the same, or they do not stand on each other (jlora.rank.resize changes ranks)"
             )
-        check_trainable(other.trainable, plan)
+        _fits.check_trainable(other.trainable, plan)
         if not _same(first.frozen.base, other.frozen.base):
             raise ValueError(
                 f"stack: adapter {n} has another base than adapter 0, and the stack has one; if they are meant to be "
@@ -104,7 +105,7 @@ def unstack(adapted: Adapted) -> list[Adapted]:
       [1.0, 4.0]
     """
     plan = check_any("jlora.unstack", adapted).frozen.plan
-    want = shapes(plan)
+    want = plan.shapes
     sizes = set()
     for side, names in ((adapted.trainable, True), (adapted.frozen.factors, False)):
         for group, named in side.items():

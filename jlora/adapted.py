@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from jlora import _answers, _axes, _kinds, _packed, _plan, _ranks, _table, _tree, _wellformed
+from jlora import _answers, _axes, _fits, _kinds, _packed, _plan, _ranks, _table, _tree, _wellformed
 from jlora._keys import checked_key, stable_hash
-from jlora._plan import Plan, dropouts, shapes, trainable_size
+from jlora._plan import Plan, dropouts, trainable_size
 from jlora._plan import derived as derived
 from jlora.methods.base import Method
 
@@ -103,7 +103,7 @@ def is_adapted(x: Any) -> bool:
 
 def check_adapted(caller: str, x: Any) -> Adapted:
     """`x`; TypeError, in words, unless it is an `Adapted` with a plan; ValueError if it is a stack of several."""
-    _plan.check_one(caller, check_any(caller, x).frozen.plan, x.trainable, x.frozen.factors)
+    _fits.check_one(caller, check_any(caller, x).frozen.plan, x.trainable, x.frozen.factors)
     return x
 
 
@@ -261,26 +261,8 @@ def join(trainable: Any, frozen: Frozen) -> Adapted:
     if not isinstance(frozen, Frozen) or isinstance(trainable, (Frozen, Adapted)):
         kinds = f"{type(trainable).__name__}, {type(frozen).__name__}"
         raise TypeError(f"join takes (trainable, frozen) as split returned them, not ({kinds})")
-    check_trainable(trainable, frozen.plan)
+    _fits.check_trainable(trainable, frozen.plan)
     return Adapted(trainable, frozen)
-
-
-def check_trainable(trainable: Any, plan: Plan) -> None:
-    """Raises if groups, names or shapes are not the plan's; all of them are named at once."""
-    want = {place: shape for place, (shape, trained) in shapes(plan).items() if trained}
-    _plan.check_half("trainable", trainable)
-    have = {(g, n): a for g, fs in trainable.items() for n, a in fs.items()}
-    bad = [f"missing {g!r}: {n!r}" for g, n in want if (g, n) not in have]
-    bad += [f"extra {g!r}: {n!r}" for g, n in have if (g, n) not in want]
-    for (g, n), a in have.items():
-        if a is None or isinstance(a, (list, tuple, dict, str)):
-            bad.append(f"{g!r}: {n!r} is {_answers.kind(a)}, not an array")
-        shape = getattr(a, "shape", None)
-        if (g, n) in want and shape is not None and tuple(shape) != want[g, n]:
-            bad.append(f"{g!r}: {n!r} has shape {tuple(shape)}, not {want[g, n]}")
-    if bad:
-        more = f"\n  and {len(bad) - 8} more" if len(bad) > 8 else ""
-        raise ValueError("these trainable factors do not fit the plan:\n  " + "\n  ".join(bad[:8]) + more)
 
 
 def with_dropout(adapted: Adapted, key: Any) -> Adapted:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _answers, _merge, _plan, _tree
+from jlora import _answers, _fits, _merge, _tree
 from jlora._modules import check_stateless, watched
 from jlora._packed import is_packed
 from jlora.adapted import Adapted, is_adapted
@@ -41,7 +41,7 @@ def completed(found: Sequence[Any], paths: Sequence[str]) -> list[Adapted]:
     """What `find` found, as adapters: a quantised leaf that stands alone is one under the path that it was found at."""
     for x in found:
         if is_adapted(x):
-            _plan.check_one("a lifted function", x.frozen.plan, x.trainable, x.frozen.factors)
+            _fits.check_one("a lifted function", x.frozen.plan, x.trainable, x.frozen.factors)
     return [_merge.completed(x, path or "a quantised weight") for x, path in zip(found, paths, strict=True)]
 
 

@@ -316,6 +316,16 @@ def test_an_untrained_adapter_is_recognised(row):
         _untrained.warn("save(path", jlora.join(away_from_start(fresh.trainable), fresh.frozen))
 
 
+def test_a_magnitude_that_moved_alone_is_training():
+    """A DoRA of which m was trained and a, b were not is no adapter that was never trained."""
+    fresh = jlora.adapt(plain(), jlora.DoRA(jlora.LoRA(rank=2, target="query/kernel")))
+    factors = fresh.trainable["query/kernel"]
+    moved = {"query/kernel": {**factors, "m": factors["m"] * 1.01}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", jlora.UntrainedWarning)
+        _untrained.warn("save(path", jlora.join(moved, fresh.frozen))
+
+
 SAVES = {"save": jlora.save, "export": jlora.export, "jlora.io.peft.save": jlora.io.peft.save}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,21 +68,10 @@ def uses(
             raise ValueError(_failed(fn, f"fn({made}*args, **kwargs)", bool(slots), error)) from error
 
     found = roles.traced(call, [tree.leaves[n] for n in ours], [slots[n] for n in places])
-    paths, shapes = [tree.paths[n] for n in ours], [_tree.shape_dtype(tree.leaves[n])[0] for n in ours]
-    read = _members(paths, shapes, [roles.decided(seen) or "" for seen in found])
-    return {path: (roles.first(seen), letters) for path, seen, letters in zip(paths, found, read, strict=True)}
-
-
-def _members(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], read: Sequence[str]) -> list[str]:
-    """Experts that all see one activation look like outputs of it: `td,edf->etf`. They are a stack where another weight
-    of their module, of the same number of experts in front, is contracted expert by expert: `etf,efd->etd`.
-    """
-    owner = lambda path: re.sub(r"(^|/)(kernel|w|weight)$", "", path).rpartition("/")[0]
-    deep = {(owner(p), s[0]) for p, s, x in zip(paths, shapes, read, strict=True) if re.match("s.*i", x)}
-    member = lambda p, s, x: (
-        re.fullmatch("o(?=.*i).*o.*", x) and (owner(p), s[0]) in deep and not _axes.names_heads(owner(p), p)
-    )
-    return ["s" + x[1:] if member(p, s, x) else x for p, s, x in zip(paths, shapes, read, strict=True)]
+    paths = [tree.paths[n] for n in ours]
+    read = {path: roles.decided(seen) or "" for path, seen in zip(paths, found, strict=True)}
+    letters = _axes.members(tree, read)
+    return {path: (roles.first(seen), letters[path]) for path, seen in zip(paths, found, strict=True)}
 
 
 def given(caller: str, fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]]:

@@ -11,7 +11,6 @@ import numpy as np
 from jlora import _plan, _tree, methods
 from jlora._axes import Leaf, is_trainable_dtype
 from jlora._plan import Plan, Site
-from jlora.adapted import shapes
 from jlora.io import _record
 from jlora.io._record import cast, several
 from jlora.io._store import Store
@@ -196,7 +195,7 @@ def _recipe(method: Method, leaf: Leaf, where: str) -> Any:
 
 def misfits(have: Mapping[tuple[str, str], tuple[tuple[int, ...], bool]], plan: Plan) -> list[str]:
     """What is missing, extra or misshapen in `{(group, factor): (shape, trained)}`, in words."""
-    want = shapes(plan)
+    want = plan.shapes
     bad = [f"missing {g!r}: {n!r}" for g, n in want if (g, n) not in have]
     for (g, n), (shape, trained) in have.items():
         if (g, n) not in want:

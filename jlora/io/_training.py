@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tree
-from jlora.adapted import Adapted, Frozen, begun, derived, is_adapted, shapes
+from jlora.adapted import Adapted, Frozen, begun, derived, is_adapted
 from jlora.io import _arrays, _checkpoint, _manifest
 from jlora.io._record import several
 
@@ -25,7 +25,9 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
     item, within, found = _find_trainable(folder)
     whole = within[-2:] == ("params", "trainable")  # an Adapted was the params, and its frozen half is there too
     kept = found["params"]["frozen"].get("factors") or {} if whole else {}
-    stored = {(g, n): tuple(getattr(a, "shape", ())) for g, named in kept.items() for n, a in named.items()}
+    stored: dict[tuple[str, str], tuple[int, ...]] = {
+        (g, n): tuple(getattr(a, "shape", ())) for g, named in kept.items() for n, a in named.items()
+    }
     adapted = _fresh(params, spec, folder, stored)
     leaves = jax.tree_util.tree_flatten_with_path(found, is_leaf=lambda x: hasattr(x, "shape"))[0]
     names: dict[str, Any] = {}
@@ -46,7 +48,9 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
             raise ValueError(f"{item}: {'/'.join((*within, group))!r:.200} is no {{factor: array}}")
         have |= {(group, n): (tuple(getattr(a, "shape", ())), True) for n, a in named.items()}
     plan = adapted.frozen.plan
-    frozen = {p: (stored.get(p, v[0]), False) for p, v in shapes(plan).items() if not v[1]}
+    frozen = {
+        p: (stored[p] if p in stored else shape, False) for p, (shape, trained) in plan.shapes.items() if not trained
+    }
     bad = _manifest.misfits(have | frozen, plan)
     if bad:
         raise ValueError(f"the factors in {item} do not fit the spec:" + several(bad))

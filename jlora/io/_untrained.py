@@ -3,10 +3,15 @@
 import warnings
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jlora import _packed, _tree
 from jlora._network import Array, Difference, begins
+from jlora._plan import Site
 from jlora.adapted import Adapted
+from jlora.methods.base import of_the_weight
 
 
 class UntrainedWarning(UserWarning):
@@ -39,10 +44,10 @@ def warn(caller: str, adapted: Adapted) -> None:
 def _start(adapted: Adapted) -> str:
     """One factor that is where it began, in words; "" where some factor has moved, or none says how it began.
 
-    A start is known of factors that begin at a constant, and of pairs, which keep theirs beside them. So every method
-    is asked by the words of its equation alone.
+    A start is known of factors that begin at a constant, of pairs, which keep theirs beside them, and of what is made
+    of the weight alone, such as DoRA's m. So every method is asked by the words of its equation.
     """
-    found = ""
+    found, made = "", []
     for site in adapted.frozen.plan.sites:
         for word in (word for delta, _ in site.recipe.networks for word in delta.operands):
             arrays: Any = (word,) if isinstance(word, Array) else getattr(word, "arrays", ())
@@ -53,9 +58,22 @@ def _start(adapted: Adapted) -> str:
                 if isinstance(word, Difference):
                     kept = word.arrays[1]
                     start, where = adapted.frozen.factors[kept.group or site.leaf.path][kept.name], "where it began"
+                if array.init is of_the_weight:
+                    made.append((site, array, x))
                 if start is None:
                     continue
                 if not np.array_equal(x, np.broadcast_to(np.asarray(start, x.dtype), x.shape)):
                     return ""
                 found = found or f"{array.name!r} of {array.group or site.leaf.path!r} is {where}"
-    return found
+    # last, since it reads weights: only where nothing else has moved
+    return found if all(_as_begun(adapted, site, array, x) for site, array, x in made) else ""
+
+
+def _as_begun(adapted: Adapted, site: Site, array: Array, x: np.ndarray) -> bool:
+    """Whether a factor that is made of the weight is as its method makes it, up to rounding."""
+    weight = _packed.dense(_tree.flatten(adapted.frozen.base).leaves[site.index])
+    key = jax.random.key(0)  # what is drawn is not what is compared
+    begun = site.method.initial(site.leaf, site.recipe, lambda *_: key, weight)
+    start = begun[array.group or site.leaf.path, array.name]
+    eps = float(jnp.finfo(x.dtype).eps)
+    return np.allclose(np.asarray(x, np.float64), np.asarray(start, np.float64), rtol=8 * eps, atol=0)

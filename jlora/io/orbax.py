@@ -20,7 +20,7 @@ from jlora import _tree
 from jlora._merge import MergeReport, merge, merge_report
 from jlora._packed import is_packed
 from jlora._version import __version__
-from jlora.adapted import Adapted, Frozen, derived, is_adapted, shapes
+from jlora.adapted import Adapted, Frozen, derived, is_adapted
 from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training, _untrained
 from jlora.io._record import several
 from jlora.methods import _draws
@@ -163,7 +163,7 @@ def _open(
         name = _arrays.stored_name("frozen", *place)
         if name not in records:
             made_again[place] = name, make
-    for (group, factor), (shape, trained) in shapes(plan).items():
+    for (group, factor), (shape, trained) in plan.shapes.items():
         if (group, factor) in made_again:
             continue
         want[_arrays.stored_name("trainable" if trained else "frozen", group, factor)] = group, factor, trained, shape
@@ -179,7 +179,7 @@ def _open(
         bad += [f"missing {name!r}" for name in sorted(names - set(drawn))]
     if bad:
         raise ValueError(f"the factors in {folder} do not fit its methods:" + several(bad))
-    asked = [shape for shape, _ in shapes(plan).values()] + [
+    asked = [shape for shape, _ in plan.shapes.values()] + [
         r["shape"] for r in records.values() if r["key"] is not None
     ]
     elements = sum(math.prod(_tree.shape_dtype(leaf)[0]) for leaf in tree.leaves)

@@ -31,6 +31,11 @@ def normal(std: float) -> Init:
     return functools.partial(_normal, std)
 
 
+def of_the_weight(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Room for what a method's `initial` makes of the weight, whatever the key."""
+    return jnp.zeros(shape, dtype)
+
+
 def _uniform(bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 

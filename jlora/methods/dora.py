@@ -17,13 +17,8 @@ from jlora._contract import automatic, contract
 from jlora._dtypes import alike
 from jlora._network import Array, Delta, Function, Labels, Recipe, constant
 from jlora._tree import Target
-from jlora.methods.base import Method
+from jlora.methods.base import Method, of_the_weight
 from jlora.methods.sum import Place, apart, renamed
-
-
-def of_the_weight(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Room for what `DoRA.initial` reads off the weight."""
-    return jnp.zeros(shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

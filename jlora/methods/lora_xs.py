@@ -15,7 +15,7 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta
 from jlora._tree import Target
-from jlora.methods.base import LowRank, check_low_rank, zeros
+from jlora.methods.base import LowRank, check_low_rank, of_the_weight, zeros
 from jlora.methods.starts import values
 
 
@@ -42,7 +42,7 @@ class LoRAXS(LowRank):
 
     def delta(self, leaf: Leaf) -> Delta:
         check_low_rank(leaf, self.rank)
-        a, b = Array("a", zeros, trained=False), Array("b", zeros, trained=False)  # `initial` fills them
+        a, b = Array("a", of_the_weight, trained=False), Array("b", of_the_weight, trained=False)
         sizes = (("r", self.rank), ("t", self.rank))
         return Delta("r I, r t, t O -> I O", (a, Array("r", zeros), b), sizes, self.scale)
 

@@ -9,7 +9,7 @@ import optax
 from jlora import _ranks
 from jlora._plan import Plan
 from jlora._ranks import Pair
-from jlora.adapted import Adapted, check_adapted, is_adapted, shapes
+from jlora.adapted import Adapted, check_adapted, is_adapted
 
 Places: TypeAlias = dict[tuple[str, str], Any]
 Rule: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
@@ -56,7 +56,7 @@ class Halves:
     """The trainable half of a plan inside the trees that optax hands round, wherever it stands there."""
 
     def __init__(self, plan: Plan) -> None:
-        self.groups = frozenset(group for (group, _), (_, trained) in shapes(plan).items() if trained)
+        self.groups = frozenset(group for (group, _), (_, trained) in plan.shapes.items() if trained)
 
     def holds(self, x: Any) -> bool:
         """Whether this node is an adapter: an `Adapted`, or a dictionary with all trained groups of the plan."""

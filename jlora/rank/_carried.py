@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._plan import Plan
-from jlora.adapted import Adapted, Frozen, is_adapted, shapes
+from jlora.adapted import Adapted, Frozen, is_adapted
 
 Place = tuple[str, str]
 
@@ -42,7 +42,7 @@ def carried(state: Any, old: Plan, new: Plan, kept: dict[Place, Kept]) -> Any:
     Raises:
       ValueError: a state of sums over whole factors; an array whose ranks cannot be told.
     """
-    had, have = shapes(old), shapes(new)
+    had, have = old.shapes, new.shapes
     groups, left = {group for group, _ in had}, {group for group, _ in have}
     is_part = lambda x: isinstance(x, Mapping) and bool(groups & set(x))
     is_whole = lambda x: type(x).__name__ in WHOLE

@@ -12,7 +12,7 @@ import optax
 
 from jlora._dtypes import wide
 from jlora._plan import Plan
-from jlora.adapted import is_adapted, shapes
+from jlora.adapted import is_adapted
 from jlora.optim._halves import Halves
 from jlora.rank.prune import Places
 
@@ -48,7 +48,7 @@ def started(caller: str, halves: Halves, params: Any, plan: Plan) -> Places:
     """The factors at the start; from the plan alone where optax asks for the structure of the state."""
     if any(hasattr(x, "shape") for x in jax.tree.leaves(params)):
         return halves.read(params, caller)
-    return {place: jnp.zeros(shape, jnp.float32) for place, (shape, trained) in shapes(plan).items() if trained}
+    return {place: jnp.zeros(shape, jnp.float32) for place, (shape, trained) in plan.shapes.items() if trained}
 
 
 def stepped(before: Any, after: Any) -> Any:

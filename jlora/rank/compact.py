@@ -15,7 +15,7 @@ from jlora import _merge, _plan, _ranks
 from jlora._dtypes import alike
 from jlora._plan import Plan, Site
 from jlora._ranks import Pair
-from jlora.adapted import Adapted, shapes
+from jlora.adapted import Adapted
 from jlora.methods.base import Method
 from jlora.methods.lora import LoRA
 from jlora.optim._halves import check_masked
@@ -125,7 +125,7 @@ def planned(plan: Plan, sites: list[Site], notes: list[str] | None = None) -> Pl
 def rebuilt(adapted: Adapted, plan: Plan, value: Callable[[Place], Any]) -> Adapted:
     """The adapter of another plan over the same base."""
     halves: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
-    for place, (shape, trained) in shapes(plan).items():
+    for place, (shape, trained) in plan.shapes.items():
         x = value(place)
         assert x.shape == shape, (place, x.shape, shape)
         halves[trained].setdefault(place[0], {})[place[1]] = x

@@ -14,7 +14,6 @@ from jax import lax
 
 from jlora._dtypes import widened
 from jlora._ranks import Member, Pair, pairs
-from jlora.adapted import shapes
 from jlora.optim._checks import number, transformation_of, whole
 from jlora.optim._halves import Halves, check_masked, chosen
 from jlora.rank._steps import begun, finite, gathered, nested, started, stepped
@@ -102,7 +101,7 @@ def selora(
     whole("selora", "start", start, 1, most, f"the first active rank, from 1 to {most}, the rank that was adapted with")
     halves = Halves(plan)
     inner = transformation_of("selora", inner)
-    layers = {pair.output.place: shapes(plan)[pair.output.place][0][: pair.output.stack] for pair in growing}
+    layers = {pair.output.place: plan.shapes[pair.output.place][0][: pair.output.stack] for pair in growing}
 
     def init(params: Any) -> SeLoRAState:
         ranks = {pair.output.place: min(start, pair.rank) for pair in growing}

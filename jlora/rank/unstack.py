@@ -6,10 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _answers, _merge, _plan, _tree
+from jlora import _answers, _fits, _merge, _plan, _tree
 from jlora._axes import Leaf
 from jlora._plan import Site
-from jlora.adapted import Adapted, Frozen, check_trainable
+from jlora.adapted import Adapted, Frozen
 from jlora.rank.prune import plan_of
 
 
@@ -90,5 +90,5 @@ def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]
         raise ValueError("cannot unstack onto these parameters:\n  " + "\n  ".join(bad[:8]))
     methods = tuple(dict.fromkeys(site.method for site in sites.values()))
     new = _plan.intern(tuple(sites[n] for n in sorted(sites)), methods, plan.notes)
-    check_trainable(halves[True], new)
+    _fits.check_trainable(halves[True], new)
     return Adapted(halves[True], Frozen(params, halves[False], adapted.frozen.key, new))

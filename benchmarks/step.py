@@ -60,6 +60,7 @@ METHODS = {
     "VeRA": lambda target: jlora.VeRA(rank=256, target=target),
     "TiedLoRA": lambda target: jlora.TiedLoRA(rank=RANK, target=target),
     "RandLoRA": lambda target: jlora.RandLoRA(rank=RANK, target=target),
+    "MiSS": lambda target: jlora.MiSS(rank=RANK, target=target),
     "HiRA": lambda target: jlora.HiRA(rank=RANK, alpha=16, target=target),
     "IA3": lambda target: jlora.IA3(target=target),
     "SSF": lambda target: jlora.SSF(target=target),

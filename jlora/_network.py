@@ -6,8 +6,9 @@ Each delta is a network: operands whose axes carry labels, and one einsum-like e
 `I` stands for all input axes of the kernel, `O` for all output axes, `K` for a convolution's window where an
 equation names it (else the window belongs to `I`); other letters are the method's own. A side in parentheses,
 `i o, j p -> (i j) (o p)`, is one flat axis made of several letters. `L` turns the input side, `R` the output side:
-`b m n -> (b m) (b n)` is a matrix in blocks, its rows and its columns. Stack axes are never written: every operand
-that is not shared carries them in front.
+`b m n -> (b m) (b n)` is a matrix in blocks, its rows and its columns. A letter in parentheses that no operand carries
+repeats: `j O -> (i j) O` is one block, i times. Stack axes are never written: every operand that is not shared carries
+them in front.
 
 Everything here is static: hashable, comparable, no array in sight.
 """
@@ -19,6 +20,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from jlora._axes import Leaf
@@ -83,8 +85,21 @@ Word: TypeAlias = "Array | Function | Base"
 
 
 @dataclasses.dataclass(frozen=True)
+class Ones:
+    """The constant of a letter along which a result repeats."""
+
+    n: int
+
+    def __call__(self) -> jax.Array:
+        return jnp.ones((self.n,), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class Delta:
     """One network.
+
+    Where a letter with a size stands in parentheses on the right and with no operand, the result repeats along it: the
+    equation gets an operand of ones, and what reads it knows no other word for that.
 
     Attributes:
       equation: `"r I, r O -> I O"`.
@@ -107,6 +122,16 @@ class Delta:
     rank_dropout: tuple[tuple[str, float], ...] = ()
     module_dropout: float = 0.0
     s: str = "s"
+
+    def __post_init__(self) -> None:
+        left, arrow, right = self.equation.partition("->")
+        held, sized = left.replace(",", " ").split(), dict(self.sizes)
+        inside = dict.fromkeys(x for group in re.findall(r"\(([^)]*)\)", right) for x in group.split())
+        repeated = [x for x in inside if x in sized and x not in held]
+        if repeated:
+            ones = tuple(Function(Ones(sized[x]), ()) for x in repeated)
+            object.__setattr__(self, "equation", ", ".join([left.rstrip(), *repeated]) + f" {arrow}{right}")
+            object.__setattr__(self, "operands", (*self.operands, *ones))
 
     @property
     def rates(self) -> tuple[float, ...]:

@@ -105,7 +105,10 @@ def _check_letters(delta: Delta, sides: str) -> None:
         raise ValueError(f"{len(groups)} groups in parentheses, and the weight has the sides {' and '.join(sides)}")
     for letter in (x for group in groups for x in group.split()):
         if letter not in held:
-            raise ValueError(f"no operand carries the letter {letter!r} that its right side makes an axis of")
+            raise ValueError(
+                f"no operand carries the letter {letter!r} that its right side makes an axis of, and it has no size: "
+                f"write sizes=(({letter!r}, 4), ...) if it repeats"
+            )
         if letter not in sized:
             raise ValueError(f"the letter {letter!r} has no size: write sizes=(({letter!r}, 4), ...)")
     for letter in (*delta.ranks, *(x for x, _ in delta.rank_dropout)):

@@ -93,6 +93,26 @@ def lora_and_lora_fa(W0: np.ndarray, f: Any, s: float, s_2: float) -> np.ndarray
     return W0 + s * rows(f.a).T @ rows(f.b) + s_2 * rows(f.a_2).T @ rows(f.b_2)
 
 
+def miss(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + D over and over: below itself for each shard of r inputs, the last one cut off, and beside itself where it
+    is narrower (mini). Kang and Yin, 2024, 3.1.
+    """
+    D = rows(f.d)
+    dW = np.vstack([D] * -(-len(W0) // len(D)))[: len(W0)]
+    return W0 + np.hstack([dW] * (W0.shape[1] // D.shape[1]))
+
+
+def miss_bat(W0: np.ndarray, f: Any) -> np.ndarray:
+    """Each block W_ij (r, r) of W0^T becomes W_ij + W_ij D_i + D_i. Kang and Yin, 2024: Bat."""
+    W = W0.T.copy()
+    r = f.d.shape[-1]
+    for i, D in enumerate(f.d):
+        for j in range(len(W0) // r):
+            block = W[i * r : (i + 1) * r, j * r : (j + 1) * r]
+            block += block @ D + D
+    return W.T
+
+
 # Products of other kinds ------------------------------------------------------------------
 
 

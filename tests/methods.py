@@ -210,6 +210,15 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "miss",
+        lambda target: jlora.MiSS(rank=2, target=target),
+        closed_forms.miss,
+        lambda leaf: math.prod(leaf.stack) * 2 * leaf.size("o"),
+        fits=lambda leaf: leaf.size("ik") >= 2,
+        dense_on=("linen/ragged_experts", "linen/tied_attend"),  # where 2 divides the inputs, a flat side
+        everywhere=False,
+    ),
+    Row(
         "hira",
         lambda target: jlora.HiRA(rank=2, alpha=3, target=target),
         partial(closed_forms.hira, s=3 / 2),

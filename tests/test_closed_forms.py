@@ -285,6 +285,14 @@ VARIANTS = {
         jlora.DoRA(jlora.KronA(target="kernel")), partial(forms.dora, inner=partial(forms.krona, s=1)), ["matrix"]
     ),
     "dora_vera": (jlora.DoRA(jlora.VeRA(rank=3, target="kernel")), partial(forms.dora, inner=forms.vera), ["matrix"]),
+    "dora_miss": (
+        jlora.DoRA(jlora.MiSS(rank=2, target="kernel")), partial(forms.dora, inner=forms.miss), ["matrix"]
+    ),
+    "miss_rest": (jlora.MiSS(rank=4, target="kernel"), forms.miss, ["matrix", "turned"]),
+    "miss_mini": (jlora.MiSS(rank=3, mini=4, target="kernel"), forms.miss, ["into_heads", "convolution_3d"]),
+    "miss_bat": (
+        jlora.MiSS(rank=2, bat=True, target="kernel"), forms.miss_bat, ["scan", "into_heads", "convolution_3d"]
+    ),
     "sum_of_three": (
         jlora.Sum(jlora.LoRA(rank=2, alpha=3), jlora.Sum(jlora.LoRA(rank=1), jlora.KronA()), target="kernel"),
         lambda W0, f: (

@@ -156,6 +156,7 @@ METHODS = {
     "VeRA": lambda **o: jlora.VeRA(rank=6, **o),
     "TiedLoRA": lambda **o: jlora.TiedLoRA(rank=3, **o),
     "LoRAXS": lambda **o: jlora.LoRAXS(rank=2, **o),
+    "MiSS": lambda **o: jlora.MiSS(rank=3, **o),
     "HiRA": lambda **o: jlora.HiRA(rank=2, **o),
     "RandLoRA": lambda **o: jlora.RandLoRA(rank=3, **o),
     "DoRA": lambda **o: jlora.DoRA(jlora.LoRA(rank=3, **o)),

@@ -84,6 +84,8 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "krona": (jlora.KronA(), DENSE, {"a": kaiming(48), "b": zero}),
     "krona_residual": (jlora.KronA(residual=True), (IN, IN), {"a": kaiming(48), "b": zero, "s_res": zero}),
     "hira": (jlora.HiRA(rank=4), DENSE, {"a": kaiming(IN), "b": zero}),
+    "miss": (jlora.MiSS(rank=4), DENSE, {"d": zero}),
+    "miss_bat": (jlora.MiSS(rank=8, bat=True), DENSE, {"d": zero}),
     "vera": (  # kaiming with a gain of sqrt(2)
         jlora.VeRA(rank=5),
         DENSE,

@@ -17,6 +17,7 @@ from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.lora_fa import LoRAFA as LoRAFA
 from jlora.methods.lora_xs import LoRAXS as LoRAXS
+from jlora.methods.miss import MiSS as MiSS
 from jlora.methods.oft import OFT as OFT
 from jlora.methods.randlora import RandLoRA as RandLoRA
 from jlora.methods.sora import SoRA as SoRA

@@ -1,0 +1,41 @@
+"""Methods against layers of peft that computed with the same factors (`fixtures/peft_methods/write.py`)."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+
+FILES = Path(__file__).parent / "fixtures" / "peft_methods"
+
+
+# file -> (method, its factors out of peft's tensors). Torch stores (out, in): the transpose of a kernel.
+GOLDEN = {
+    "miss": (jlora.MiSS(rank=2), lambda f: {"d": f["miss_block"]}),
+    "miss_rest": (jlora.MiSS(rank=4), lambda f: {"d": f["miss_block"]}),
+    "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),
+    "miss_bat": (jlora.MiSS(rank=2, bat=True), lambda f: {"d": f["miss_block"]}),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_weights_and_outputs_are_those_of_peft(name):
+    """The merged layer and the lifted output are those that peft computes with these factors in float64."""
+    method, ours = GOLDEN[name]
+    with np.load(FILES / f"{name}.npz") as file:
+        f = dict(file)
+    params = {"w": {"kernel": jnp.asarray(f["base"].T), "bias": jnp.asarray(f["bias"])}}
+    adapted = jlora.adapt(params, dataclasses.replace(method, target="w/kernel"))
+    given, left = ours(f), {n: a for held in adapted.trainable.values() for n, a in held.items()}
+    assert {n: a.shape for n, a in given.items()} == {n: a.shape for n, a in left.items()}
+    trainable = {group: {n: jnp.asarray(given[n]) for n in held} for group, held in adapted.trainable.items()}
+    adapted = jlora.join(trainable, adapted.frozen)
+    made = {"y": jlora.lift(lambda p, x: x @ p["w"]["kernel"] + p["w"]["bias"])(adapted, jnp.asarray(f["x"]))}
+    if "merged" in f:
+        merged = jlora.merge(adapted)["w"]
+        made |= {"merged": merged["kernel"].T, "merged_bias": merged["bias"]}
+    for what, array in made.items():
+        np.testing.assert_allclose(array, f[what], rtol=1e-5, atol=1e-6 * np.abs(f[what]).max(), err_msg=what)

@@ -58,6 +58,7 @@ METHODS = {
     "DoRA": lambda target: jlora.DoRA(jlora.LoRA(rank=RANK, alpha=16, target=target)),
     "LoHa": lambda target: jlora.LoHa(rank=RANK, alpha=16, target=target),
     "VeRA": lambda target: jlora.VeRA(rank=256, target=target),
+    "VBLoRA": lambda target: jlora.VBLoRA(rank=RANK, vectors=90, target=target),
     "TiedLoRA": lambda target: jlora.TiedLoRA(rank=RANK, target=target),
     "RandLoRA": lambda target: jlora.RandLoRA(rank=RANK, target=target),
     "MiSS": lambda target: jlora.MiSS(rank=RANK, target=target),

@@ -88,6 +88,22 @@ def vera(W0: np.ndarray, f: Any) -> np.ndarray:
     return W0 + rows(f.A).T @ np.diag(f.d) @ rows(f.B) @ np.diag(f.b.ravel())
 
 
+def vblora(W0: np.ndarray, f: Any, k: int) -> np.ndarray:
+    """W0 + A B, each row of A and B sub-vectors one after the other, each a mixture of k of the bank. Li et al, 2024.
+
+    A width that is no multiple of a vector's length leaves out the end of the last.
+    """
+
+    def mixed(sigma: np.ndarray) -> np.ndarray:
+        top = np.argsort(-sigma)[:k]
+        weights = np.exp(sigma[top])
+        return weights / np.sum(weights) @ f.bank[top]
+
+    row = lambda logits, width: np.concatenate([mixed(sigma) for sigma in logits])[:width]
+    A, B = (np.array([row(x, n) for x in s]) for s, n in zip((f.sigma_a, f.sigma_b), W0.shape, strict=True))
+    return W0 + A.T @ B
+
+
 def lora_and_lora_fa(W0: np.ndarray, f: Any, s: float, s_2: float) -> np.ndarray:
     """W0 + s A B + s_2 A_2 B_2: updates that add up."""
     return W0 + s * rows(f.a).T @ rows(f.b) + s_2 * rows(f.a_2).T @ rows(f.b_2)

@@ -32,6 +32,7 @@ class Row:
       shared: leaf -> (a name, parameters), counted once for each name.
       on: which weights it is for, "matrices", "vectors" or "all".
       starts_at_base: its equation gives exact zeros at the start, so that the model is the base, bit for bit.
+      merges_to_base: merging the start gives the base; false where the paper's start is another weight.
       fits: leaf -> whether its formula makes sense for this shape.
       in_parts: a factor may see a part of the weight alone, such as columns that the model never uses.
       dense_on: models on which its formula has no cheap contraction, by the design.
@@ -46,6 +47,7 @@ class Row:
     shared: Callable[[Any], tuple[str, int]] = lambda leaf: ("", 0)
     on: str = "matrices"
     starts_at_base: bool = True
+    merges_to_base: bool = True
     fits: Callable[[Any], bool] = lambda leaf: True
     in_parts: bool = False
     dense_on: tuple[str, ...] = ()
@@ -199,6 +201,16 @@ METHODS = (
         closed_forms.vera,
         lambda leaf: math.prod(leaf.stack) * (3 + leaf.size("o")),
         dense_on=("linen/ragged_experts",),
+        everywhere=False,
+    ),
+    Row(
+        "vblora",
+        lambda target: jlora.VBLoRA(rank=2, vectors=5, length=2, k=3, target=target),
+        partial(closed_forms.vblora, k=3),
+        lambda leaf: math.prod(leaf.stack) * 2 * 5 * (-(-leaf.size("ik") // 2) - (-leaf.size("o") // 2)),
+        shared=lambda leaf: ("bank", 5 * 2),
+        starts_at_base=False,  # a mixture of random vectors is never zero: the paper's start is noise
+        merges_to_base=False,
         everywhere=False,
     ),
     Row(

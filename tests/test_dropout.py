@@ -155,6 +155,7 @@ METHODS = {
     "LoKr, both low-rank": lambda **o: jlora.LoKr(rank=1, decompose_both=True, **o),
     "VeRA": lambda **o: jlora.VeRA(rank=6, **o),
     "TiedLoRA": lambda **o: jlora.TiedLoRA(rank=3, **o),
+    "VBLoRA": lambda **o: jlora.VBLoRA(rank=2, vectors=5, length=4, **o),
     "LoRAXS": lambda **o: jlora.LoRAXS(rank=2, **o),
     "MiSS": lambda **o: jlora.MiSS(rank=3, **o),
     "HiRA": lambda **o: jlora.HiRA(rank=2, **o),

@@ -31,6 +31,7 @@ MADE = {
     "SSF": lambda **o: jlora.SSF(**{"target": T, **o}),
     "BitFit": lambda **o: jlora.BitFit(**o),
     "LNTuning": lambda **o: jlora.LNTuning(**{"target": "bias$", **o}),
+    "VBLoRA": lambda **o: jlora.VBLoRA(**{"rank": 2, "vectors": 3, "length": 4, "target": "q/kernel$", **o}),
     "IA3": lambda **o: jlora.IA3(**{"target": "q/kernel$", **o}),
     "OFT": lambda **o: jlora.OFT(**{"block": 4, "target": "q/kernel$", **o}),
 }

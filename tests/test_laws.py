@@ -347,7 +347,7 @@ def test_merged_at_the_start_or_at_scale_zero_it_is_the_base(row):
     """`merge` gives the base's own bits at the start, and the base where `scale` has switched the adapter off."""
     _, params, _ = row.home.build()
     ad = adapted(row, row.home, params)
-    assert as_bytes(jlora.merge(ad)) == as_bytes(params)
+    assert (as_bytes(jlora.merge(ad)) == as_bytes(params)) == row.merges_to_base
     far = jlora.join(away_from_start(ad.trainable), ad.frozen)
     assert_close(jlora.merge(jlora.scale(far, 0)), params, 1e-6)
 

@@ -14,6 +14,14 @@ FILES = Path(__file__).parent / "fixtures" / "peft_methods"
 
 # file -> (method, its factors out of peft's tensors). Torch stores (out, in): the transpose of a kernel.
 GOLDEN = {
+    "vblora": (
+        jlora.VBLoRA(rank=2, vectors=5, length=2, k=3),
+        lambda f: {
+            "bank": f["vblora_vector_bank"],
+            "sigma_a": f["vblora_logits_A"],
+            "sigma_b": f["vblora_logits_B"].swapaxes(0, 1),
+        },
+    ),
     "miss": (jlora.MiSS(rank=2), lambda f: {"d": f["miss_block"]}),
     "miss_rest": (jlora.MiSS(rank=4), lambda f: {"d": f["miss_block"]}),
     "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),
@@ -21,12 +29,16 @@ GOLDEN = {
 }
 
 
+def read(name):
+    with np.load(FILES / f"{name}.npz") as file:
+        return dict(file)
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_weights_and_outputs_are_those_of_peft(name):
     """The merged layer and the lifted output are those that peft computes with these factors in float64."""
     method, ours = GOLDEN[name]
-    with np.load(FILES / f"{name}.npz") as file:
-        f = dict(file)
+    f = read(name)
     params = {"w": {"kernel": jnp.asarray(f["base"].T), "bias": jnp.asarray(f["bias"])}}
     adapted = jlora.adapt(params, dataclasses.replace(method, target="w/kernel"))
     given, left = ours(f), {n: a for held in adapted.trainable.values() for n, a in held.items()}
@@ -39,3 +51,22 @@ def test_weights_and_outputs_are_those_of_peft(name):
         made |= {"merged": merged["kernel"].T, "merged_bias": merged["bias"]}
     for what, array in made.items():
         np.testing.assert_allclose(array, f[what], rtol=1e-5, atol=1e-6 * np.abs(f[what]).max(), err_msg=what)
+
+
+def test_norms_are_those_of_peft():
+    """LN tuning trains a scale and a shift, and a layer norm with them is the one that peft makes."""
+    f = read("ln_tuning")
+    base = {"norm": {"scale": jnp.asarray(f["base"]), "bias": jnp.asarray(f["bias"])}}
+    adapted = jlora.adapt(base, jlora.LNTuning())
+    want = {"scale": f["ln_tuning_layers.weight"], "bias": f["ln_tuning_layers.bias"]}
+    deltas = {f"norm/{name}": {"delta": jnp.asarray(value) - base["norm"][name]} for name, value in want.items()}
+    adapted = jlora.join(deltas, adapted.frozen)
+
+    def norm(p, x):
+        x = x - jnp.mean(x, -1, keepdims=True)
+        return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
+
+    np.testing.assert_allclose(jlora.lift(norm)(adapted, jnp.asarray(f["x"])), f["y"], rtol=1e-5, atol=1e-5)
+    merged = jlora.merge(adapted)["norm"]
+    np.testing.assert_allclose(merged["scale"], f["merged"], rtol=1e-6)
+    np.testing.assert_allclose(merged["bias"], f["merged_bias"], rtol=1e-6)

@@ -94,6 +94,11 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
             **{"d": partial(at, 0.1), "b": zero},
         },
     ),
+    "vblora": (
+        jlora.VBLoRA(vectors=60, length=64),
+        DENSE,
+        {"bank": partial(even, 0.02), "sigma_a": partial(bell, 0.1), "sigma_b": partial(bell, 0.1)},
+    ),
     "randlora": (  # bases of unit variance
         jlora.RandLoRA(rank=512),
         DENSE,

@@ -24,6 +24,7 @@ from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.ssf import SSF as SSF
 from jlora.methods.sum import Sum as Sum
 from jlora.methods.tied import TiedLoRA as TiedLoRA
+from jlora.methods.vblora import VBLoRA as VBLoRA
 from jlora.methods.vera import VeRA as VeRA
 
 if not TYPE_CHECKING:  # checkers export `X as X`; at run time the modules would be exported too

@@ -64,10 +64,10 @@ def express(
     streams = list(dict.fromkeys(d.s for d in recipe.deltas))
 
     def term(delta: Delta, flat: str, rename: str = "") -> Term:
-        parsed = _network.parse(delta, leaf, flat)
+        bound = _network.bind(delta, leaf, flat)
         mark = lambda ls: tuple(x if x in names else rename + x for x in ls)
-        operands = tuple(word(w, mark(ls)) for w, ls in zip(delta.operands, parsed.operands, strict=True))
-        return Term(operands, tuple((a, mark(m)) for a, m in parsed.blocks), Drop())
+        operands = tuple(word(w, mark(ls)) for w, ls in bound.words)
+        return Term(operands, tuple((a, mark(m)) for a, m in bound.blocks), Drop())
 
     def added(delta: Delta) -> Term:
         made = term(delta, "IO")
@@ -90,7 +90,7 @@ def express(
     for delta, flat, prefix in ((recipe.left, "II", "left "), (recipe.right, "OO", "right ")):
         if delta is None:
             continue
-        t, sizes = term(delta, flat, prefix), _network.parse(delta, leaf, flat).sizes
+        t, sizes = term(delta, flat, prefix), _network.bind(delta, leaf, flat).sizes
         *_, (side, rows), (_, columns) = t.blocks
         makes, meets = (rows, columns) if delta is recipe.left else (columns, rows)
         made = made.times(side, t.operands, tuple((x, sizes[x.removeprefix(prefix)]) for x in meets), makes)

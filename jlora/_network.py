@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -52,6 +52,11 @@ class Array:
     scale: bool = False
     derived: bool = False
 
+    @property
+    def arrays(self) -> tuple["Array", ...]:
+        """What an operand is made of: of a stored factor, itself."""
+        return (self,)
+
 
 @dataclasses.dataclass(frozen=True)
 class Function:
@@ -79,6 +84,11 @@ class Difference(Function):
 @dataclasses.dataclass(frozen=True)
 class Base:
     """The frozen weight itself as an operand, in its own axes."""
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """None: nothing is stored for it."""
+        return ()
 
 
 Word: TypeAlias = "Array | Function | Base"
@@ -168,14 +178,18 @@ class Recipe:
         others = ((self.gain, "IO"), (self.left, "II"), (self.right, "OO"))
         return (*((d, "IO") for d in self.deltas), *((d, sides) for d, sides in others if d is not None))
 
+    def bound(self, leaf: Leaf) -> tuple["Bound", ...]:
+        """Every network on one leaf, in the order of `networks`."""
+        return tuple(bind(delta, leaf, sides) for delta, sides in self.networks)
+
     def splits(self, leaf: Leaf) -> bool:
         """Whether it matters which axes are input and which are output: an operand has some of them and not others."""
         own = {atom for n, atom in enumerate(atoms(leaf)) if leaf.roles[n] != "s"}
         if len(own) < 2:
             return False
-        parsed = [parse(delta, leaf, sides) for delta, sides in self.networks]
-        held = [set(labels) & own for p in parsed for labels in p.operands]
-        flat = any(side != made for p in parsed for side, made in p.blocks)
+        bound = self.bound(leaf)
+        held = [set(labels) & own for b in bound for labels in b.labels]
+        flat = any(side != made for b in bound for side, made in b.blocks)
         return flat or any(part and part != own for part in held)
 
     def arrays(self, leaf: Leaf) -> dict[tuple[str, str], tuple[Array, tuple[int, ...]]]:
@@ -190,17 +204,12 @@ class Recipe:
                 raise ValueError(f"{place[0]!r} would hold {array.name!r} in two shapes, {found[place][1]} and {full}")
             found[place] = (array, full)
 
-        for delta, sides in self.networks:
-            parsed = parse(delta, leaf, sides)
-            for word, labels in zip(delta.operands, parsed.operands, strict=True):
-                if isinstance(word, Array):
-                    add(word, word.shape or tuple(parsed.sizes[x] for x in labels))
-                elif isinstance(word, Function):
-                    for array in word.arrays:
-                        assert array.shape is not None  # `_wellformed` has said so in words
-                        add(array, array.shape)
+        for bound in self.bound(leaf):
+            for array, shape in bound.stored():
+                add(array, shape)
+            delta = bound.delta
             if any(delta is d for d in self.deltas):
-                _check_covers(delta, parsed, leaf)
+                _check_covers(bound, leaf)
                 if scales.setdefault(delta.s, delta.scale) != delta.scale:
                     raise ValueError(
                         f"two deltas share the factor {delta.s!r} with unlike scales; name them apart (s=)"
@@ -229,14 +238,14 @@ def scale_of(delta: Delta) -> Array:
     return Array(delta.s, constant(delta.scale), (), trained=False, scale=True)
 
 
-def _check_covers(delta: Delta, parsed: "Parsed", leaf: Leaf) -> None:
-    held = {x for labels in parsed.operands for x in labels} | set(atoms(leaf)[n] for n in leaf.axes("s"))
-    covered = {a for side, _ in parsed.blocks for a in side}
-    if covered != set(atoms(leaf)) or not all(set(made) <= held for _, made in parsed.blocks):
+def _check_covers(bound: "Bound", leaf: Leaf) -> None:
+    held = {x for labels in bound.labels for x in labels} | set(atoms(leaf)[n] for n in leaf.axes("s"))
+    covered = {a for side, _ in bound.blocks for a in side}
+    if covered != set(atoms(leaf)) or not all(set(made) <= held for _, made in bound.blocks):
         sides = (("I", "i"), ("O", "o"), ("K", "k"))
         lost = [side for side, role in sides if set(atoms(leaf)[n] for n in leaf.axes(role)) - covered]
         raise ValueError(
-            f"the equation {delta.equation!r} does not make every axis of a weight with axes {leaf.roles!r}"
+            f"the equation {bound.delta.equation!r} does not make every axis of a weight with axes {leaf.roles!r}"
             + (f": there is no {' and no '.join(lost)}" if lost else "")
         )
 
@@ -245,16 +254,46 @@ Blocks: TypeAlias = tuple[tuple[Labels, Labels], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Parsed:
-    """An equation on one leaf: labels of each operand (without stack), the blocks of the result, sizes by label.
+class Bound:
+    """A network on one leaf: its words, each with the labels of its axes (without stack), and what they make.
 
-    A block says that some adjacent axes of the weight (atoms) are, flattened, the flattened product of some labels.
-    Most are trivial: an axis is its own label.
+    Attributes:
+      delta: the network.
+      words: each word and its labels.
+      blocks: a block says that some adjacent axes of the weight (atoms) are, flattened, the flattened product of some
+        labels. Most are trivial: an axis is its own label.
+      sizes: the size of each label.
     """
 
-    operands: tuple[Labels, ...]
+    delta: Delta
+    words: tuple[tuple[Word, Labels], ...]
     blocks: Blocks
     sizes: Mapping[str, int]
+
+    @property
+    def labels(self) -> tuple[Labels, ...]:
+        """Of each operand."""
+        return tuple(labels for _, labels in self.words)
+
+    @property
+    def made(self) -> Labels:
+        """Of the result, block by block."""
+        return tuple(x for _, made in self.blocks for x in made)
+
+    @property
+    def order(self) -> Labels:
+        """The atoms that these make, in their order."""
+        return tuple(a for side, _ in self.blocks for a in side)
+
+    def shape(self, labels: Labels) -> tuple[int, ...]:
+        """The sizes of some labels."""
+        return tuple(self.sizes[x] for x in labels)
+
+    def stored(self) -> Iterator[tuple[Array, tuple[int, ...]]]:
+        """Every stored array, word by word, with its shape without stack axes."""
+        for word, labels in self.words:
+            for array in word.arrays:
+                yield array, self.shape(labels) if array.shape is None else array.shape
 
 
 def atoms(leaf: Leaf) -> Labels:
@@ -262,7 +301,7 @@ def atoms(leaf: Leaf) -> Labels:
     return tuple(f"{role}{n}" for n, role in enumerate(leaf.roles))
 
 
-def parse(delta: Delta, leaf: Leaf, flat: str = "IO") -> Parsed:
+def bind(delta: Delta, leaf: Leaf, flat: str = "IO") -> Bound:
     """Reads an equation for the shape of one leaf; `flat` says the sides of its groups in parentheses."""
     names = atoms(leaf)
     window = "K" in delta.equation
@@ -285,4 +324,4 @@ def parse(delta: Delta, leaf: Leaf, flat: str = "IO") -> Parsed:
             blocks.append((side, labels))
         else:
             blocks += [((a,), (a,)) for a in sides[token]]
-    return Parsed(operands, tuple(blocks), sizes)
+    return Bound(delta, tuple(zip(delta.operands, operands, strict=True)), tuple(blocks), sizes)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _network
-from jlora._network import Array, Delta, Difference, Function, Labels, Parsed
+from jlora._network import Array, Bound, Difference, Function, Labels
 from jlora._plan import Plan, Site
 
 
@@ -111,7 +111,7 @@ class Pair:
 def pairs(plan: Plan) -> tuple[Pair, ...]:
     """Every pair of a plan, one for each weight and delta it stands in; a shared factor stands in several."""
     found = (
-        _pair(site, delta, _network.parse(delta, site.leaf), letter)
+        _pair(site, _network.bind(delta, site.leaf), letter)
         for site in plan.sites
         for delta in site.recipe.deltas
         for letter in delta.ranks
@@ -133,36 +133,35 @@ def wasted(plan: Plan) -> str:
     )
 
 
-def _pair(site: Site, delta: Delta, parsed: Parsed, letter: str) -> Pair | None:
-    words = list(zip(delta.operands, parsed.operands, strict=True))
-    alone = [_member(site, word, labels, letter, parsed) for word, labels in words if labels == (letter,)]
+def _pair(site: Site, bound: Bound, letter: str) -> Pair | None:
+    alone = [_member(site, word, labels, letter, bound) for word, labels in bound.words if labels == (letter,)]
     gates = tuple(gate for gate in alone if gate is not None)
-    sided = [(word, labels) for word, labels in words if letter in labels and labels != (letter,)]
-    members = {_side(parsed, labels, letter): _member(site, word, labels, letter, parsed) for word, labels in sided}
+    sided = [(word, labels) for word, labels in bound.words if letter in labels and labels != (letter,)]
+    members = {_side(bound, labels, letter): _member(site, word, labels, letter, bound) for word, labels in sided}
     one, two = members.get("i"), members.get("o")
     if len(sided) != 2 or one is None or two is None:
         return None
-    others = len(words) - 2 - len(gates)
+    others = len(bound.words) - 2 - len(gates)
     stack, path = site.leaf.stack, site.leaf.path
-    rank = min([parsed.sizes[letter], *(m.array.shape[0] for m in (one, two) if m.start and m.array.shape)])
-    return Pair(one, two, gates, others, path, rank, math.prod(stack), (path, delta.s), len(stack))
+    rank = min([bound.sizes[letter], *(m.array.shape[0] for m in (one, two) if m.start and m.array.shape)])
+    return Pair(one, two, gates, others, path, rank, math.prod(stack), (path, bound.delta.s), len(stack))
 
 
-def _side(parsed: Parsed, labels: Labels, letter: str) -> str:
+def _side(bound: Bound, labels: Labels, letter: str) -> str:
     """`i` or `o` where all labels but the rank stand for that side, windows among the inputs; else nothing."""
-    roles = {atoms[0][0].replace("k", "i") for atoms, made in parsed.blocks if set(made) & set(labels)}
-    held = {x for _, made in parsed.blocks for x in made}
+    roles = {atoms[0][0].replace("k", "i") for atoms, made in bound.blocks if set(made) & set(labels)}
+    held = {x for _, made in bound.blocks for x in made}
     return "".join(roles) if len(roles) == 1 and set(labels) - {letter} <= held else ""
 
 
-def _member(site: Site, word: Any, labels: Labels, letter: str, parsed: Parsed) -> Member | None:
+def _member(site: Site, word: Any, labels: Labels, letter: str, bound: Bound) -> Member | None:
     start = fn = None
     if isinstance(word, Array):
         array, first = word, labels[0] == letter
-        width = math.prod(parsed.sizes[x] for x in labels if x != letter)
+        width = math.prod(bound.sizes[x] for x in labels if x != letter)
     elif isinstance(word, Function) and len(word.arrays) == 1 and not word.base:
         array = word.arrays[0]
-        first = (array.shape or (0,))[0] == parsed.sizes[letter]
+        first = (array.shape or (0,))[0] == bound.sizes[letter]
         width = math.prod(array.shape[1:]) if array.shape else 0
     elif isinstance(word, Difference):
         array, began = word.arrays  # type: ignore[misc]

@@ -26,13 +26,12 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
     for delta, sides in recipe.networks:
         try:
             _check_letters(delta, sides)
-            parsed = _network.parse(delta, leaf, sides)
-            for word, labels in zip(delta.operands, parsed.operands, strict=True):
-                shape = [parsed.sizes.get(x) for x in labels]
+            bound = _network.bind(delta, leaf, sides)
+            for word, labels in bound.words:
                 if isinstance(word, Array):
-                    _check_array(word, labels, shape)
-                for array in word.arrays if isinstance(word, Function) else ():
-                    if array.shape is None:
+                    _check_array(word, labels, [bound.sizes.get(x) for x in labels])
+                for array in word.arrays:
+                    if array.shape is None and isinstance(word, Function):
                         raise ValueError(f"{array.name!r} stands in a Function, so its shape is said: shape=(4,)")
         except ValueError as error:
             raise ValueError(f"{error} (in the equation {delta.equation!r})") from error.__cause__
@@ -136,17 +135,16 @@ def check_functions(recipe: Recipe, leaf: Leaf, made: Mapping[tuple[str, str], A
 @functools.lru_cache(maxsize=1024)
 def _check_functions(recipe: Recipe, leaf: Leaf, given: tuple[Any, ...]) -> None:
     rest = iter(given)
-    for delta, sides in recipe.networks:
-        parsed = _network.parse(delta, leaf, sides)
-        for word, labels in zip(delta.operands, parsed.operands, strict=True):
+    for bound in recipe.bound(leaf):
+        for word, labels in bound.words:
             if isinstance(word, Function):
                 arrays = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in next(rest)]
                 if word.base:
                     arrays.append(jax.ShapeDtypeStruct(leaf.layer.shape, leaf.dtype))
                 try:
-                    _check_function(word, arrays, labels, [parsed.sizes.get(x) for x in labels])
+                    _check_function(word, arrays, labels, [bound.sizes.get(x) for x in labels])
                 except ValueError as error:
-                    raise ValueError(f"{error} (in the equation {delta.equation!r})") from error.__cause__
+                    raise ValueError(f"{error} (in the equation {bound.delta.equation!r})") from error.__cause__
 
 
 def _check_function(word: Function, given: Sequence[Any], labels: Sequence[str], shape: Sequence[int | None]) -> None:

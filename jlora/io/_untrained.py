@@ -50,8 +50,7 @@ def _start(adapted: Adapted) -> str:
     found, made = "", []
     for site in adapted.frozen.plan.sites:
         for word in (word for delta, _ in site.recipe.networks for word in delta.operands):
-            arrays: Any = (word,) if isinstance(word, Array) else getattr(word, "arrays", ())
-            for array in (a for a in arrays if a.trained):
+            for array in (a for a in word.arrays if a.trained):
                 x = np.asarray(adapted.trainable[array.group or site.leaf.path][array.name])
                 start: Any = begins(array)
                 where = f"{start} everywhere"

@@ -33,7 +33,7 @@ class Gain:
     deltas: tuple[Delta, ...]
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
-        if all(atoms == made for d in self.deltas for atoms, made in _network.parse(d, self.leaf).blocks):
+        if all(atoms == made for d in self.deltas for atoms, made in _network.bind(d, self.leaf).blocks):
             return self._gain(*arrays)
         # of a side that is flat no array says how a mesh cuts its parts; the gain lives where m does
         *rest, m, t, w0 = arrays
@@ -61,41 +61,34 @@ class Gain:
     def _terms(self, arrays: list[jax.Array]) -> Any:
         """(operands, their labels, blocks) of each delta, its scale among the operands."""
         for delta in self.deltas:
-            parsed = _network.parse(delta, self.leaf)
+            bound = _network.bind(delta, self.leaf)
             values = []
             for word in delta.operands:
-                count = len(word.arrays) if isinstance(word, Function) else 1
-                own, arrays = arrays[:count], arrays[count:]
+                own, arrays = arrays[: len(word.arrays)], arrays[len(word.arrays) :]
                 values.append(word.fn(*own) if isinstance(word, Function) else own[0])
-            yield [*values, arrays[0]], [*parsed.operands, ()], parsed
+            yield [*values, arrays[0]], [*bound.labels, ()], bound
             arrays = arrays[1:]
 
     def _over(self, term: Any, out: Labels, w0: Any = None, other: Any = None) -> jax.Array:
         """The sum over input axes of dW times W0, or times another dW."""
-        values, names, parsed = term
-        made = {atom: labels for atoms, labels in parsed.blocks for atom in atoms}
+        values, names, bound = term
+        made = {atom: labels for atoms, labels in bound.blocks for atom in atoms}
         result = tuple(dict.fromkeys(x for atom in out for x in made[atom]))
         if w0 is not None:
-            order = [a for atoms, _ in parsed.blocks for a in atoms]
-            labels = tuple(x for _, ls in parsed.blocks for x in ls)
             axes = _network.atoms(self.leaf)
-            w0 = lax.transpose(w0, [axes.index(a) for a in order]).reshape([parsed.sizes[x] for x in labels])
-            square = contract([w0, *values], [labels, *names], result)
-        elif other[2].blocks == parsed.blocks:
-            kept = {x for _, ls in parsed.blocks for x in ls}
-            mark = lambda ls: tuple(x if x in kept else "other " + x for x in ls)
+            w0 = lax.transpose(w0, [axes.index(a) for a in bound.order]).reshape(bound.shape(bound.made))
+            square = contract([w0, *values], [bound.made, *names], result)
+        elif other[2].blocks == bound.blocks:
+            mark = lambda ls: tuple(x if x in bound.made else "other " + x for x in ls)
             square = contract([*values, *other[0]], [*names, *map(mark, other[1])], result)
         else:
             square = jnp.sum(self._dense(term) * self._dense(other), self.leaf.axes("ik"))
         return square.reshape(self.leaf.sizes("o"))
 
     def _dense(self, term: Any) -> jax.Array:
-        values, names, parsed = term
-        order = [a for atoms, _ in parsed.blocks for a in atoms]
-        dense = contract(values, names, tuple(x for _, ls in parsed.blocks for x in ls))
-        axes = _network.atoms(self.leaf)
-        dense = dense.reshape([parsed.sizes[a] for a in order])
-        return lax.transpose(dense, [order.index(a) for a in axes])
+        values, names, bound = term
+        dense = contract(values, names, bound.made).reshape(bound.shape(bound.order))
+        return lax.transpose(dense, [bound.order.index(a) for a in _network.atoms(self.leaf)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +143,7 @@ class DoRA(Method):
         one = Leaf(leaf.path, tuple(leaf.shape[n] for n in kept), leaf.dtype, roles)
         arrays: list[Array] = []
         for delta in inner.deltas:
-            parsed = _network.parse(delta, one)
-            for word, labels in zip(delta.operands, parsed.operands, strict=True):
-                if isinstance(word, Array):
-                    arrays.append(dataclasses.replace(word, shape=tuple(parsed.sizes[x] for x in labels)))
-                elif isinstance(word, Function):
-                    arrays += word.arrays
+            arrays += [dataclasses.replace(a, shape=shape) for a, shape in _network.bind(delta, one).stored()]
             arrays.append(_network.scale_of(delta))
         out = leaf.sizes("o")
         n0 = Array("n0", of_the_weight, out, trained=False)

@@ -76,11 +76,7 @@ def _trained(site: Site) -> list[Array]:
 def _words(delta: Delta, x: Array) -> list[Any]:
     """The operands of a network in which a factor stands."""
     same = lambda a: (a.group, a.name) == (x.group, x.name)
-    return [
-        word
-        for word in delta.operands
-        if isinstance(word, Array) and same(word) or isinstance(word, Function) and any(map(same, word.arrays))
-    ]
+    return [word for word in delta.operands if any(map(same, word.arrays))]
 
 
 def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:

@@ -209,7 +209,7 @@ def _whole(site: Site) -> bool:
     recipe, leaf = site.recipe, site.leaf
     vector = not leaf.axes("ik") or len(leaf.axes("iok")) < 2
     alone = recipe.gain is recipe.left is recipe.right is None
-    return vector or alone and all(sum(map(bool, parsed.operands)) == 1 for parsed in _parsed(site))
+    return vector or alone and all(sum(map(bool, bound.labels)) == 1 for bound in _bound(site))
 
 
 def _looked_up(path: str) -> bool:
@@ -281,7 +281,7 @@ def _activations(
     """A dot over an axis that is cut leaves a sum over devices."""
     others = tuple(n for n in sizes if n not in rows and sizes[n] > 1)
     local = token_bytes / math.prod(sizes[n] for n in rows)
-    narrow = {site.leaf.path: sum(map(_width, _parsed(site))) for site in placed.frozen.plan.sites}
+    narrow = {site.leaf.path: sum(map(_width, _bound(site))) for site in placed.frozen.plan.sites}
     wide = thin = 0.0
     for (path, a), roles, spec in zip(_named(tree), roles_of(tree, placed.frozen.plan), entries, strict=True):
         if not set("ik") & set(roles):
@@ -304,11 +304,11 @@ def _activations(
     ]
 
 
-def _parsed(site: Site) -> list[_network.Parsed]:
-    return [_network.parse(delta, site.leaf) for delta in site.recipe.deltas]
+def _bound(site: Site) -> list[_network.Bound]:
+    return [_network.bind(delta, site.leaf) for delta in site.recipe.deltas]
 
 
-def _width(parsed: _network.Parsed) -> int:
+def _width(bound: _network.Bound) -> int:
     """The size of the letters that stand on no side: what is left of an activation in the middle of a network."""
-    sides = {x for side, made in parsed.blocks for x in (*side, *made)}
-    return sum(parsed.sizes[x] for x in {x for labels in parsed.operands for x in labels} - sides)
+    sides = {x for side, made in bound.blocks for x in (*side, *made)}
+    return sum(bound.sizes[x] for x in {x for labels in bound.labels for x in labels} - sides)

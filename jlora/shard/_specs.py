@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jlora import _answers, _axes, _network, _plan, _tree
-from jlora._network import Function, Parsed
+from jlora._network import Bound
 from jlora._packed import is_packed
 from jlora._plan import Plan, Site
 from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted
@@ -112,20 +112,18 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
         # an equation comes before the functions that read its factors: it knows more of their axes
         found.setdefault(place, _rules.fitted(tuple(entries), stored[place][1], sizes))
 
-    for delta, sides in site.recipe.networks:
-        parsed = _network.parse(delta, leaf, sides)
-        entry = _letters(parsed, dict(zip(_network.atoms(leaf), kernel, strict=True)), sizes)
-        for word, labels in zip(delta.operands, parsed.operands, strict=True):
-            given = word.arrays if isinstance(word, Function) else (word,) if isinstance(word, _network.Array) else ()
-            want = tuple(parsed.sizes[x] for x in labels)
-            for array in given:
+    for bound in site.recipe.bound(leaf):
+        entry = _letters(bound, dict(zip(_network.atoms(leaf), kernel, strict=True)), sizes)
+        for word, labels in bound.words:
+            want = bound.shape(labels)
+            for array in word.arrays:
                 shape = want if array.shape is None else array.shape
                 # an array inside a function has no labels: it takes those of the operand where their sizes agree
                 like = len(shape) == len(labels)
                 own = [entry.get(labels[n]) if like and want[n] == size else None for n, size in enumerate(shape)]
                 put(array, own)
-        if delta in site.recipe.deltas:
-            put(_network.scale_of(delta), [])
+        if bound.delta in site.recipe.deltas:
+            put(_network.scale_of(bound.delta), [])
     return found
 
 
@@ -134,25 +132,22 @@ def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[
     has the stack axes.
     """
     atoms = dict(zip(_network.atoms(site.leaf), kernel, strict=True))
-    for delta, sides in site.recipe.networks:
-        parsed = _network.parse(delta, site.leaf, sides)
-        entry = _letters(parsed, atoms, sizes)
-        for word, labels in zip(delta.operands, parsed.operands, strict=True):
+    for bound in site.recipe.bound(site.leaf):
+        entry = _letters(bound, atoms, sizes)
+        for word, labels in bound.words:
             if not isinstance(word, _network.Base):
-                shape = tuple(parsed.sizes[x] for x in labels)
-                arrays = word.arrays if isinstance(word, Function) else (word,)
-                stacked = any(isinstance(a, _network.Array) and a.stacked for a in arrays)
+                shape, stacked = bound.shape(labels), any(a.stacked for a in word.arrays)
                 yield shape, _rules.fitted(tuple(entry.get(x) for x in labels), shape, sizes), stacked
 
 
-def _letters(parsed: Parsed, atoms: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+def _letters(bound: Bound, atoms: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     """The entry of every letter: an atom's own; of a flat side's letters the slow one has the side's.
 
     A side whose slow axis alone is cut is cut into runs of rows when it is flattened; so is its slow letter, if it
     divides, and both cuts fall on the same rows.
     """
     entry = dict(atoms)
-    for side, made in parsed.blocks:
+    for side, made in bound.blocks:
         if side != made and sizes is not None:
             first, *rest = (atoms[a] for a in side)
             entry[made[0]] = first if not any(rest) else None

@@ -61,6 +61,7 @@ METHODS = {
     "VBLoRA": lambda target: jlora.VBLoRA(rank=RANK, vectors=90, target=target),
     "TiedLoRA": lambda target: jlora.TiedLoRA(rank=RANK, target=target),
     "RandLoRA": lambda target: jlora.RandLoRA(rank=RANK, target=target),
+    "GraLoRA": lambda target: jlora.GraLoRA(rank=RANK, alpha=16, target=target),
     "MiSS": lambda target: jlora.MiSS(rank=RANK, target=target),
     "HiRA": lambda target: jlora.HiRA(rank=RANK, alpha=16, target=target),
     "IA3": lambda target: jlora.IA3(target=target),

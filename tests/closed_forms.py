@@ -109,6 +109,24 @@ def lora_and_lora_fa(W0: np.ndarray, f: Any, s: float, s_2: float) -> np.ndarray
     return W0 + s * rows(f.a).T @ rows(f.b) + s_2 * rows(f.a_2).T @ rows(f.b_2)
 
 
+def gralora(W0: np.ndarray, f: Any, alpha: float) -> np.ndarray:
+    """W0 + s A_pq B_pq in k x k blocks, at each place of the window, and s A B over all of it where it is hybrid.
+
+    s = alpha / (r + the hybrid's). Jung et al, 2025, 3.2 and 3.3.
+    """
+    r, k, _, i = f.a.shape[:4]
+    A, B = f.a.reshape(r, k, k, i, -1), f.b.reshape(r, k, k, -1)
+    window, o = A.shape[-1], B.shape[-1]
+    dW = np.zeros((window, k * i, k * o))
+    for w, p, q in np.ndindex(window, k, k):
+        dW[w, p * i : (p + 1) * i, q * o : (q + 1) * o] = A[:, p, q, :, w].T @ B[:, p, q]
+    dW = dW.reshape(W0.shape)
+    if not hasattr(f, "a_hybrid"):
+        return W0 + alpha / (r * k) * dW
+    whole = rows(f.a_hybrid).T @ rows(f.b_hybrid)
+    return W0 + alpha / (r * k + len(f.a_hybrid)) * (dW + whole)
+
+
 def miss(W0: np.ndarray, f: Any) -> np.ndarray:
     """W0 + D over and over: below itself for each shard of r inputs, the last one cut off, and beside itself where it
     is narrower (mini). Kang and Yin, 2024, 3.1.

@@ -222,6 +222,16 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "gralora",
+        lambda target: jlora.GraLoRA(rank=2, alpha=3, target=target),
+        partial(closed_forms.gralora, alpha=3),
+        low_rank,
+        fits=lambda leaf: leaf.size("i") % 2 == leaf.size("o") % 2 == 0,
+        dense_on=("linen/unet",),
+        everywhere=False,
+        models=("plain/square", "linen/unet"),  # elsewhere widths are odd
+    ),
+    Row(
         "miss",
         lambda target: jlora.MiSS(rank=2, target=target),
         closed_forms.miss,

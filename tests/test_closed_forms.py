@@ -285,6 +285,11 @@ VARIANTS = {
         jlora.DoRA(jlora.KronA(target="kernel")), partial(forms.dora, inner=partial(forms.krona, s=1)), ["matrix"]
     ),
     "dora_vera": (jlora.DoRA(jlora.VeRA(rank=3, target="kernel")), partial(forms.dora, inner=forms.vera), ["matrix"]),
+    "gralora_hybrid": (
+        jlora.GraLoRA(rank=3, blocks=3, hybrid=2, alpha=4, target="kernel"),
+        partial(forms.gralora, alpha=4),
+        ["into_heads"],
+    ),
     "dora_miss": (
         jlora.DoRA(jlora.MiSS(rank=2, target="kernel")), partial(forms.dora, inner=forms.miss), ["matrix"]
     ),

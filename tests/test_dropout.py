@@ -157,6 +157,7 @@ METHODS = {
     "TiedLoRA": lambda **o: jlora.TiedLoRA(rank=3, **o),
     "VBLoRA": lambda **o: jlora.VBLoRA(rank=2, vectors=5, length=4, **o),
     "LoRAXS": lambda **o: jlora.LoRAXS(rank=2, **o),
+    "GraLoRA": lambda **o: jlora.GraLoRA(rank=3, blocks=1, hybrid=2, **o),
     "MiSS": lambda **o: jlora.MiSS(rank=3, **o),
     "HiRA": lambda **o: jlora.HiRA(rank=2, **o),
     "RandLoRA": lambda **o: jlora.RandLoRA(rank=3, **o),

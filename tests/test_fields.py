@@ -21,6 +21,7 @@ T = "q/(kernel|bias)$"
 MADE = {
     "LoRA": lambda **o: jlora.LoRA(**{"rank": 2, "target": "q/kernel$", **o}),
     "LoRAXS": lambda **o: jlora.LoRAXS(**{"rank": 2, "target": "q/kernel$", **o}),
+    "GraLoRA": lambda **o: jlora.GraLoRA(**{"rank": 2, "target": "q/kernel$", **o}),
     "MiSS": lambda **o: jlora.MiSS(**{"rank": 2, "target": "q/kernel$", **o}),
     "LoRAFA": lambda **o: jlora.LoRAFA(**{"rank": 2, "target": "q/kernel$", **o}),
     "DoRA": lambda **o: jlora.DoRA(**{"inner": jlora.LoRA(rank=2, target="q/kernel$"), **o}),

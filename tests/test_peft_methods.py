@@ -12,6 +12,17 @@ import jlora
 FILES = Path(__file__).parent / "fixtures" / "peft_methods"
 
 
+def gralora(f):
+    """a (k, in / k, r) and b (k, r, out / k) there: the rank of A holds (k, r / k), the blocks of the output first."""
+    k, i, r = f["gralora_A"].shape
+    made = {
+        "a": f["gralora_A"].reshape(k, i, k, r // k).transpose(3, 0, 2, 1),
+        "b": f["gralora_B"].reshape(k, k, r // k, -1).transpose(2, 1, 0, 3),
+    }
+    hybrid = {n: f[f"gralora_{n.upper()}_general.weight"] for n in "ab" if f"gralora_{n.upper()}_general.weight" in f}
+    return made | {f"{n}_hybrid": x if n == "a" else x.T for n, x in hybrid.items()}
+
+
 # file -> (method, its factors out of peft's tensors). Torch stores (out, in): the transpose of a kernel.
 GOLDEN = {
     "vblora": (
@@ -22,6 +33,8 @@ GOLDEN = {
             "sigma_b": f["vblora_logits_B"].swapaxes(0, 1),
         },
     ),
+    "gralora": (jlora.GraLoRA(rank=4, alpha=6), gralora),
+    "gralora_hybrid": (jlora.GraLoRA(rank=4, alpha=6, hybrid=3), gralora),
     "miss": (jlora.MiSS(rank=2), lambda f: {"d": f["miss_block"]}),
     "miss_rest": (jlora.MiSS(rank=4), lambda f: {"d": f["miss_block"]}),
     "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),

@@ -84,6 +84,12 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "krona": (jlora.KronA(), DENSE, {"a": kaiming(48), "b": zero}),
     "krona_residual": (jlora.KronA(residual=True), (IN, IN), {"a": kaiming(48), "b": zero, "s_res": zero}),
     "hira": (jlora.HiRA(rank=4), DENSE, {"a": kaiming(IN), "b": zero}),
+    "gralora": (
+        jlora.GraLoRA(rank=4, blocks=4, hybrid=2),
+        DENSE,
+        {"a": kaiming(IN // 4), "b": zero, "a_hybrid": kaiming(IN), "b_hybrid": zero},
+    ),
+    "gralora_window": (jlora.GraLoRA(rank=4), WINDOW, {"a": kaiming(6 * 24**2 // 2), "b": zero}),
     "miss": (jlora.MiSS(rank=4), DENSE, {"d": zero}),
     "miss_bat": (jlora.MiSS(rank=8, bat=True), DENSE, {"d": zero}),
     "vera": (  # kaiming with a gain of sqrt(2)

@@ -7,6 +7,7 @@ from jlora.methods.base import Method as Method
 from jlora.methods.bitfit import BitFit as BitFit
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.full import Full as Full
+from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.ia3 import IA3 as IA3
 from jlora.methods.intrinsic import IntrinsicDimension as IntrinsicDimension

@@ -67,6 +67,7 @@ METHODS = {
     "IA3": lambda target: jlora.IA3(target=target),
     "SSF": lambda target: jlora.SSF(target=target),
     "OFT": lambda target: jlora.OFT(block=32, target=target),
+    "HRA": lambda target: jlora.HRA(rank=RANK, target=target),
 }
 # Masks, thresholds and probes fall into the timed rounds.
 SCHEDULE = {"target_rank": 5, "total_steps": 10**4, "interval": 1}

@@ -15,6 +15,8 @@ from jlora._contract import explicit_mesh, placed, settled
 from jlora._network import Labels
 from jlora._term import Operand
 
+KEPT = "jlora: made of W0, and kept"  # the name (`jax.ad_checkpoint.checkpoint_name`) of what is costly and small
+
 _static = lambda: dataclasses.field(metadata={"static": True})
 
 
@@ -152,7 +154,8 @@ class Lazy:
 class Fed:
     """A function of arrays and W0, as one of arrays and the arrays that W0 is made of.
 
-    Late, though it needs no activation: else XLA for CPUs makes the weights of all layers, and then what they are for.
+    The backward pass makes W0 anew, so that no dense one is kept for it; what the function calls `KEPT` is. Late,
+    though it needs no activation: else XLA for CPUs makes the weights of all layers, and then what they are for.
     """
 
     fn: Callable[..., Any]
@@ -160,7 +163,9 @@ class Fed:
     make: Callable[..., Any]
 
     def __call__(self, *arrays: Any) -> Any:
-        return _late(lambda *arrays: self.fn(*arrays[: self.count], self.make(*arrays[self.count :])), *arrays)
+        of_w0 = lambda *arrays: self.fn(*arrays[: self.count], self.make(*arrays[self.count :]))
+        late = functools.partial(_late, of_w0)
+        return jax.checkpoint(late, policy=jax.checkpoint_policies.save_only_these_names(KEPT))(*arrays)
 
 
 def _late(f: Callable[..., Any], *args: Any) -> Any:

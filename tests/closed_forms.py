@@ -242,6 +242,13 @@ def oft(W0: np.ndarray, f: Any) -> np.ndarray:
     return R @ W0
 
 
+def hra(W0: np.ndarray, f: Any) -> np.ndarray:
+    """H^T W0, H = H_1 ... H_r, H_k = I - 2 u_k u_k^T / |u_k|^2; x W = (H x) W0 for x a column. Yuan et al, 2024."""
+    I = np.eye(len(W0))
+    chain = [I - 2 * np.outer(u, u) / (u @ u) for u in rows(f.u)]
+    return functools.reduce(np.matmul, chain).T @ W0
+
+
 def ia3(W0: np.ndarray, f: Any) -> np.ndarray:
     """W0 diag(l), and l * b0: the activation x W0 + b0 times l. Liu et al, 2022."""
     return W0 * f.l.ravel()

@@ -258,6 +258,13 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "hra",
+        lambda target: jlora.HRA(rank=4, target=target),
+        closed_forms.hra,
+        lambda leaf: math.prod(leaf.stack) * 4 * leaf.size("ik"),
+        everywhere=False,
+    ),
+    Row(
         "sum",
         lambda target: jlora.Sum(jlora.LoRA(rank=1), jlora.LoRAFA(rank=2, alpha=3), target=target),
         partial(closed_forms.lora_and_lora_fa, s=1, s_2=3 / 2),

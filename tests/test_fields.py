@@ -36,7 +36,10 @@ MADE = {
     "IA3": lambda **o: jlora.IA3(**{"target": "q/kernel$", **o}),
     "OFT": lambda **o: jlora.OFT(**{"block": 4, "target": "q/kernel$", **o}),
 }
-for cls in (jlora.AdaLoRA, jlora.SoRA, jlora.LoHa, jlora.LoKr, jlora.VeRA, jlora.RandLoRA, jlora.HiRA, jlora.TiedLoRA):
+for cls in (
+    jlora.AdaLoRA, jlora.SoRA, jlora.LoHa, jlora.LoKr, jlora.VeRA, jlora.RandLoRA, jlora.HiRA, jlora.HRA,
+    jlora.TiedLoRA,
+):  # fmt: skip
     MADE[cls.__name__] = lambda cls=cls, **o: cls(**{"rank": 2, "target": "q/kernel$", **o})
 ODD = [
     True, False, 0, 1, 2, -1, 3.0, 2.5, 0.0, -0.0, 1e-3, 1e40, -1e40, 1e-60, 2**40, 2**70, float("nan"), float("inf"),

@@ -39,6 +39,7 @@ GOLDEN = {
     "miss_rest": (jlora.MiSS(rank=4), lambda f: {"d": f["miss_block"]}),
     "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),
     "miss_bat": (jlora.MiSS(rank=2, bat=True), lambda f: {"d": f["miss_block"]}),
+    "hra": (jlora.HRA(rank=4), lambda f: {"u": f["hra_u"].T}),
 }
 
 

@@ -39,6 +39,16 @@ def at(value: float, x: np.ndarray) -> None:
     np.testing.assert_allclose(x, value, rtol=1e-6, atol=0)
 
 
+def pairs(start: Any) -> Any:
+    """Each two neighbours are equal, and the first of each begin so."""
+
+    def both(x: np.ndarray) -> None:
+        np.testing.assert_array_equal(x[::2], x[1::2])
+        start(x[::2])
+
+    return both
+
+
 zero, one = partial(at, 0.0), partial(at, 1.0)
 kaiming = lambda fan_in: partial(even, 1 / math.sqrt(fan_in))  # torch's kaiming_uniform_(a=sqrt(5)): loralib, LyCORIS
 
@@ -118,6 +128,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         jlora.TiedLoRA(rank=4, trained=("u", "v")), DENSE, {"a": kaiming(IN), "b": kaiming(4), "u": one, "v": zero}
     ),
     "oft": (jlora.OFT(), DENSE, {"q": zero}),
+    "hra": (jlora.HRA(rank=8), DENSE, {"u": pairs(kaiming(4))}),  # as peft has it, over half the rank
     "ia3": (jlora.IA3(), DENSE, {"l": one}),
     "ia3_in": (jlora.IA3(side="in"), DENSE, {"l": one}),
     "ssf": (jlora.SSF(target="."), DENSE, {"gamma": one}),

@@ -44,8 +44,9 @@ def warn(caller: str, adapted: Adapted) -> None:
 def _start(adapted: Adapted) -> str:
     """One factor that is where it began, in words; "" where some factor has moved, or none says how it began.
 
-    A start is known of factors that begin at a constant, of pairs, which keep theirs beside them, and of what is made
-    of the weight alone, such as DoRA's m. So every method is asked by the words of its equation.
+    A start is known of factors that begin at a constant, of pairs, which keep theirs beside them, of what is made of
+    the weight alone, such as DoRA's m, and of initialisers that say what `could_begin`. So every method is asked by the
+    words of its equation.
     """
     found, made = "", []
     for site in adapted.frozen.plan.sites:
@@ -59,6 +60,11 @@ def _start(adapted: Adapted) -> str:
                     start, where = adapted.frozen.factors[kept.group or site.leaf.path][kept.name], "where it began"
                 if array.init is of_the_weight:
                     made.append((site, array, x))
+                could_begin = getattr(array.init, "could_begin", None)
+                if could_begin is not None and not could_begin(x):
+                    return ""
+                if could_begin is not None:
+                    found = found or f"{array.name!r} of {array.group or site.leaf.path!r} is as it is drawn"
                 if start is None:
                     continue
                 if not np.array_equal(x, np.broadcast_to(np.asarray(start, x.dtype), x.shape)):

@@ -9,6 +9,7 @@ from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.full import Full as Full
 from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.hira import HiRA as HiRA
+from jlora.methods.hra import HRA as HRA
 from jlora.methods.ia3 import IA3 as IA3
 from jlora.methods.intrinsic import IntrinsicDimension as IntrinsicDimension
 from jlora.methods.krona import KronA as KronA

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora import _network
 from jlora._axes import Leaf
 from jlora._contract import automatic, contract
 from jlora._dtypes import alike
+from jlora._lazy import KEPT
 from jlora._network import Array, Delta, Function, Labels, Recipe, constant
 from jlora._tree import Target
 from jlora.methods.base import Method, of_the_weight
@@ -54,7 +56,7 @@ class Gain:
             return lax.cond(jnp.any(square < 0.01 * n0), direct, lambda: square)
 
         # of a batch of experts that are cut along outputs too, JAX's select wants the predicate cut as they are
-        norm = jnp.sqrt(automatic(exact, lax.stop_gradient([square, w0, n0, *values])))
+        norm = checkpoint_name(jnp.sqrt(automatic(exact, lax.stop_gradient([square, w0, n0, *values]))), KEPT)
         t, m, norm = alike(t, m, norm)
         return 1 + t * (m / jnp.where(norm > 0, norm, 1.0) - 1)
 

@@ -67,6 +67,7 @@ METHODS = {
     "IA3": lambda target: jlora.IA3(target=target),
     "SSF": lambda target: jlora.SSF(target=target),
     "OFT": lambda target: jlora.OFT(block=32, target=target),
+    "BOFT": lambda target: jlora.BOFT(block=8, factors=4, target=target),
     "HRA": lambda target: jlora.HRA(rank=RANK, target=target),
 }
 # Masks, thresholds and probes fall into the timed rounds.

@@ -242,6 +242,22 @@ def oft(W0: np.ndarray, f: Any) -> np.ndarray:
     return R @ W0
 
 
+def boft(W0: np.ndarray, f: Any) -> np.ndarray:
+    """B_m ... B_1 W0 diag(g), B_k a permutation of R W0 above: of halves of blocks. Liu et al, 2023, 4.
+
+    After n halves in order come n halves that are as far apart: (0, 2), (1, 3), (4, 6), (5, 7) for the second factor.
+    """
+    m, blocks, _ = f.q.shape
+    halves = np.arange(len(W0)).reshape(2 * blocks, -1)
+    W = W0
+    for k in range(m):
+        order = halves.reshape(-1, 2, 2**k, halves.shape[1]).swapaxes(1, 2).ravel()
+        made = np.empty_like(W)
+        made[order] = oft(W[order], types.SimpleNamespace(q=f.q[k]))
+        W = made
+    return W * f.g.ravel() if hasattr(f, "g") else W
+
+
 def hra(W0: np.ndarray, f: Any) -> np.ndarray:
     """H^T W0, H = H_1 ... H_r, H_k = I - 2 u_k u_k^T / |u_k|^2; x W = (H x) W0 for x a column. Yuan et al, 2024."""
     I = np.eye(len(W0))

@@ -88,6 +88,12 @@ def rotated(leaf: Any) -> int:
     return math.prod(leaf.stack) * leaf.size("ik") * (n - 1) // 2
 
 
+def butterfly(leaf: Any) -> int:
+    """Two factors of in / n blocks of n (n - 1) / 2, n 4 or 2, and a gain of the outputs."""
+    n = 4 if leaf.size("ik") % 8 == 0 else 2
+    return math.prod(leaf.stack) * (leaf.size("ik") * (n - 1) + leaf.size("o"))
+
+
 def tucker(leaf: Any) -> int:
     """What a core (2, 2, window) adds, or a window that belongs to the input side."""
     k = math.prod(leaf.sizes("k"))
@@ -114,6 +120,10 @@ def in_slices(leaf: Any) -> int:
 
 
 SLICES = ((0, 1), (1, 3))
+
+# Models with a weight of which four divide the inputs.
+BY_FOURS = ("linen/raw_split_thrice", "linen/raw_einsum_batched_axis_1", "linen/raw_einsum_batched",
+            "linen/conv_1d_causal", "linen/conv_grouped")  # fmt: skip
 
 METHODS = (
     Row(
@@ -256,6 +266,17 @@ METHODS = (
         starts_at_base=False,  # the identity as a matrix: a product with it may round
         dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
         everywhere=False,
+    ),
+    Row(
+        "boft",
+        lambda target: jlora.BOFT(block=4, target=target),
+        closed_forms.boft,
+        butterfly,
+        starts_at_base=False,
+        fits=lambda leaf: leaf.size("ik") % 4 == 0,
+        dense_on=("linen/conv_1d_causal", "linen/conv_grouped"),
+        everywhere=False,
+        models=BY_FOURS,
     ),
     Row(
         "hra",

@@ -265,6 +265,9 @@ VARIANTS = {
         jlora.RandLoRA(rank=3, alpha=4, target="kernel"), partial(forms.randlora, s=4 / 3), ["matrix", "turned"]
     ),
     "oft_blocks": (jlora.OFT(block=3, target="kernel"), forms.oft, ["matrix", "experts"]),
+    "boft_rotation": (
+        jlora.BOFT(block=5, gain=False, target="kernel"), forms.boft, ["scan", "out_of_heads", "convolution_2d"]
+    ),
     "ia3_in": (jlora.IA3(side="in", target="kernel"), forms.ia3_in, ["matrix", "out_of_heads", "convolution_2d"]),
     "dora_adalora": (
         jlora.DoRA(jlora.AdaLoRA(rank=2, alpha=3, target="kernel")),

@@ -34,6 +34,7 @@ MADE = {
     "LNTuning": lambda **o: jlora.LNTuning(**{"target": "bias$", **o}),
     "VBLoRA": lambda **o: jlora.VBLoRA(**{"rank": 2, "vectors": 3, "length": 4, "target": "q/kernel$", **o}),
     "IA3": lambda **o: jlora.IA3(**{"target": "q/kernel$", **o}),
+    "BOFT": lambda **o: jlora.BOFT(**{"block": 4, "target": "q/kernel$", **o}),
     "OFT": lambda **o: jlora.OFT(**{"block": 4, "target": "q/kernel$", **o}),
 }
 for cls in (

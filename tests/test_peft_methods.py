@@ -23,6 +23,12 @@ def gralora(f):
     return made | {f"{n}_hybrid": x if n == "a" else x.T for n, x in hybrid.items()}
 
 
+def above(square: np.ndarray) -> np.ndarray:
+    """What stands above the diagonals of the skew parts of (..., n, n)."""
+    skew = (square - square.swapaxes(-1, -2)) / 2
+    return skew[(..., *np.triu_indices(square.shape[-1], 1))]
+
+
 # file -> (method, its factors out of peft's tensors). Torch stores (out, in): the transpose of a kernel.
 GOLDEN = {
     "vblora": (
@@ -39,6 +45,7 @@ GOLDEN = {
     "miss_rest": (jlora.MiSS(rank=4), lambda f: {"d": f["miss_block"]}),
     "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),
     "miss_bat": (jlora.MiSS(rank=2, bat=True), lambda f: {"d": f["miss_block"]}),
+    "boft": (jlora.BOFT(block=4, factors=3), lambda f: {"q": above(-f["boft_R"]), "g": f["boft_s"][:, 0]}),
     "hra": (jlora.HRA(rank=4), lambda f: {"u": f["hra_u"].T}),
 }
 

@@ -128,6 +128,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         jlora.TiedLoRA(rank=4, trained=("u", "v")), DENSE, {"a": kaiming(IN), "b": kaiming(4), "u": one, "v": zero}
     ),
     "oft": (jlora.OFT(), DENSE, {"q": zero}),
+    "boft": (jlora.BOFT(), DENSE, {"q": zero, "g": one}),
     "hra": (jlora.HRA(rank=8), DENSE, {"u": pairs(kaiming(4))}),  # as peft has it, over half the rank
     "ia3": (jlora.IA3(), DENSE, {"l": one}),
     "ia3_in": (jlora.IA3(side="in"), DENSE, {"l": one}),

@@ -50,6 +50,8 @@ METHODS = {
     "LoRA": lambda target: jlora.LoRA(rank=RANK, alpha=16, target=target),
     "rsLoRA": lambda target: jlora.LoRA(rank=RANK, alpha=16, scaling="sqrt", target=target),
     "LoRAXS": lambda target: jlora.LoRAXS(rank=RANK, alpha=16, target=target),
+    "MiCA": lambda target: jlora.MiCA(rank=RANK, alpha=16, target=target),
+    "KaSA": lambda target: jlora.KaSA(rank=RANK, alpha=16, target=target),
     "LoRAFA": lambda target: jlora.LoRAFA(rank=RANK, alpha=16, target=target),
     "AdaLoRA": lambda target: jlora.AdaLoRA(rank=RANK, alpha=16, target=target),
     "SoRA": lambda target: jlora.SoRA(rank=RANK, alpha=16, target=target),

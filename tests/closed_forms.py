@@ -54,6 +54,20 @@ def lora_xs(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     return W0 + s * (A * sign) @ f.r @ (sign[:, None] * B)
 
 
+def mica(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s A B, B the r least of V of W0 = U S V, with the signs that are stored. Rüdiger and Raschka, 2026."""
+    B = np.linalg.svd(W0, full_matrices=False)[2][-len(f.a) :]
+    sign = np.sign(np.sum(B * rows(f.b), 1))
+    return W0 + s * rows(f.a).T @ (sign[:, None] * B)
+
+
+def kasa(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W_world + s dV diag(dSigma) dU, W_world = W0 without its r least singular values. Wang et al, 2024."""
+    U, S, Vt = np.linalg.svd(W0, full_matrices=False)
+    kept = len(S) - len(f.sigma)
+    return (U[:, :kept] * S[:kept]) @ Vt[:kept] + s * rows(f.v).T @ np.diag(f.sigma) @ rows(f.u)
+
+
 def pissa(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     """W_res + s A B, W_res what the r leading singular values leave of W0. Meng et al, 2024."""
     U, S, Vt = np.linalg.svd(W0, full_matrices=False)

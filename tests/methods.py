@@ -251,6 +251,24 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "mica",
+        lambda target: jlora.MiCA(rank=2, alpha=3, target=target),
+        partial(closed_forms.mica, s=3 / 2),
+        lambda leaf: math.prod(leaf.stack) * 2 * leaf.size("ik"),
+        fits=lambda leaf: narrow(leaf) >= 2,
+        everywhere=False,
+    ),
+    Row(
+        "kasa",
+        lambda target: jlora.KaSA(rank=2, alpha=3, target=target),
+        partial(closed_forms.kasa, s=3 / 2),
+        gated,
+        starts_at_base=False,  # the paper's start is W0 without its least singular values
+        merges_to_base=False,
+        fits=lambda leaf: narrow(leaf) > 2,
+        everywhere=False,
+    ),
+    Row(
         "hira",
         lambda target: jlora.HiRA(rank=2, alpha=3, target=target),
         partial(closed_forms.hira, s=3 / 2),

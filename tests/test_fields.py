@@ -33,6 +33,8 @@ MADE = {
     "BitFit": lambda **o: jlora.BitFit(**o),
     "LNTuning": lambda **o: jlora.LNTuning(**{"target": "bias$", **o}),
     "VBLoRA": lambda **o: jlora.VBLoRA(**{"rank": 2, "vectors": 3, "length": 4, "target": "q/kernel$", **o}),
+    "MiCA": lambda **o: jlora.MiCA(**{"rank": 2, "target": "q/kernel$", **o}),
+    "KaSA": lambda **o: jlora.KaSA(**{"rank": 2, "target": "q/kernel$", **o}),
     "IA3": lambda **o: jlora.IA3(**{"target": "q/kernel$", **o}),
     "BOFT": lambda **o: jlora.BOFT(**{"block": 4, "target": "q/kernel$", **o}),
     "OFT": lambda **o: jlora.OFT(**{"block": 4, "target": "q/kernel$", **o}),

@@ -31,6 +31,14 @@ def above(square: np.ndarray) -> np.ndarray:
 
 # file -> (method, its factors out of peft's tensors). Torch stores (out, in): the transpose of a kernel.
 GOLDEN = {
+    "mica": (
+        jlora.MiCA(rank=2, alpha=3),
+        lambda f: {"a": f["lora_A.weight"], "b": np.swapaxes(f["lora_B.weight"], 0, 1)},
+    ),
+    "kasa": (
+        jlora.KaSA(rank=2, alpha=3),
+        lambda f: {"v": f["lora_A.weight"], "sigma": f["lora_diag"], "u": np.swapaxes(f["lora_B.weight"], 0, 1)},
+    ),
     "vblora": (
         jlora.VBLoRA(rank=2, vectors=5, length=2, k=3),
         lambda f: {
@@ -63,8 +71,12 @@ def test_weights_and_outputs_are_those_of_peft(name):
     params = {"w": {"kernel": jnp.asarray(f["base"].T), "bias": jnp.asarray(f["bias"])}}
     adapted = jlora.adapt(params, dataclasses.replace(method, target="w/kernel"))
     given, left = ours(f), {n: a for held in adapted.trainable.values() for n, a in held.items()}
+    factors = {n: given.pop(n) for n in adapted.frozen.factors["w/kernel"] if n in given}
     assert {n: a.shape for n, a in given.items()} == {n: a.shape for n, a in left.items()}
     trainable = {group: {n: jnp.asarray(given[n]) for n in held} for group, held in adapted.trainable.items()}
+    for n, theirs in factors.items():  # made of the base, by us too: singular vectors, each with a sign of its own
+        np.testing.assert_allclose(np.abs(adapted.frozen.factors["w/kernel"][n]), np.abs(theirs), rtol=1e-5, atol=1e-6)
+        adapted.frozen.factors["w/kernel"][n] = jnp.asarray(theirs)
     adapted = jlora.join(trainable, adapted.frozen)
     made = {"y": jlora.lift(lambda p, x: x @ p["w"]["kernel"] + p["w"]["bias"])(adapted, jnp.asarray(f["x"]))}
     if "merged" in f:
@@ -91,3 +103,13 @@ def test_norms_are_those_of_peft():
     merged = jlora.merge(adapted)["norm"]
     np.testing.assert_allclose(merged["scale"], f["merged"], rtol=1e-6)
     np.testing.assert_allclose(merged["bias"], f["merged_bias"], rtol=1e-6)
+
+
+def test_the_penalty_of_kasa_is_that_of_peft():
+    """1e-4 sum(sigma^2) + 1e-3 (||u u^T - I|| + ||v v^T - I||), as the paper's runs on GLUE have it."""
+    method, ours = GOLDEN["kasa"]
+    f = read("kasa")
+    adapted = jlora.adapt({"w": jnp.asarray(f["base"].T)}, dataclasses.replace(method, target="w"))
+    adapted = jlora.join({"w": {n: jnp.asarray(x) for n, x in ours(f).items()}}, adapted.frozen)
+    penalty = 1e-4 * jnp.sum(f["lora_diag"] ** 2) + 1e-3 * jlora.rank.orthogonality(adapted, "norms")
+    np.testing.assert_allclose(penalty, f["penalty"], rtol=1e-6)

@@ -110,7 +110,7 @@ def test_bfloat16_factors_are_summed_in_float32():
 def test_mistakes_are_refused_in_words():
     """An unknown form, what is no adapter, and methods without a diagonal are refused, never penalised by nothing."""
     adapted = away()
-    with pytest.raises(ValueError, match="form='squared'.*'paper' or 'reference'"):
+    with pytest.raises(ValueError, match="form='squared'.*'paper', 'reference' or 'norms'"):
         orthogonality(adapted, "squared")
     with pytest.raises(TypeError, match="takes an Adapted.*dict"):
         orthogonality(adapted.trainable)

@@ -537,3 +537,10 @@ def test_a_state_of_the_frozen_half_is_refused():
     whole, dead, _ = half_dead()
     with pytest.raises(ValueError, match=r"holds the frozen half.*jlora.masked"):
         jlora.rank.compact(dead, optax.adam(0.01).init(whole))
+
+
+def test_a_weight_that_is_not_its_base_without_its_ranks_stays():
+    """KaSA whose update is zero is still W0 without its noise: compact leaves it in the plan."""
+    base = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((6, 5)), jnp.float32)}
+    adapted = jlora.adapt(base, jlora.KaSA(rank=2, target="w"))
+    np.testing.assert_array_equal(jlora.merge(compact(adapted))["w"], jlora.merge(adapted)["w"])

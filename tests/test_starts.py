@@ -63,6 +63,11 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         {"a0": kaiming(IN), "b0": zero, "a1": kaiming(IN), "b1": zero},
     ),
     "lora_fa": (jlora.LoRAFA(rank=4), DENSE, {"a": kaiming(IN), "b": zero}),
+    "kasa": (
+        jlora.KaSA(rank=512),
+        (600, 576),
+        {"v": kaiming(600), "sigma": partial(bell, 1.0), "u": zero, "v_noise": None, "u_noise": None},
+    ),
     "adalora": (jlora.AdaLoRA(rank=4), DENSE, {"p": partial(bell, 0.02), "lam": zero, "q": partial(bell, 0.02)}),
     "sora": (jlora.SoRA(rank=512), DENSE, {"a": kaiming(IN), "g": partial(bell, 1.0), "b": zero}),
     "loha": (
@@ -138,7 +143,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "full": (jlora.Full(target="."), DENSE, {"delta": zero}),
 }  # fmt: skip
 
-SCALES = {"s", "s_one", "eye", "place"}  # no factors that begin anywhere
+SCALES = {"s", "s_noise", "s_one", "eye", "place"}  # no factors that begin anywhere
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -163,3 +168,38 @@ def test_dora_begins_at_the_norms_of_its_weight():
     W0 = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
     adapted = jlora.adapt({"w": jnp.asarray(W0)}, jlora.DoRA(jlora.LoRA(rank=2, target="w")))
     np.testing.assert_allclose(adapted.trainable["w"]["m"], np.linalg.norm(np.float64(W0), axis=0), rtol=1e-6)
+
+
+def spectral(W0: np.ndarray, r: int, s: float) -> dict[str, tuple[Any, dict[str, np.ndarray]]]:
+    """The methods that begin at a decomposition of W0 (in, out), and where: rows up to a sign, the same in all."""
+    U, S, Vt = np.linalg.svd(W0, full_matrices=False)
+    Q, R = np.linalg.qr(W0.T)
+    root, noise = np.sqrt(S[:r] / s), slice(len(S) - r, None)
+    pissa, olora = ((root * U[:, :r]).T, root[:, None] * Vt[:r]), (R[:r], Q[:, :r].T)
+    pair = lambda a, b: {"a": a, "b": b, "a0": a, "b0": b}
+    return {
+        "lora_xs": (jlora.LoRAXS(rank=r), {"a": (U * S)[:, :r].T, "b": Vt[:r], "r": np.zeros((r, r))}),
+        "pissa": (jlora.LoRA(rank=r, alpha=s * r, init="pissa"), pair(*pissa)),
+        "olora": (jlora.LoRA(rank=r, alpha=s * r, init="olora"), pair(*olora)),
+        "mica": (jlora.MiCA(rank=r), {"a": np.zeros((r, len(W0))), "b": Vt[noise]}),
+        "kasa": (jlora.KaSA(rank=r), {"v_noise": U[:, noise].T, "u_noise": (S[:, None] * Vt)[noise]}),
+    }
+
+
+@pytest.mark.parametrize("letters", ["io", "ikok"])
+@pytest.mark.parametrize("name", spectral(np.ones((4, 4)), 2, 1.0))
+def test_factors_begin_at_the_decomposition_of_the_weight(name, letters):
+    """Singular vectors and QR of W0 as NumPy has them in float64, in the paper's shares, for a window too."""
+    W = np.random.default_rng(3).standard_normal({"io": (12, 10), "ikok": (3, 2, 5, 4)}[letters]).astype(np.float32)
+    into, out = ([n for n, x in enumerate(letters) if x in side] for side in ("ik", "o"))
+    W0 = np.float64(W).transpose(*into, *out).reshape(-1, math.prod(W.shape[n] for n in out))
+    method, starts = spectral(W0, 3, 1.5)[name]
+    adapted = jlora.adapt({"w": jnp.asarray(W)}, dataclasses.replace(method, target="w"), axes={"w": letters})
+    begun = adapted.trainable["w"] | adapted.frozen.factors["w"]
+    signs = []
+    for factor, want in starts.items():
+        got = np.float64(begun[factor]).reshape(3, -1)
+        signs.append(np.sign(np.sum(got * want, 1)))
+        np.testing.assert_allclose(got, signs[-1][:, None] * want, rtol=1e-4, atol=1e-5, err_msg=factor)
+    told = [sign for sign in signs if sign.any()]
+    assert all((sign == told[0]).all() for sign in told)

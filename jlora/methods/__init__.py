@@ -13,6 +13,7 @@ from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.hra import HRA as HRA
 from jlora.methods.ia3 import IA3 as IA3
 from jlora.methods.intrinsic import IntrinsicDimension as IntrinsicDimension
+from jlora.methods.kasa import KaSA as KaSA
 from jlora.methods.krona import KronA as KronA
 from jlora.methods.ln_tuning import LNTuning as LNTuning
 from jlora.methods.loha import LoHa as LoHa
@@ -20,6 +21,7 @@ from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.lora_fa import LoRAFA as LoRAFA
 from jlora.methods.lora_xs import LoRAXS as LoRAXS
+from jlora.methods.mica import MiCA as MiCA
 from jlora.methods.miss import MiSS as MiSS
 from jlora.methods.oft import OFT as OFT
 from jlora.methods.randlora import RandLoRA as RandLoRA

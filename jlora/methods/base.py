@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -43,6 +43,15 @@ def _uniform(bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.
 def _normal(std: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     # a barrier, or a compiler multiplies two constants first: what `jit` draws is then not what is drawn without
     return std * jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype))
+
+
+def filled(
+    arrays: Mapping[tuple[str, str], jax.Array], begun: Mapping[str, jax.Array], dtype: Any
+) -> dict[tuple[str, str], jax.Array]:
+    """Initial arrays, those that have a name in `begun` with its values: a copy, in the axes of the array."""
+    # copies: a trained array shares no buffer with a frozen one, nor with what the start was made from
+    of = lambda name, old: jnp.array(begun[name], dtype, copy=True).reshape(old.shape) if name in begun else old
+    return {(group, name): of(name, old) for (group, name), old in arrays.items()}
 
 
 def check_low_rank(leaf: Leaf, rank: int) -> None:

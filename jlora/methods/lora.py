@@ -21,7 +21,7 @@ from jlora._dtypes import alike
 from jlora._network import Array, Delta, Difference, Function, Recipe
 from jlora._tree import Target
 from jlora.methods._fields import Alpha, Holds, Rank
-from jlora.methods.base import Dropping, Init, check_sides, normal, uniform, zeros
+from jlora.methods.base import Dropping, Init, check_sides, filled, normal, uniform, zeros
 from jlora.methods.starts import OLoRA, Orthogonal, PiSSA, Start
 
 Range = Annotated[tuple[int, int], Holds(lambda r: True, "a range (start, stop) of whole numbers")]
@@ -168,11 +168,7 @@ class LoRA(Dropping):
         if self.start is None:
             return arrays
         a, b = self.start.factors(leaf, weight, self.rank, self.scale, keys(leaf.path, "a"))
-        # copies: a trained array shares no buffer with a frozen one, nor with what the start was made from
-        filled = lambda value, place: jnp.array(value, self.dtype, copy=True).reshape(arrays[place].shape)
-        begun = {"a": a, "b": b, "a0": a, "b0": b}
-        places = [(leaf.path, name) for name in begun if (leaf.path, name) in arrays]
-        return arrays | {place: filled(begun[place[1]], place) for place in places}
+        return filled(arrays, {"a": a, "b": b, "a0": a, "b0": b}, self.dtype)
 
     def _init_a(self, d_in: int) -> Init:
         return uniform(1 / math.sqrt(d_in)) if self.init == "kaiming" else normal(1 / self.rank)

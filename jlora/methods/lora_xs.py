@@ -9,14 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta
 from jlora._tree import Target
-from jlora.methods.base import LowRank, check_low_rank, of_the_weight, zeros
-from jlora.methods.starts import values
+from jlora.methods.base import LowRank, check_low_rank, filled, of_the_weight, zeros
+from jlora.methods.starts import singular
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,5 @@ class LoRAXS(LowRank):
     def initial(
         self, leaf: Leaf, recipe: Any, keys: Callable[[str, str], Any], weight: Any
     ) -> dict[tuple[str, str], jax.Array]:
-        arrays = super().initial(leaf, recipe, keys, weight)
-        u, s, vh = jnp.linalg.svd(values(weight, leaf), full_matrices=False)  # (stack..., in, out), whatever its axes
-        begun = {"a": jnp.swapaxes(u * s[..., None, :], -1, -2)[..., : self.rank, :], "b": vh[..., : self.rank, :]}
-        shaped = lambda place: begun[place[1]].astype(self.dtype).reshape(arrays[place].shape)
-        return arrays | {place: shaped(place) for place in arrays if place[1] in begun}
+        u, s, v = (x[..., : self.rank, :] for x in singular(weight, leaf))
+        return filled(super().initial(leaf, recipe, keys, weight), {"a": s * u, "b": v}, self.dtype)

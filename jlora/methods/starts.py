@@ -55,6 +55,12 @@ def values(weight: Any, leaf: Leaf) -> jax.Array:
     return leaf.matrix(weight)
 
 
+def singular(weight: Any, leaf: Leaf) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U (stack..., m, in), S (stack..., m, 1) and V (stack..., m, out) of a weight, largest first, m = min(in, out)."""
+    u, s, v = jnp.linalg.svd(values(weight, leaf), full_matrices=False)
+    return flipped(u), s[..., None], v
+
+
 def _known(data: Mapping[str, Any], leaf: Leaf, what: str) -> Any:
     if not isinstance(data, Mapping):
         raise ValueError(f"a start takes {{path: {what}}}, a dictionary, not {_answers.kind(data)}")

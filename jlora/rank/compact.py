@@ -219,7 +219,13 @@ def _smaller(site: Site, ours: list[Pair], get: Any, stacks: str) -> tuple[Site 
             "stacks='pad' fills them up with zeros, jlora.rank.unstack gives each a weight of its own"
         )
     trained = {place for place, (array, _) in site.recipe.arrays(site.leaf).items() if array.trained}
-    if k == 0 and site.recipe.additive and trained <= {m.place for p in ours for m in (*p.members, *p.gates)}:
+    ranked = all(delta.ranks for delta in site.recipe.deltas)  # KaSA has a delta without: the weight is not the base
+    if (
+        k == 0
+        and ranked
+        and site.recipe.additive
+        and trained <= {m.place for p in ours for m in (*p.members, *p.gates)}
+    ):
         return None, {}
     k = max(k, 1)
     new = of_rank(site, ours, k) if k < rank else None

@@ -15,7 +15,7 @@ from jlora._dtypes import widened
 from jlora.adapted import check_adapted
 
 
-def orthogonality(adapted: Any, form: Literal["paper", "reference"] = "paper") -> jax.Array:
+def orthogonality(adapted: Any, form: Literal["paper", "reference", "norms"] = "paper") -> jax.Array:
     """AdaLoRA's penalty: the sum of ||p p^T - I||_F^2 + ||q q^T - I||_F^2 over the adapted weights.
 
     With p (stack..., r, in...) and q (stack..., r, out...), stored rank first, so that p p^T is (r, r). Each layer of
@@ -25,10 +25,10 @@ def orthogonality(adapted: Any, form: Literal["paper", "reference"] = "paper") -
     do not: the identity has a zero there.
 
     Args:
-      adapted: an `Adapted` with weights whose update is p diag(lam) q, all trained (AdaLoRA, SoRA); other weights
+      adapted: an `Adapted` with weights whose update is p diag(lam) q, all trained (AdaLoRA, SoRA, KaSA); other weights
         take no part. Inside a loss: `jlora.join(trainable, frozen)`.
-      form: `"paper"`, the sum of squared norms; or `"reference"`, as the authors' code has it: the mean of the norms,
-        not squared, over all matrices, p and q counted apart.
+      form: `"paper"`, the sum of squared norms; `"reference"`, as the authors' code has it: the mean of the norms,
+        not squared, over all matrices, p and q counted apart; or `"norms"`, the sum of these: KaSA's.
 
     Returns:
       A scalar, computed in float32 or better. Its gradient is finite everywhere: zero, in both forms, where a matrix
@@ -48,10 +48,12 @@ def orthogonality(adapted: Any, form: Literal["paper", "reference"] = "paper") -
     References:
       Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023.
     """
-    if form not in ("paper", "reference"):
-        raise ValueError(f"orthogonality(form={form!r}): write 'paper' or 'reference'")
+    if form not in ("paper", "reference", "norms"):
+        raise ValueError(f"orthogonality(form={form!r}): write 'paper', 'reference' or 'norms'")
     squares = jnp.concatenate([_squares(x, stack).ravel() for x, stack in _matrices(adapted)])
-    return jnp.sum(squares) if form == "paper" else jnp.mean(_root(squares))
+    if form == "paper":
+        return jnp.sum(squares)
+    return jnp.mean(_root(squares)) if form == "reference" else jnp.sum(_root(squares))
 
 
 def _matrices(adapted: Any) -> list[tuple[jax.Array, int]]:

@@ -58,6 +58,7 @@ METHODS = {
     "KronA": lambda target: jlora.KronA(target=target),
     "LoKr": lambda target: jlora.LoKr(rank=RANK, alpha=16, target=target),
     "DoRA": lambda target: jlora.DoRA(jlora.LoRA(rank=RANK, alpha=16, target=target)),
+    "DeLoRA": lambda target: jlora.DeLoRA(rank=RANK, target=target),
     "LoHa": lambda target: jlora.LoHa(rank=RANK, alpha=16, target=target),
     "VeRA": lambda target: jlora.VeRA(rank=256, target=target),
     "VBLoRA": lambda target: jlora.VBLoRA(rank=RANK, vectors=90, target=target),

@@ -242,6 +242,17 @@ def inside(f: Any) -> Any:
     return types.SimpleNamespace(**held | {name: held[f"{name}_2"] for name in own if f"{name}_2" in held})
 
 
+def delora(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + lam / r ||W0|| A Xi B, Xi = diag(1 / (||a_n|| ||b_n||)), a norm of W0 for each input. Bini et al, 2025, 3.1.
+
+    Norms are at least 1e-4, as in the authors' code.
+    """
+    A, B = rows(f.a), rows(f.b)
+    length = lambda x: np.maximum(np.linalg.norm(x, axis=1), 1e-4)
+    Xi = np.diag(1 / (length(A) * length(B)))
+    return W0 + f.lam / len(A) * np.linalg.norm(W0, axis=1)[:, None] * (A.T @ Xi @ B)
+
+
 def oft(W0: np.ndarray, f: Any) -> np.ndarray:
     """R W0, R = (I + Q) (I - Q)^-1 in blocks, Q skew, q what stands above its diagonal. Qiu et al, 2023."""
     blocks = len(f.q)

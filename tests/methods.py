@@ -277,6 +277,13 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "delora",
+        lambda target: jlora.DeLoRA(rank=2, strength=3, target=target),
+        closed_forms.delora,
+        lambda leaf: low_rank(leaf) + math.prod(leaf.stack),
+        everywhere=False,
+    ),
+    Row(
         "oft",
         lambda target: jlora.OFT(block=24, target=target),
         closed_forms.oft,

@@ -163,6 +163,7 @@ METHODS = {
     "MiSS": lambda **o: jlora.MiSS(rank=3, **o),
     "HiRA": lambda **o: jlora.HiRA(rank=2, **o),
     "RandLoRA": lambda **o: jlora.RandLoRA(rank=3, **o),
+    "DeLoRA": lambda **o: jlora.DeLoRA(rank=3, strength=2, **o),
     "DoRA": lambda **o: jlora.DoRA(jlora.LoRA(rank=3, **o)),
 }
 

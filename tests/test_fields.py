@@ -24,6 +24,7 @@ MADE = {
     "GraLoRA": lambda **o: jlora.GraLoRA(**{"rank": 2, "target": "q/kernel$", **o}),
     "MiSS": lambda **o: jlora.MiSS(**{"rank": 2, "target": "q/kernel$", **o}),
     "LoRAFA": lambda **o: jlora.LoRAFA(**{"rank": 2, "target": "q/kernel$", **o}),
+    "DeLoRA": lambda **o: jlora.DeLoRA(**{"rank": 2, "target": "q/kernel$", **o}),
     "DoRA": lambda **o: jlora.DoRA(**{"inner": jlora.LoRA(rank=2, target="q/kernel$"), **o}),
     "Sum": lambda **o: jlora.Sum(**{"first": jlora.LoRA(rank=2, target="q/kernel$"), "second": jlora.KronA(), **o}),
     "IntrinsicDimension": lambda **o: jlora.IntrinsicDimension(**{"d": 3, "target": T, **o}),

@@ -49,6 +49,10 @@ GOLDEN = {
     ),
     "gralora": (jlora.GraLoRA(rank=4, alpha=6), gralora),
     "gralora_hybrid": (jlora.GraLoRA(rank=4, alpha=6, hybrid=3), gralora),
+    "delora": (
+        jlora.DeLoRA(rank=2),
+        lambda f: {"a": f["delora_A"], "b": f["delora_B"].T, "lam": f["delora_lambda"][0]},
+    ),
     "miss": (jlora.MiSS(rank=2), lambda f: {"d": f["miss_block"]}),
     "miss_rest": (jlora.MiSS(rank=4), lambda f: {"d": f["miss_block"]}),
     "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),

@@ -132,6 +132,11 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "tied_frozen_b": (
         jlora.TiedLoRA(rank=4, trained=("u", "v")), DENSE, {"a": kaiming(IN), "b": kaiming(4), "u": one, "v": zero}
     ),
+    "delora": (
+        jlora.DeLoRA(rank=4, strength=3),
+        DENSE,
+        {"a": kaiming(IN), "b": zero, "lam": partial(at, 3.0), "w": partial(at, math.sqrt(OUT))},
+    ),
     "oft": (jlora.OFT(), DENSE, {"q": zero}),
     "boft": (jlora.BOFT(), DENSE, {"q": zero, "g": one}),
     "hra": (jlora.HRA(rank=8), DENSE, {"u": pairs(kaiming(4))}),  # as peft has it, over half the rank

@@ -7,6 +7,7 @@
 | `Orthogonal` | random, with a b = 0 | | yes |
 | `GA` | singular vectors of the gradient | `gradients(loss, ...)` | yes |
 | `EVA` | singular vectors of the inputs; b = 0 | `activations(fn, ...)` | no |
+| `CorDA` | singular vectors of the weight as its inputs see it | `activations(fn, ...)` | yes |
 | `Given` | as given | | no |
 
 A pair keeps a0 and b0 and subtracts their product, so that no start changes the base or the first output. `loftq` and
@@ -32,6 +33,7 @@ from jlora.adapted import Adapted, Frozen, check_any
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import EVA as EVA
 from jlora.methods.starts import GA as GA
+from jlora.methods.starts import CorDA as CorDA
 from jlora.methods.starts import Given as Given
 from jlora.methods.starts import OLoRA as OLoRA
 from jlora.methods.starts import Orthogonal as Orthogonal
@@ -115,7 +117,7 @@ def gradients(
 def activations(
     fn: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], spec: Any, *, axes: Axes = None
 ) -> dict[str, jax.Array]:
-    """X^T X of the inputs of each weight that `spec` takes, summed over batches: what `EVA` starts from.
+    """X^T X of the inputs of each weight that `spec` takes, summed over batches: what `EVA` and `CorDA` start from.
 
     X are all rows that meet the weight in dots, padding included, not centred; a weight's other uses are not counted.
     The forward pass is walked as `lift` walks it, through `jit`, remat and scans: a scanned stack has one matrix a

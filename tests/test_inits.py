@@ -344,6 +344,62 @@ def test_eva_is_the_svd_of_the_stacked_inputs():
     np.testing.assert_array_equal(jlora.lift(fn)(ad, batches[0]), fn(params, batches[0]))
 
 
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_is_the_svd_of_the_moment_times_the_weight(mode):
+    """s a0^T b0 = C^-1 (first or last r of C W0), C with a hundredth of its mean on the diagonal, layer by layer."""
+    W = np.random.default_rng(80).standard_normal((2, 7, 5)).astype(np.float32)
+    X = np.random.default_rng(81).standard_normal((2, 30, 7)) * np.arange(1, 8)
+    moments = {"w": jnp.asarray(np.swapaxes(X, -1, -2) @ X, jnp.float32)}
+    ad = jlora.adapt(
+        {"w": jnp.asarray(W)},
+        jlora.LoRA(rank=2, alpha=3, init=jlora.init.CorDA(moments, mode), target="w"),
+        axes={"w": "sio"},
+    )
+    assert as_bytes(jlora.merge(ad)) == [W.tobytes()]
+    f = factors(ad)
+    for layer in range(2):
+        C = X[layer].T @ X[layer]
+        C = C / np.mean(np.diag(C)) + 0.01 * np.eye(7)
+        U, S, Vt = np.linalg.svd(C @ np.float64(W[layer]), full_matrices=False)
+        r = slice(2) if mode == "ipm" else slice(3, 5)
+        want = np.linalg.inv(C) @ (U[:, r] * S[r]) @ Vt[r]
+        np.testing.assert_allclose(1.5 * product(f["a0"], f["b0"])[layer], want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(f["b"][layer] @ f["b"][layer].T, np.diag(S[r]) / 1.5, rtol=1e-4, atol=1e-5)
+
+
+def test_corda_does_not_ask_how_many_inputs_there_were():
+    """More rows, or larger ones, begin alike; no input but zeros begins as PiSSA; of rank min(in, out) it is W0."""
+    W = np.random.default_rng(82).standard_normal((6, 4)).astype(np.float32)
+    X = np.random.default_rng(83).standard_normal((3, 6))
+    begun = lambda moment, rank=2, mode="ipm": factors(
+        jlora.adapt(
+            {"w": jnp.asarray(W)}, jlora.LoRA(rank=rank, init=jlora.init.CorDA({"w": moment}, mode), target="w")
+        )
+    )
+    few, many = begun(jnp.asarray(X.T @ X)), begun(jnp.asarray(1e4 * X.T @ X))
+    for name in "ab":
+        np.testing.assert_allclose(few[name], many[name], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(product(few["a"], few["b"]), product(many["a"], many["b"]), atol=1e-4)
+    none = begun(jnp.zeros((6, 6)))
+    np.testing.assert_allclose(product(none["a"], none["b"]), best(W, 2), atol=1e-5)
+    for mode in ("ipm", "kpm"):
+        whole = begun(jnp.asarray(X.T @ X), 4, mode)
+        np.testing.assert_allclose(product(whole["a"], whole["b"]), W, atol=1e-4)
+
+
+def test_corda_refuses_in_words():
+    """An unknown mode, a moment of another size and a rank above min(in, out) are answered with what to write."""
+    make = lambda rank, size: jlora.adapt(
+        {"w": normal(84, 6, 5)}, jlora.LoRA(rank=rank, init=jlora.init.CorDA({"w": jnp.eye(size)}), target="w")
+    )
+    with pytest.raises(ValueError, match="mode='qpm'.*'ipm'.*'kpm'"):
+        jlora.init.CorDA({}, mode="qpm")
+    with pytest.raises(ValueError, match=r"second moment for 'w' has shape \(5, 5\), not \(6, 6\)"):
+        make(2, 5)
+    with pytest.raises(ValueError, match="6 is above min"):
+        make(6, 6)
+
+
 @pytest.mark.parametrize("how", ["scan", "remat", "vmap"])
 def test_eva_of_a_stack_tells_its_layers_apart(how):
     """`shared` meets every layer: its inputs are added up."""

@@ -72,9 +72,22 @@ def test_weights_and_outputs_are_those_of_peft(name):
     """The merged layer and the lifted output are those that peft computes with these factors in float64."""
     method, ours = GOLDEN[name]
     f = read(name)
+    check(method, f, ours(f))
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_takes_away_what_peft_does(mode):
+    """The base less the start, made of the same covariance: with the same factors the layer is peft's."""
+    f = read(f"corda_{mode}")
+    method = jlora.LoRA(rank=2, alpha=3, init=jlora.init.CorDA({"w/kernel": f["covariance"]}, mode))
+    check(method, f, {"a": f["lora_A.weight"], "b": f["lora_B.weight"].T})
+
+
+def check(method, f, given):
+    """Holds the merged layer and the lifted output against those of a file, with these factors."""
     params = {"w": {"kernel": jnp.asarray(f["base"].T), "bias": jnp.asarray(f["bias"])}}
     adapted = jlora.adapt(params, dataclasses.replace(method, target="w/kernel"))
-    given, left = ours(f), {n: a for held in adapted.trainable.values() for n, a in held.items()}
+    left = {n: a for held in adapted.trainable.values() for n, a in held.items()}
     factors = {n: given.pop(n) for n in adapted.frozen.factors["w/kernel"] if n in given}
     assert {n: a.shape for n, a in given.items()} == {n: a.shape for n, a in left.items()}
     trainable = {group: {n: jnp.asarray(given[n]) for n in held} for group, held in adapted.trainable.items()}

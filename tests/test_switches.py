@@ -183,7 +183,7 @@ def begun():
     x = draw(3, 5, 8)
     grads = jlora.init.gradients(lambda p, x: jnp.sum(model(p, x)), params(), [x], LORA, axes={"stack": "sio"})
     seen = jlora.init.activations(model, params(), [x], LORA, axes={"stack": "sio"})
-    starts = [jlora.init.GA(grads), jlora.init.EVA(seen), "orthogonal"]
+    starts = [jlora.init.GA(grads), jlora.init.EVA(seen), jlora.init.CorDA(seen), "orthogonal"]
     made_so = [made(jlora.LoRA(rank=2, init=start, target="kernel")) for start in starts]
     return grads, seen, [adapted.trainable for adapted in made_so], jlora.init.plain(made_so[0])
 

@@ -12,17 +12,19 @@ to bfloat16 and then subtracted, would drown it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 from jlora import _answers
 from jlora._axes import Leaf
-from jlora._dtypes import widened
+from jlora._dtypes import alike, widened
 from jlora.methods.base import check_low_rank
 
 Factors = tuple[jax.Array, jax.Array]
@@ -68,6 +70,15 @@ def _known(data: Mapping[str, Any], leaf: Leaf, what: str) -> Any:
         raise ValueError(f"no {what} for {leaf.path!r}; there are some for {sorted(data)[:5]}")
     _check_finite(data[leaf.path], leaf, what)
     return data[leaf.path]
+
+
+def _moment(moments: Mapping[str, Any], leaf: Leaf) -> jax.Array:
+    """X^T X of the inputs of a weight."""
+    moment = jnp.asarray(_known(moments, leaf, "second moment"))
+    want = (*leaf.stack, leaf.size("ik"), leaf.size("ik"))
+    if moment.shape != want:
+        raise ValueError(f"the second moment for {leaf.path!r} has shape {moment.shape}, not {want}")
+    return moment
 
 
 def _check_finite(arrays: Any, leaf: Leaf, what: str) -> None:
@@ -267,14 +278,67 @@ class EVA(Start):
     moments: Mapping[str, Any] = dataclasses.field(repr=False)
 
     def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
-        moment = jnp.asarray(_known(self.moments, leaf, "second moment"))
-        want = (*leaf.stack, leaf.size("ik"), leaf.size("ik"))
-        if moment.shape != want:
-            raise ValueError(f"the second moment for {leaf.path!r} has shape {moment.shape}, not {want}")
-        if rank > want[-1]:
-            raise ValueError(f"EVA on {leaf.path!r} of shape {leaf.shape}: its inputs have {want[-1]} directions")
+        moment = _moment(self.moments, leaf)
+        if rank > moment.shape[-1]:
+            raise ValueError(
+                f"EVA on {leaf.path!r} of shape {leaf.shape}: its inputs have {moment.shape[-1]} directions"
+            )
         _, vectors = jnp.linalg.eigh(widened(moment))  # ascending
         return flipped(vectors[..., ::-1][..., :rank]), jnp.zeros((*leaf.stack, rank, leaf.size("o")), moment.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CorDA(Start):
+    """a = sqrt(S_r / s) U_r^T C^-1, b = sqrt(S_r / s) V_r of C W0 = U S V: W0 as the inputs of a task see it.
+
+    C is the second moment of the weight's inputs. In mode `"ipm"`, instruction-previewed, the first r components are
+    trained, for inputs of the task to be learned; in `"kpm"`, knowledge-preserving, the last r, for inputs whose
+    answers should stay as they are. A pair, as PiSSA: the base stays W0.
+
+    C is divided by the mean of its diagonal, so that neither the number of rows nor the size of the inputs says how
+    the product is shared between a and b (the authors' code divides each batch by its largest input). Then 0.01 is
+    added to its diagonal, as there, which keeps its inverse exact: where inputs lie in few directions, too.
+
+    Attributes:
+      moments: `{path: X^T X}`, `(stack..., in, in)`, as `jlora.init.activations` returns them.
+      mode: `"ipm"` or `"kpm"`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": {"kernel": jnp.eye(4)}}
+      >>> moments = {"query/kernel": jnp.diag(jnp.array([1.0, 9.0, 4.0, 2.0]))}
+      >>> first, last = (
+      ...     jlora.adapt(params, jlora.LoRA(rank=1, init=jlora.init.CorDA(moments, mode))) for mode in ("ipm", "kpm")
+      ... )
+      >>> [int(jnp.abs(x.trainable["query/kernel"]["a"]).argmax()) for x in (first, last)]
+      [1, 0]
+
+    References:
+      Yang et al, `CorDA: Context-Oriented Decomposition Adaptation of Large Language Models
+      <https://arxiv.org/abs/2406.05223>`_, 2024.
+    """
+
+    moments: Mapping[str, Any] = dataclasses.field(repr=False)
+    mode: Literal["ipm", "kpm"] = "ipm"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("ipm", "kpm"):
+            raise ValueError(
+                f"CorDA(mode={self.mode!r}): write 'ipm' (instruction-previewed) or 'kpm' (knowledge-preserving)"
+            )
+
+    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+        check_low_rank(leaf, rank)
+        moment, w = alike(widened(_moment(self.moments, leaf)), widened(values(weight, leaf)))
+        times = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+        sizes, q = jnp.linalg.eigh(moment)  # C = Q diag(c) Q^T
+        mean = jnp.mean(sizes, -1, keepdims=True)
+        one = jnp.ones_like(mean)  # of a weight that met no input but zeros, C is the identity
+        c = jnp.where(mean > 0, jnp.maximum(sizes, 0) / jnp.where(mean > 0, mean, one), one)[..., None] + 0.01
+        u, s, vh = jnp.linalg.svd(times(q, c * times(flipped(q), w)), full_matrices=False)
+        chosen = slice(rank) if self.mode == "ipm" else slice(s.shape[-1] - rank, None)
+        root = jnp.sqrt(s[..., chosen] / scale)[..., None]
+        return root * flipped(times(q, times(flipped(q), u[..., chosen]) / c)), root * vh[..., chosen, :]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -290,6 +290,29 @@ def hra(W0: np.ndarray, f: Any) -> np.ndarray:
     return functools.reduce(np.matmul, chain).T @ W0
 
 
+def road(W0: np.ndarray, f: Any) -> np.ndarray:
+    """z = x W0 + b0 turned in pairs: y_1 = c_1 z_1 - s_1 z_2, y_2 = s_2 z_1 + c_2 z_2. Liao and Monz, 2024, eq. 4.
+
+    In each group of outputs the first half is paired with the second. c = alpha cos(theta) and s = alpha sin(theta)
+    share theta and alpha in both rows (RoAd 1), have one a row (RoAd 2), or one each (RoAd 4).
+    """
+    groups, pairs = f.theta.shape[0], f.theta.shape[-1]
+    cos, sin = ((alpha * g(theta)) for g, (theta, alpha) in zip((np.cos, np.sin), road_angles(f), strict=True))
+    z = W0.reshape(len(W0), groups, 2, pairs)
+    y = np.zeros_like(z)
+    y[:, :, 0] = cos[:, 0] * z[:, :, 0] - sin[:, 0] * z[:, :, 1]
+    y[:, :, 1] = sin[:, 1] * z[:, :, 0] + cos[:, 1] * z[:, :, 1]
+    return y.reshape(W0.shape)
+
+
+def road_angles(f: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(theta, alpha) of the cosines and of the sines, (groups, 2, pairs) each."""
+    if f.theta.ndim == 4:
+        return [(f.theta[:, n], f.alpha[:, n]) for n in range(2)]
+    both = [x if x.ndim == 3 else np.stack([x, x], 1) for x in (f.theta, f.alpha)]
+    return [(both[0], both[1])] * 2
+
+
 def ia3(W0: np.ndarray, f: Any) -> np.ndarray:
     """W0 diag(l), and l * b0: the activation x W0 + b0 times l. Liu et al, 2022."""
     return W0 * f.l.ravel()

@@ -342,6 +342,17 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "road",
+        lambda target: jlora.RoAd(variant=4, group=4, target=target),
+        closed_forms.road,
+        lambda leaf: math.prod(leaf.stack) * 4 * leaf.size("o") * bool(leaf.axes("ik")),  # a bias has its kernel's
+        fits=lambda leaf: leaf.size("o") % 2 == 0,
+        starts_at_base=False,  # the identity as a matrix: a product with it may round
+        dense_on=("linen/convolutions",),
+        everywhere=False,
+        models=("plain/square", "linen/dense_general_axes", "linen/convolutions"),  # elsewhere outputs are odd
+    ),
+    Row(
         "ia3",
         lambda target: jlora.IA3(target=target),
         closed_forms.ia3,

@@ -293,6 +293,8 @@ VARIANTS = {
         partial(forms.gralora, alpha=4),
         ["into_heads"],
     ),
+    "road_1": (jlora.RoAd(target="kernel"), forms.road, ["scan", "into_heads"]),
+    "road_2": (jlora.RoAd(variant=2, group=6, target="kernel"), forms.road, ["into_heads"]),
     "dora_miss": (
         jlora.DoRA(jlora.MiSS(rank=2, target="kernel")), partial(forms.dora, inner=forms.miss), ["matrix"]
     ),

@@ -38,6 +38,7 @@ MADE = {
     "KaSA": lambda **o: jlora.KaSA(**{"rank": 2, "target": "q/kernel$", **o}),
     "IA3": lambda **o: jlora.IA3(**{"target": "q/kernel$", **o}),
     "BOFT": lambda **o: jlora.BOFT(**{"block": 4, "target": "q/kernel$", **o}),
+    "RoAd": lambda **o: jlora.RoAd(**{"target": "q/kernel$", **o}),
     "OFT": lambda **o: jlora.OFT(**{"block": 4, "target": "q/kernel$", **o}),
 }
 for cls in (

@@ -53,6 +53,13 @@ GOLDEN = {
         jlora.DeLoRA(rank=2),
         lambda f: {"a": f["delora_A"], "b": f["delora_B"].T, "lam": f["delora_lambda"][0]},
     ),
+    **{
+        f"road_{n}": (
+            jlora.RoAd(variant=n, group=4),
+            lambda f, way=way: {x: f[f"road_{x}"].reshape(2, *way, 2) for x in ("theta", "alpha")},
+        )
+        for n, way in ((1, ()), (2, (2,)), (4, (2, 2)))
+    },
     "miss": (jlora.MiSS(rank=2), lambda f: {"d": f["miss_block"]}),
     "miss_rest": (jlora.MiSS(rank=4), lambda f: {"d": f["miss_block"]}),
     "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),

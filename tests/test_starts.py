@@ -140,6 +140,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "oft": (jlora.OFT(), DENSE, {"q": zero}),
     "boft": (jlora.BOFT(), DENSE, {"q": zero, "g": one}),
     "hra": (jlora.HRA(rank=8), DENSE, {"u": pairs(kaiming(4))}),  # as peft has it, over half the rank
+    "road": (jlora.RoAd(), DENSE, {"theta": zero, "alpha": one}),
     "ia3": (jlora.IA3(), DENSE, {"l": one}),
     "ia3_in": (jlora.IA3(side="in"), DENSE, {"l": one}),
     "ssf": (jlora.SSF(target="."), DENSE, {"gamma": one}),

@@ -124,6 +124,8 @@ DEBERTA_BASE = transformer(
 DEBERTA_XXL = transformer(48, query=(1536, 1536), value=(1536, 1536))
 GPT3 = transformer(96, query=(12288, 12288), value=(12288, 12288))
 LLAMA2 = transformer(32, qkv=(4096, 3 * 4096))
+LLAMA2_APART = transformer(32, query=(4096, 4096), key=(4096, 4096), value=(4096, 4096))
+APART = {"target": "kernel", "fused": "query|key|value"}
 
 # Trained parameters as the papers print them (but VeRA's large r=16: its formula L (d + r) gives 49.9 K, its table has
 # 49.5): (tree, method, printed, in units of)
@@ -148,6 +150,9 @@ PRINTED = {
     "Tied-LoRA, TL5": (LLAMA2, jlora.TiedLoRA.tl5(target="qkv"), 131_072, 1),
     "Tied-LoRA, TL6": (LLAMA2, jlora.TiedLoRA.tl6(target="qkv"), 524_544, 1),
     "Tied-LoRA's LoRA": (LLAMA2, jlora.TiedLoRA(tied=(), trained=("a", "b"), target="qkv"), 4_194_304, 1),
+    "TL5, q, k, v apart": (LLAMA2_APART, jlora.TiedLoRA.tl5(**APART), 131_072, 1),
+    "TL6, q, k, v apart": (LLAMA2_APART, jlora.TiedLoRA.tl6(**APART), 524_544, 1),
+    "LoRA, q, k, v apart": (LLAMA2_APART, jlora.TiedLoRA(tied=(), trained=("a", "b"), **APART), 4_194_304, 1),
 }
 
 
@@ -272,6 +277,38 @@ def test_tied_lora_in_all_its_forms(tied, trained):
         f = {x: np.float64(held[shared if x in tied else own(n)][x]) for x in "abuv"}
         want = np.float64(params[f"l{n}"]["w"]) + (f["a"].T * f["u"]) @ f["b"] * f["v"]
         np.testing.assert_allclose(made["w"], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", ["", "a", "b", "ab"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_projections_apart_are_tied_as_the_paper_ties_a_fused_one(tied, stacked, tmp_path):
+    """`fused=`: q and v with one a and u, and b and v side by side, are a fused qv: merged, saved, and unrolled."""
+    layers, cut = ("l#",) if stacked else ("l0", "l1"), ((..., slice(0, 4)), (..., slice(4, 8)))
+    draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    whole = {layer: {"qv": draw(n, *((2,) if stacked else ()), 6, 8)} for n, layer in enumerate(layers)}
+    apart = {layer: {name: w["qv"][at] for name, at in zip("qv", cut, strict=True)} for layer, w in whole.items()}
+    axes = {".": "sio" if stacked else "io"}
+    fused = jlora.adapt(whole, jlora.TiedLoRA(rank=2, tied=tied, target="."), axes=axes)
+    two = jlora.adapt(apart, jlora.TiedLoRA(rank=2, tied=tied, target=".", fused="q$|v$"), axes=axes)
+    assert jlora.count(two) == jlora.count(fused)
+    trained = away_from_start(fused.trainable)
+    held, columns = {}, dict(zip("qv", cut, strict=True))
+    for group, named in two.trainable.items():
+        stem, _, last = group.removeprefix("tied/").rpartition("/")
+        there = trained.get(f"tied/{stem}/qv", {}) | trained.get(f"{stem}/qv", {})
+        held[group] = {name: there[name][columns[last]] if name in "bv" else there[name] for name in named}
+    two, fused = jlora.join(held, two.frozen), jlora.join(trained, fused.frozen)
+    want = jlora.merge(fused)
+    for layer, made in jlora.merge(two).items():
+        both = jnp.concatenate([made["q"], made["v"]], -1)
+        np.testing.assert_allclose(both, want[layer]["qv"], rtol=1e-5, atol=1e-6)
+    jlora.save(tmp_path / "x", two)
+    assert jax.tree.structure(jlora.load(tmp_path / "x", apart)) == jax.tree.structure(two)
+    if stacked:
+        unrolled = {f"l{n}": {name: w[n] for name, w in apart["l#"].items()} for n in range(2)}
+        loose = jlora.rank.unstack(two, unrolled, lambda path, index: path.replace("#", str(index[0])))
+        for n, made in enumerate(jlora.merge(loose).values()):
+            np.testing.assert_allclose(made["q"], jlora.merge(two)["l#"]["q"][n], rtol=1e-6, atol=1e-7)
 
 
 def test_lokr_with_whole_factors():

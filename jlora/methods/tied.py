@@ -14,9 +14,16 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Recipe, Word, constant
 from jlora._tree import Target
-from jlora.methods._fields import Rank, names
+from jlora.methods._fields import Holds, Rank, names
 from jlora.methods.base import Dropping, Init, check_sides, uniform, zeros
 from jlora.methods.vera import shared
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        return not re.compile(text).match("")  # one that finds nothing, everywhere, tells nothing apart
+    except re.error:
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +41,18 @@ class TiedLoRA(Dropping):
       tied: which of "a" and "b" are tied.
       trained: which of "a", "b", "u", "v" are trained, at least one; the rest stay as they start.
       group: the name under which weights share what is tied; by default their path, without its numbers.
+      fused: what tells apart, in their paths, projections that the paper has in one, a regular expression such as
+        `"query|key|value"`. They see one input: those of a layer share a and u (of all layers where a is tied), and
+        each has its b and v, which side by side are the paper's. None where they are fused, or have nothing in common.
 
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> params = {f"layer_{n}": {"query": {"kernel": jnp.ones((6, 4))}} for n in range(3)}
       >>> jlora.count(jlora.adapt(params, jlora.TiedLoRA(rank=2)))
       (38, 110)
+      >>> params = {name: {"kernel": jnp.ones((6, 4))} for name in ("query", "value")}
+      >>> jlora.count(jlora.adapt(params, jlora.TiedLoRA(rank=2, fused="query|value")))[0]  # a, u once; b, v twice
+      38
 
     References:
       Renduchintala et al, `Tied-Lora <https://arxiv.org/abs/2311.09578>`_, 2023.
@@ -49,6 +62,7 @@ class TiedLoRA(Dropping):
     tied: Annotated[tuple[str, ...], names("ab")] = ("a", "b")
     trained: Annotated[tuple[str, ...], names("abuv")] = ("a", "b", "u", "v")
     group: str | None = None
+    fused: Annotated[str, Holds(_is_pattern, "write a regular expression, such as 'query|key|value'")] | None = None
     target: Target = targets.attention
 
     def __post_init__(self) -> None:
@@ -76,16 +90,22 @@ class TiedLoRA(Dropping):
         if self.rank == 0:
             return None
         check_sides(leaf)
-        group = self._group(leaf)
+        together = lambda group: re.sub(self.fused, "*", group) if self.fused else group
+        layer = f"tied/{together(leaf.path)}" if together(leaf.path) != leaf.path else None  # whose projections are one
 
-        def matrix(name: str, sizes: tuple[int, ...], init: Init) -> Word:
+        def matrix(name: str, sizes: tuple[int, ...], init: Init, group: str, own: str | None) -> Word:
             if name in self.tied:
                 return shared(name, group, (self.rank,), sizes, init, trained=name in self.trained)
-            return Array(name, init, (self.rank, *sizes), name in self.trained)
+            return Array(name, init, (self.rank, *sizes), name in self.trained, own)
 
         first = next(name for name in "bvau" if name in self.trained)  # exactly one factor starts at zero
         begins = lambda name, init: zeros if name == first else init
-        a = matrix("a", leaf.sizes("ik"), begins("a", uniform(1 / math.sqrt(leaf.size("ik")))))
-        b = matrix("b", leaf.sizes("o"), begins("b", uniform(1 / math.sqrt(self.rank))))
-        u, v = (Array(name, begins(name, constant(1.0)), trained=name in self.trained) for name in "uv")
+        group = self._group(leaf)
+        a_init, b_init = uniform(1 / math.sqrt(leaf.size("ik"))), uniform(1 / math.sqrt(self.rank))
+        a = matrix("a", leaf.sizes("ik"), begins("a", a_init), together(group), layer)
+        b = matrix("b", leaf.sizes("o"), begins("b", b_init), group, None)
+        u, v = (
+            Array(name, begins(name, constant(1.0)), trained=name in self.trained, group=own)
+            for name, own in (("u", layer), ("v", None))
+        )
         return Recipe((self.dropped(Delta("r I, r, r O, O -> I O", (a, u, b, v), (("r", self.rank),), 1.0, ("r",))),))

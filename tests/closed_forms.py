@@ -187,6 +187,13 @@ def krona(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     return W0 + s * np.kron(f.a, f.b)
 
 
+def c3a(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + C / in, C in blocks of circulant matrices: row i + 1 is row i moved by one. Chen et al, 2024, 3.2."""
+    outs, ins, b = f.w.shape
+    circulant = lambda w: np.array([[w[(i - j) % b] for j in range(b)] for i in range(b)])
+    return W0 + np.block([[circulant(f.w[p, q]) for p in range(outs)] for q in range(ins)]) / len(W0)
+
+
 def krona_residual(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     """W0 + s A x B + s_res I. Edalati et al, 2022."""
     return krona(W0, f, s) + f.s_res * np.eye(len(W0))

@@ -88,6 +88,12 @@ def rotated(leaf: Any) -> int:
     return math.prod(leaf.stack) * leaf.size("ik") * (n - 1) // 2
 
 
+def circulant(leaf: Any) -> int:
+    """One kernel for each block, of the largest common divisor up to 12."""
+    b = max(n for n in range(1, 13) if leaf.size("ik") % n == leaf.size("o") % n == 0)
+    return math.prod(leaf.stack) * leaf.size("ik") * leaf.size("o") // b
+
+
 def butterfly(leaf: Any) -> int:
     """Two factors of in / n blocks of n (n - 1) / 2, n 4 or 2, and a gain of the outputs."""
     n = 4 if leaf.size("ik") % 8 == 0 else 2
@@ -291,6 +297,22 @@ METHODS = (
         starts_at_base=False,  # the identity as a matrix: a product with it may round
         dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
         everywhere=False,
+    ),
+    Row(
+        "c3a",
+        lambda target: jlora.C3A(block=12, target=target),
+        closed_forms.c3a,
+        circulant,
+        fits=lambda leaf: math.gcd(leaf.size("ik"), leaf.size("o")) > 1,
+        dense_on=("linen/convolutions", "linen/conv_grouped"),
+        everywhere=False,
+        models=(
+            "linen/convolutions",
+            "linen/conv_grouped",
+            "linen/raw_split_thrice",
+            "linen/raw_stack",
+            "plain/square",
+        ),
     ),
     Row(
         "boft",

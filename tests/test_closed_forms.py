@@ -265,6 +265,7 @@ VARIANTS = {
         jlora.RandLoRA(rank=3, alpha=4, target="kernel"), partial(forms.randlora, s=4 / 3), ["matrix", "turned"]
     ),
     "oft_blocks": (jlora.OFT(block=3, target="kernel"), forms.oft, ["matrix", "experts"]),
+    "c3a_blocks": (jlora.C3A(block=2, target="kernel"), forms.c3a, ["scan", "into_heads"]),
     "boft_rotation": (
         jlora.BOFT(block=5, gain=False, target="kernel"), forms.boft, ["scan", "out_of_heads", "convolution_2d"]
     ),

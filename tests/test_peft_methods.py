@@ -65,6 +65,8 @@ GOLDEN = {
     "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),
     "miss_bat": (jlora.MiSS(rank=2, bat=True), lambda f: {"d": f["miss_block"]}),
     "boft": (jlora.BOFT(block=4, factors=3), lambda f: {"q": above(-f["boft_R"]), "g": f["boft_s"][:, 0]}),
+    "c3a": (jlora.C3A(block=4), lambda f: {"w": f["c3a_kernel"]}),
+    "c3a_odd": (jlora.C3A(block=3), lambda f: {"w": f["c3a_kernel"]}),
     "hra": (jlora.HRA(rank=4), lambda f: {"u": f["hra_u"].T}),
 }
 

@@ -138,6 +138,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         {"a": kaiming(IN), "b": zero, "lam": partial(at, 3.0), "w": partial(at, math.sqrt(OUT))},
     ),
     "oft": (jlora.OFT(), DENSE, {"q": zero}),
+    "c3a": (jlora.C3A(), DENSE, {"w": zero}),
     "boft": (jlora.BOFT(), DENSE, {"q": zero, "g": one}),
     "hra": (jlora.HRA(rank=8), DENSE, {"u": pairs(kaiming(4))}),  # as peft has it, over half the rank
     "road": (jlora.RoAd(), DENSE, {"theta": zero, "alpha": one}),

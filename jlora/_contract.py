@@ -265,6 +265,25 @@ def contract(
     return settled(y, out_sharding) if mesh is not None and out_sharding is not None else y
 
 
+def _divisible(a: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """An array of an explicit mesh, gathered along axes that it is cut in and cannot be when it has this shape.
+
+    An axis that becomes several stays cut if the first of them can be cut so.
+    """
+    mesh = explicit_mesh([a])
+    if mesh is None:
+        return a
+    todo, kept = list(shape), []
+    for size, entry in zip(a.shape, jax.typeof(a).sharding.spec, strict=True):
+        first = todo[0] if todo else 1
+        names = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
+        kept.append(entry if first % math.prod(mesh.shape[name] for name in names) == 0 else None)
+        made = 1
+        while todo and made < size:
+            made *= todo.pop(0)
+    return settled(a, NamedSharding(mesh, PartitionSpec(*kept)))
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """An array with its axes split, transposed, and joined or split again; `labels` are those of the result."""
@@ -275,7 +294,7 @@ class View:
     shape: tuple[int, ...]
 
     def of(self, a: jax.Array) -> jax.Array:
-        return lax.transpose(a.reshape(self.split), self.order).reshape(self.shape)
+        return _divisible(lax.transpose(a.reshape(self.split), self.order), self.shape).reshape(self.shape)
 
     def back(self, a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The inverse of `of`."""

@@ -307,7 +307,7 @@ def test_inside_an_event_loop(saved, tmp_path):
 @pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
 def test_an_untrained_adapter_is_recognised(row):
     """Whatever the method: all factors where they began, and none once they have moved."""
-    base = {"query": {"kernel": array(6, 6), "bias": array(6)}}
+    base = {"query": {"kernel": array(12, 12), "bias": array(12)}}
     fresh = jlora.adapt(base, row.spec("bias" if row.on == "vectors" else "kernel"))
     with pytest.warns(jlora.UntrainedWarning):
         _untrained.warn("save(path", fresh)

@@ -8,9 +8,11 @@ import dataclasses
 from typing import Annotated
 
 import jax
+from jax.sharding import PartitionSpec
 
 from jlora import targets
 from jlora._axes import Leaf
+from jlora._contract import automatic
 from jlora._network import Array, Delta, Function, Recipe, constant
 from jlora._tree import Target
 from jlora.methods._fields import at_least
@@ -28,7 +30,8 @@ class Factor:
     shape: tuple[int, ...]
 
     def __call__(self, s: jax.Array, q: jax.Array) -> jax.Array:
-        return Cayley(self.n)(s, q[self.k]).reshape(self.shape)
+        made = lambda s, q: Cayley(self.n)(s, q[self.k]).reshape(self.shape)
+        return automatic(made, (s, q), PartitionSpec())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

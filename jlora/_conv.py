@@ -1,7 +1,8 @@
 """How an adapted weight meets an activation: ragged dots of experts, and convolutions."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,13 @@ from jlora._contract import elements
 from jlora._dropout import thinned
 from jlora._network import Labels
 from jlora._ops import Note, Refusal, Use, check_real, product
+from jlora._term import Term
 from jlora._weight import Weight
 
 # --- ragged dots (mixtures of experts) ----------------------------------------------------------------------------
 
 
-def _chain(values: list[jax.Array], names: list[Labels]) -> tuple[list[jax.Array], list[Labels]]:
+def _absorbed(values: list[jax.Array], names: list[Labels]) -> tuple[list[jax.Array], list[Labels]]:
     """Multiplies every operand whose labels another one has into that one: scalars, diagonals, gates."""
     order = sorted(range(len(values)), key=lambda n: len(names[n]))
     live = [(values[n], names[n]) for n in order]
@@ -72,7 +74,7 @@ def ragged(
         ):
             raise Refusal("a ragged dot across a flattened side")
         label, end = runs[0][1][0], ends[0][1][0]
-        values, names = _chain([v.astype(x.dtype) for v in values], list(names))
+        values, names = _absorbed([v.astype(x.dtype) for v in values], list(names))
         todo = list(zip(values, names, strict=True))
         with jax.named_scope("delta"):
             while todo:
@@ -98,6 +100,74 @@ def ragged(
 # --- convolutions -------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Convolved:
+    """A convolution as the model wrote it, and the axes of its kernel.
+
+    Attributes:
+      params: the parameters of `conv_general_dilated`.
+      window: the label of each window axis, None where a window of size one was indexed away.
+      ins: the labels that make the kernel's input channels in one term.
+      outs: those of its output channels.
+    """
+
+    params: Mapping[str, Any]
+    window: tuple[str | None, ...]
+    ins: Labels = ()
+    outs: Labels = ()
+
+    @property
+    def numbers(self) -> Any:
+        return self.params["dimension_numbers"]
+
+    @property
+    def groups(self) -> int:
+        return self.params["feature_group_count"]
+
+    @property
+    def labels(self) -> Labels:
+        """Of the window, where it has one."""
+        return tuple(k for k in self.window if k)
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The same convolution with another kernel, `(window..., in, out)`."""
+        spatial = len(self.window)
+        to_spec = [0] * (spatial + 2)
+        for n, axis in enumerate(self.numbers.rhs_spec):
+            to_spec[axis] = spatial + 1 if n == 0 else spatial if n == 1 else n - 2
+        keep = (
+            "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count",
+            "batch_group_count", "precision",
+        )  # fmt: skip
+        return lax.conv_general_dilated(x, lax.transpose(kernel, to_spec), **{k: self.params[k] for k in keep})
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A term as three factors in turn: channels before the window, the core that holds it, channels behind it.
+
+    Attributes:
+      values, names: every operand and its labels.
+      size: of every label.
+      before, core, after: which operands are which.
+      inner: the labels of the channels that enter the core.
+      middle: those that leave it.
+    """
+
+    values: Sequence[jax.Array]
+    names: Sequence[Labels]
+    size: Mapping[str, int]
+    before: Sequence[int]
+    core: int
+    after: Sequence[int]
+    inner: Labels
+    middle: Labels
+
+    def total(self, labels: Labels) -> int:
+        """The number of channels that labels make."""
+        return math.prod(self.size[x] for x in labels)
+
+
 def conv(
     w: Weight,
     x: jax.Array,
@@ -111,43 +181,27 @@ def conv(
     w = w.multiplied()
     if params["batch_group_count"] != 1:
         raise Refusal("a convolution with batch groups")
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out_axis, in_axis, *window_axes = numbers.rhs_spec
+    out_axis, in_axis, *window_axes = params["dimension_numbers"].rhs_spec
     if any(len(w.axes[n]) > 1 for n in window_axes):
         raise Refusal("a convolution over joined window axes")
-    window = [w.axes[n][0] if w.axes[n] else None for n in window_axes]
+    convolved = Convolved(params, tuple(w.axes[n][0] if w.axes[n] else None for n in window_axes))
     y = w.given(lambda _: bind, x, forward_mode=forward_mode) if w.plain else None
     flops = 0.0
     for t in w.terms:
         xt, t = thinned(w, t, x)
-        if any(k is not None and not t.simple(k) for k in window):
+        if any(not t.simple(k) for k in convolved.labels):
             raise Refusal("a convolution whose window is not labelled")
         runs_in, runs_out = t.through([w.axes[in_axis]]), t.through([w.axes[out_axis]])
         if runs_in is None or runs_out is None:
             raise Refusal("a convolution across a flattened side")
-        like = jax.ShapeDtypeStruct(w.shape, w.dtype)
-        held, names = w.operands(t, like)
-        values: list[Any] = [v if isinstance(v, jax.ShapeDtypeStruct) else v.astype(x.dtype) for v in held]
+        here = dataclasses.replace(convolved, ins=runs_in[0][1], outs=runs_out[0][1])
         if any(o.is_base for o in t.operands):
-            rest = [n for n, o in enumerate(t.operands) if not o.is_base]
-            vectors, labels = [values[n] for n in rest], [names[n] for n in rest]
             dy = w.given(lambda _: bind, x, forward_mode=forward_mode)
-            dy = _rescaled(dy, vectors, labels, runs_out[0][1], numbers, forward_mode)
+            dy = _rescaled(w, t, dy, here, x.dtype, forward_mode)
             y = dy if y is None else y + dy
             continue
         with jax.named_scope("delta"):
-            dy, cost = _conv_term(
-                xt,
-                values,
-                names,
-                window,
-                runs_in[0][1],
-                runs_out[0][1],
-                params,
-                numbers,
-                groups,
-                forward_mode,
-            )
+            dy, cost = _conv_term(w, t, xt, here, forward_mode)
         y = dy if y is None else y + dy.reshape(y.shape).astype(y.dtype)
         flops += cost
     assert y is not None
@@ -156,103 +210,113 @@ def conv(
     return y
 
 
-def _rescaled(
-    y: jax.Array, values: list[jax.Array], names: list[Labels], outs: Labels, numbers: Any, forward_mode: bool
-) -> jax.Array:
-    """The model's own convolution times vectors on its output channels."""
+def _rescaled(w: Weight, term: Term, y: jax.Array, convolved: Convolved, dtype: Any, forward_mode: bool) -> jax.Array:
+    """The model's own convolution times vectors on its output channels, for a term that W0 stands in."""
+    held, labels_of = w.operands(term, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    rest = [n for n, o in enumerate(term.operands) if not o.is_base]
+    values, names = [held[n].astype(dtype) for n in rest], [labels_of[n] for n in rest]
+    outs = convolved.outs
     if not all(set(ls) <= set(outs) for ls in names):
         raise Refusal("a convolution with a product of W0 and more than output channels")
-    feature = numbers.out_spec[1]
     size = {n: s for a, ls in zip(values, names, strict=True) for n, s in zip(ls, a.shape, strict=True)}
     if not set(outs) <= set(size):
         raise Refusal("a convolution with a gain that lacks an output axis")
-    axes = [f"y{n}" for n in range(y.ndim)]
-    labels = (*axes[:feature], *outs, *axes[feature + 1 :])
-    split = y.reshape(*y.shape[:feature], *(size[o] for o in outs), *y.shape[feature + 1 :])
+    channels = convolved.numbers.out_spec[1]
+    labels, split = _channels("y", y, channels, outs, size)
     return product(split, labels, values, names, labels, forward_mode).reshape(y.shape)
 
 
+def _channels(
+    name: str, x: jax.Array, axis: int, labels: Labels, size: Mapping[str, int], groups: int | None = None
+) -> tuple[Labels, jax.Array]:
+    """An activation with its channel axis as these labels (behind the groups, where there are any), and all labels."""
+    axes = [f"{name}{n}" for n in range(x.ndim)]
+    front = () if groups is None else (groups,)
+    split = x.reshape(*x.shape[:axis], *front, *(size[m] for m in labels), *x.shape[axis + 1 :])
+    return (*axes[:axis], *(("group",) if front else ()), *labels, *axes[axis + 1 :]), split
+
+
 def _conv_term(
-    x: jax.Array,
-    values: list[jax.Array],
-    names: list[Labels],
-    window: list[str | None],
-    ins: Labels,
-    outs: Labels,
-    params: Mapping[str, Any],
-    numbers: Any,
-    groups: int,
-    forward_mode: bool,
+    w: Weight, term: Term, x: jax.Array, convolved: Convolved, forward_mode: bool
 ) -> tuple[jax.Array, float]:
-    values, names = _chain(values, names)
+    """One term's convolution in three steps, and its FLOPs."""
+    values, names = w.operands(term)
+    chain = _as_chain(*_absorbed([v.astype(x.dtype) for v in values], names), convolved)
+    x = _before(chain, x, convolved, forward_mode)
+    h, cost = _window(chain, x, convolved)
+    return _after(chain, h, convolved, forward_mode), cost
+
+
+def _as_chain(values: Sequence[jax.Array], names: Sequence[Labels], convolved: Convolved) -> Chain:
+    """Which operand holds the window, and which stand before it and behind it."""
+    ins, window = convolved.ins, set(convolved.labels)
     size = {n: s for a, ls in zip(values, names, strict=True) for n, s in zip(ls, a.shape, strict=True)}
-    if not {*ins, *outs, *filter(None, window)} <= set(size):
+    if not {*ins, *convolved.outs, *window} <= set(size):
         raise Refusal("a convolution along an axis that no factor carries; its letters are wrong")
-    held = [n for n, ls in enumerate(names) if any(k in ls for k in window if k)]
+    held = [n for n, ls in enumerate(names) if window & set(ls)]
     if not held:  # a window of size one, indexed away: any operand of the input side may play the part
         held = [n for n, ls in enumerate(names) if set(ins) <= set(ls)][:1]
-    if len(held) != 1 or not {k for k in window if k} <= set(names[held[0]]):
+    if len(held) != 1 or not window <= set(names[held[0]]):
         raise Refusal("a convolution whose window is spread over several factors")
-    core, core_labels = values[held[0]], names[held[0]]
+    core = names[held[0]]
     rest = [n for n in range(len(values)) if n != held[0]]
-    precision = params["precision"]
-    batch, feature, *space = numbers.lhs_spec
-
-    # 1. channels before the window, where the core does not take the input itself
-    inner = ins
-    before: list[int] = []
-    if not set(ins) <= set(core_labels):
+    inner, before = ins, list[int]()
+    if not set(ins) <= set(core):  # the core does not take the input itself
         before = [n for n in rest if set(names[n]) & set(ins)]
         made = {m for n in before for m in names[n]} - set(ins)
-        inner = tuple(m for m in core_labels if m in made)
-        if set(ins) & set(core_labels) or made - set(core_labels):
+        inner = tuple(m for m in core if m in made)
+        if set(ins) & set(core) or made - set(core):
             raise Refusal("a convolution whose input side is spread over several factors")
-        axes = [f"x{n}" for n in range(x.ndim)]
-        split = [*axes[:feature], "group", *ins, *axes[feature + 1 :]]
-        shape = (*x.shape[:feature], groups, *(size[i] for i in ins), *x.shape[feature + 1 :])
-        out = (*axes[:feature], "group", *inner, *axes[feature + 1 :])
-        x = product(
-            x.reshape(shape), tuple(split), [values[n] for n in before], [names[n] for n in before], out,
-            forward_mode, precision,
-        )  # fmt: skip
-        x = x.reshape(*x.shape[:feature], -1, *x.shape[feature + 1 + len(inner) :])
-    if any(set(names[n]) & {*ins, *filter(None, window)} for n in rest if n not in before):
+    after = [n for n in rest if n not in before]
+    if any(set(names[n]) & {*ins, *window} for n in after):
         raise Refusal("a convolution whose input side is spread over several factors")
-    # 2. the window
-    middle = tuple(m for m in core_labels if m not in inner and m not in window)
-    n_in, n_out = math.prod(size[i] for i in inner), math.prod(size[m] for m in middle)
-    order = [core_labels.index(m) for m in (*(k for k in window if k), *inner, *middle)]
-    kernel = lax.transpose(core, order).reshape(*(size[k] if k else 1 for k in window), n_in, n_out)
+    middle = tuple(m for m in core if m not in inner and m not in window)
+    return Chain(values, names, size, before, held[0], after, inner, middle)
+
+
+def _before(chain: Chain, x: jax.Array, convolved: Convolved, forward_mode: bool) -> jax.Array:
+    """Channels before the window."""
+    if not chain.before:
+        return x
+    axis = convolved.numbers.lhs_spec[1]
+    labels, split = _channels("x", x, axis, convolved.ins, chain.size, convolved.groups)
+    place = labels.index("group") + 1
+    out = (*labels[:place], *chain.inner, *labels[place + len(convolved.ins) :])
+    values, names = [chain.values[n] for n in chain.before], [chain.names[n] for n in chain.before]
+    h = product(split, labels, values, names, out, forward_mode, convolved.params["precision"])
+    return h.reshape(*h.shape[:axis], -1, *h.shape[place + len(chain.inner) :])
+
+
+def _window(chain: Chain, x: jax.Array, convolved: Convolved) -> tuple[jax.Array, float]:
+    """The window, each group of channels by the same core; and the FLOPs."""
+    core, labels, groups = chain.values[chain.core], chain.names[chain.core], convolved.groups
+    n_in, n_out = chain.total(chain.inner), chain.total(chain.middle)
+    order = [labels.index(m) for m in (*convolved.labels, *chain.inner, *chain.middle)]
+    window = [chain.size[k] if k else 1 for k in convolved.window]
+    kernel = lax.transpose(core, order).reshape(*window, n_in, n_out)
     if groups > 1:
         kernel = jnp.broadcast_to(kernel[..., None, :], (*kernel.shape[:-1], groups, n_out))
         kernel = kernel.reshape(*kernel.shape[:-2], groups * n_out)
-    spatial = len(window)
-    to_spec = [0] * (spatial + 2)
-    for n, axis in enumerate(numbers.rhs_spec):
-        to_spec[axis] = spatial + 1 if n == 0 else spatial if n == 1 else n - 2
-    keep = (
-        "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count",
-        "batch_group_count", "precision",
-    )  # fmt: skip
-    h = lax.conv_general_dilated(x, lax.transpose(kernel, to_spec), **{k: params[k] for k in keep})
-    cost = 2.0 * elements(h.shape) * n_in * math.prod(size[k] for k in window if k)
-    # 3. channels after it
-    feature = numbers.out_spec[1]
-    after = [n for n in rest if n not in before]
-    if not after and groups == 1 and middle == outs:
-        return h, cost
-    axes = [f"y{n}" for n in range(h.ndim)]
-    shape = (*h.shape[:feature], groups, *(size[m] for m in middle), *h.shape[feature + 1 :])
-    labels = (*axes[:feature], "group", *middle, *axes[feature + 1 :])
-    operands, operand_labels = [values[n] for n in after], [names[n] for n in after]
+    h = convolved(x, kernel)
+    return h, 2.0 * elements(h.shape) * n_in * math.prod(window)
+
+
+def _after(chain: Chain, h: jax.Array, convolved: Convolved, forward_mode: bool) -> jax.Array:
+    """Channels behind the window."""
+    groups, outs = convolved.groups, convolved.outs
+    if not chain.after and groups == 1 and chain.middle == outs:
+        return h
+    labels, split = _channels("y", h, convolved.numbers.out_spec[1], chain.middle, chain.size, groups)
+    values, names = [chain.values[n] for n in chain.after], [chain.names[n] for n in chain.after]
     if groups > 1:
-        if not outs or set(middle) & set(outs) or size[outs[0]] % groups:
+        if not outs or set(chain.middle) & set(outs) or chain.size[outs[0]] % groups:
             raise Refusal("a grouped convolution whose groups cut a label")
         cut = outs[0]  # groups lead the output channels
-        for n, (a, ls) in enumerate(zip(operands, operand_labels, strict=True)):
+        for n, (a, ls) in enumerate(zip(values, names, strict=True)):
             if cut in ls:
                 k = ls.index(cut)
-                operands[n] = a.reshape(*a.shape[:k], groups, size[cut] // groups, *a.shape[k + 1 :])
-                operand_labels[n] = (*ls[:k], "group", *ls[k:])
-    out = (*axes[:feature], "group", *outs, *axes[feature + 1 :])
-    return product(h.reshape(shape), labels, operands, operand_labels, out, forward_mode, precision), cost
+                values[n] = a.reshape(*a.shape[:k], groups, chain.size[cut] // groups, *a.shape[k + 1 :])
+                names[n] = (*ls[:k], "group", *ls[k:])
+    place = labels.index("group") + 1
+    out = (*labels[:place], *outs, *labels[place + len(chain.middle) :])
+    return product(split, labels, values, names, out, forward_mode, convolved.params["precision"])

@@ -46,6 +46,26 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Written:
+    """A dot as the model wrote it: the parameters of its `dot_general`, and on which side the weight stands."""
+
+    left: bool = False  # the weight is the dot's left operand
+    dimension_numbers: Any = None
+    precision: Any = None
+    preferred_element_type: Any = None
+    out_sharding: Any = None
+
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            *((w, x) if self.left else (x, w)),
+            self.dimension_numbers,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            out_sharding=self.out_sharding,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Dot:
     """`y = x . (W0 + sum of products)`, W0 left out where `w` is None.
 
@@ -57,12 +77,8 @@ class Dot:
     w: Labels | None
     y: Labels
     products: tuple[Product, ...]
-    left: bool  # the weight is the dot's left operand
-    dimension_numbers: Any
+    written: Written
     compute: Any  # the dtype that factors are cast to: the activation's
-    precision: Any
-    preferred_element_type: Any
-    out_sharding: Any
     merged: bool
 
 
@@ -96,19 +112,13 @@ def _chunks(dot: Dot, operands: Sequence[jax.Array]) -> list[list[jax.Array]]:
 def _base_dot(dot: Dot, x: jax.Array, w: jax.Array) -> jax.Array:
     """The dot exactly as the model wrote it, so that a zero delta changes no bit."""
     assert dot.w is not None
-    return lax.dot_general(
-        *((w, x) if dot.left else (x, w)),
-        dot.dimension_numbers,
-        precision=dot.precision,
-        preferred_element_type=dot.preferred_element_type,
-        out_sharding=dot.out_sharding,
-    )
+    return dot.written(x, w)
 
 
 def _merge(dot: Dot, base: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
     """W0 + dW."""
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-        base = base + matrix(p, _with_base(p, base, ops), base.dtype, dot.precision)
+        base = base + matrix(p, _with_base(p, base, ops), base.dtype, dot.written.precision)
     return base
 
 
@@ -124,9 +134,9 @@ def _delta(dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.
             [x, *full],
             [p.x, *p.operands],
             p.out,
-            precision=dot.precision,
-            preferred_element_type=dot.preferred_element_type,
-            out_sharding=dot.out_sharding if whole else None,
+            precision=dot.written.precision,
+            preferred_element_type=dot.written.preferred_element_type,
+            out_sharding=dot.written.out_sharding if whole else None,
         )
         dy = dy if dy.shape == p.out_shape else dy.reshape(p.out_shape)
         y = dy if y is None else y + dy
@@ -143,7 +153,7 @@ def _gradients(
     dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.Array], dy: jax.Array
 ) -> tuple[list[Any], Any, list[jax.Array]]:
     """What the products owe: the activations (unless W' pays for them), W0 and the operands."""
-    run = functools.partial(contract, precision=dot.precision)
+    run = functools.partial(contract, precision=dot.written.precision)
     dxs: list[Any] = [None] * len(xs)
     dbase = None
     grads: list[jax.Array] = []
@@ -209,14 +219,14 @@ def _in_parts(dot: Dot, parts: int, xs: Any, base: Any, operands: Any, dy: jax.A
 
 def _by_matrix(dot: Dot, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:
     """`_gradients` of a merged dot by way of dW's own: one dot of activation and cotangent serves all operands."""
-    run = functools.partial(contract, precision=dot.precision)
+    run = functools.partial(contract, precision=dot.written.precision)
     assert dot.w is not None
     g = run([xs[0], dy], [dot.x, dot.y], dot.w).astype(base.dtype)
     reads_base = any(p.base >= 0 for p in dot.products)
 
     def change(base: Any, operands: Any) -> jax.Array:
         cut = zip(dot.products, _chunks(dot, operands), strict=True)
-        return sum(matrix(p, _with_base(p, base, ops), g.dtype, dot.precision) for p, ops in cut)  # type: ignore[return-value]
+        return sum(matrix(p, _with_base(p, base, ops), g.dtype, dot.written.precision) for p, ops in cut)  # type: ignore[return-value]
 
     _, pull = jax.vjp(change, base, list(operands))
     dbase, grads = pull(g)
@@ -285,7 +295,7 @@ def _backward(dot: Dot, residuals: Any, dy: jax.Array) -> Any:
         dy, grads, operands = lax.optimization_barrier((dy, grads, operands))
         with jax.named_scope("delta"):
             w = _MERGE(dot, base, operands) if dot.merged else base
-        run = functools.partial(contract, precision=dot.precision)
+        run = functools.partial(contract, precision=dot.written.precision)
         dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, **_like(xs[0]))
         dxs[0] = _sum(dxs[0], dx, xs[0])
         # dead code unless somebody asks: W0 is frozen

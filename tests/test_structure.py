@@ -19,7 +19,7 @@ ROOMS = (
     "_wellformed", "_contract", "_rule", "_term", "_lazy", "_weight", "_anew", "_express", "_names", "_kinds",
     "targets", "network", "methods", "_plan", "_fits", "_ranks", "adapted", "_stack", "_merge",
     "quant",  # methods know no jaxpr
-    "_dropout", "_ops", "_lookup", "_conv", "_interpret", "_modules", "lift", "explain", "init",
+    "_dropout", "_ops", "_dot", "_lookup", "_conv", "_interpret", "_modules", "lift", "explain", "init",
     "optim",  # one room knows jaxprs
     "rank", "shard", "serve", "combine", "prompt", "bottleneck",
     "io", "analysis", "plot", "__main__",  # nobody below io knows a file format

@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jlora import _conv, _lookup, _ops
+from jlora import _conv, _dot, _lookup, _ops
 from jlora._anew import anew, bulky
 from jlora._ops import Refusal, Use
+from jlora._rule import Written
 from jlora._weight import Weight, is_weight
 
 if TYPE_CHECKING:
     from jlora._interpret import Interpreter
 
 
-def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _dot_general(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
     lhs, rhs = values
     if is_weight(lhs) and is_weight(rhs):
         rhs = me.dense(rhs, eqn, "a product of two adapted weights")
@@ -32,16 +33,10 @@ def _dot(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
         me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
         bind = lambda w, x, _: me.bind(eqn, [w.dense(), x] if left else [x, w.dense()])[0]
         return [_met(me, bind, w, x)]
-    keep = ("precision", "preferred_element_type", "out_sharding")
-    dot = lambda w, x, mode: _ops.dot(
-        w,
-        x,
-        left,
-        eqn.params["dimension_numbers"],
-        forward_mode=mode,
-        note=functools.partial(me.record, w, eqn.primitive.name),
-        **{k: eqn.params.get(k) for k in keep},
-    )
+    params = ("dimension_numbers", "precision", "preferred_element_type", "out_sharding")
+    written = Written(left, **{name: eqn.params.get(name) for name in params})
+    note = functools.partial(me.record, w, eqn.primitive.name)
+    dot = lambda w, x, mode: _dot.dot(w, x, written, forward_mode=mode, note=note)
     return [_met(me, dot, me.used(w), x)]
 
 
@@ -83,7 +78,7 @@ def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool])
 
 
 RULES = {
-    "dot_general": _dot,
+    "dot_general": _dot_general,
     "gather": _gather,
     "ragged_dot_general": _ragged,
     "ragged_dot": _ragged,

@@ -69,6 +69,7 @@ METHODS = {
     "HiRA": lambda target: jlora.HiRA(rank=RANK, alpha=16, target=target),
     "IA3": lambda target: jlora.IA3(target=target),
     "SSF": lambda target: jlora.SSF(target=target),
+    "GLoRA": lambda target: jlora.GLoRA(rank=RANK, target=target),
     "RoAd": lambda target: jlora.RoAd(target=target),
     "OFT": lambda target: jlora.OFT(block=32, target=target),
     "BOFT": lambda target: jlora.BOFT(block=8, factors=4, target=target),

@@ -96,12 +96,12 @@ Word: TypeAlias = "Array | Function | Base"
 
 @dataclasses.dataclass(frozen=True)
 class Ones:
-    """The constant of a letter along which a result repeats."""
+    """The constant of letters along which a result repeats."""
 
-    n: int
+    sizes: tuple[int, ...]
 
     def __call__(self) -> jax.Array:
-        return jnp.ones((self.n,), jnp.float32)
+        return jnp.ones(self.sizes, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Delta:
         inside = dict.fromkeys(x for group in re.findall(r"\(([^)]*)\)", right) for x in group.split())
         repeated = [x for x in inside if x in sized and x not in held]
         if repeated:
-            ones = tuple(Function(Ones(sized[x]), ()) for x in repeated)
+            ones = tuple(Function(Ones((sized[x],)), ()) for x in repeated)
             object.__setattr__(self, "equation", ", ".join([left.rstrip(), *repeated]) + f" {arrow}{right}")
             object.__setattr__(self, "operands", (*self.operands, *ones))
 

@@ -126,7 +126,7 @@ def lora_and_lora_fa(W0: np.ndarray, f: Any, s: float, s_2: float) -> np.ndarray
 def gralora(W0: np.ndarray, f: Any, alpha: float) -> np.ndarray:
     """W0 + s A_pq B_pq in k x k blocks, at each place of the window, and s A B over all of it where it is hybrid.
 
-    s = alpha / (r + the hybrid's). Jung et al, 2025, 3.2 and 3.3.
+    s = alpha / (r + the hybrid's). Jung et al, 2025.
     """
     r, k, _, i = f.a.shape[:4]
     A, B = f.a.reshape(r, k, k, i, -1), f.b.reshape(r, k, k, -1)
@@ -143,7 +143,7 @@ def gralora(W0: np.ndarray, f: Any, alpha: float) -> np.ndarray:
 
 def miss(W0: np.ndarray, f: Any) -> np.ndarray:
     """W0 + D over and over: below itself for each shard of r inputs, the last one cut off, and beside itself where it
-    is narrower (mini). Kang and Yin, 2024, 3.1.
+    is narrower (mini). Kang and Yin, 2024.
     """
     D = rows(f.d)
     dW = np.vstack([D] * -(-len(W0) // len(D)))[: len(W0)]
@@ -236,6 +236,17 @@ def hira(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     return W0 + W0 * (s * rows(f.a).T @ rows(f.b))
 
 
+def glora(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + W0 * A + B, and b0 + D * b0 + E. Chavan et al, 2023, without their C."""
+
+    def support(name: str) -> Any:
+        if hasattr(f, f"{name}u"):
+            return rows(getattr(f, f"{name}u")).T @ rows(getattr(f, f"{name}d"))
+        return np.ravel(getattr(f, name, 0.0))  # one for each output, or one number
+
+    return W0 + W0 * (support("a") + support("d")) + support("b") + support("e")
+
+
 def dora(W0: np.ndarray, f: Any, inner: Form) -> np.ndarray:
     """m V / ||V||, V = W0 + dW, a norm for each output, constant in the gradient. Liu et al, 2024, 4.3."""
     norm = np.linalg.norm(inner(W0, inside(f.fixed)), axis=0)
@@ -250,7 +261,7 @@ def inside(f: Any) -> Any:
 
 
 def delora(W0: np.ndarray, f: Any) -> np.ndarray:
-    """W0 + lam / r ||W0|| A Xi B, Xi = diag(1 / (||a_n|| ||b_n||)), a norm of W0 for each input. Bini et al, 2025, 3.1.
+    """W0 + lam / r ||W0|| A Xi B, Xi = diag(1 / (||a_n|| ||b_n||)), a norm of W0 for each input. Bini et al, 2025.
 
     Norms are at least 1e-4, as in the authors' code.
     """

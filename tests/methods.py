@@ -283,11 +283,21 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "glora",
+        lambda target: jlora.GLoRA(rank=2, d="vector", e="constant", target=target),
+        closed_forms.glora,
+        lambda leaf: 2 * low_rank(leaf) if leaf.axes("ik") else math.prod(leaf.stack) * (leaf.size("o") + 1),
+        dense_on=("linen/convolutions", "linen/ragged_experts"),
+        everywhere=False,
+        models=("linen/mlp", "linen/convolutions", "linen/scan_axis_1_remat", "linen/ragged_experts"),
+    ),
+    Row(
         "delora",
         lambda target: jlora.DeLoRA(rank=2, strength=3, target=target),
         closed_forms.delora,
         lambda leaf: low_rank(leaf) + math.prod(leaf.stack),
         everywhere=False,
+        models=("linen/mlp", "linen/tied_attend", "linen/convolutions", "linen/scan_axis_1_remat"),
     ),
     Row(
         "oft",

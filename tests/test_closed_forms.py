@@ -294,6 +294,14 @@ VARIANTS = {
         partial(forms.gralora, alpha=4),
         ["into_heads"],
     ),
+    "glora_vectors": (
+        jlora.GLoRA(a="vector", b="vector", d="constant", e="vector", target="kernel"),
+        forms.glora,
+        ["scan", "into_heads", "convolution_2d"],
+    ),
+    "glora_numbers": (
+        jlora.GLoRA(a="constant", b="constant", d="none", target="kernel"), forms.glora, ["scan", "into_heads"]
+    ),
     "road_1": (jlora.RoAd(target="kernel"), forms.road, ["scan", "into_heads"]),
     "road_2": (jlora.RoAd(variant=2, group=6, target="kernel"), forms.road, ["into_heads"]),
     "dora_miss": (

@@ -22,6 +22,7 @@ MADE = {
     "LoRA": lambda **o: jlora.LoRA(**{"rank": 2, "target": "q/kernel$", **o}),
     "LoRAXS": lambda **o: jlora.LoRAXS(**{"rank": 2, "target": "q/kernel$", **o}),
     "GraLoRA": lambda **o: jlora.GraLoRA(**{"rank": 2, "target": "q/kernel$", **o}),
+    "GLoRA": lambda **o: jlora.GLoRA(**{"rank": 2, "target": "q/kernel$", **o}),
     "MiSS": lambda **o: jlora.MiSS(**{"rank": 2, "target": "q/kernel$", **o}),
     "LoRAFA": lambda **o: jlora.LoRAFA(**{"rank": 2, "target": "q/kernel$", **o}),
     "DeLoRA": lambda **o: jlora.DeLoRA(**{"rank": 2, "target": "q/kernel$", **o}),

@@ -29,6 +29,16 @@ def above(square: np.ndarray) -> np.ndarray:
     return skew[(..., *np.triu_indices(square.shape[-1], 1))]
 
 
+def glora(f):
+    """A and B are (out, r) (r, in), (out, 1) or (1,); D and E (out,) or (1,)."""
+    own = lambda x: x.ravel() if x.size > 1 else x[0]
+    made = {n: own(f[f"glora_{n.upper()}.X"]) for n in "abde" if f"glora_{n.upper()}.X" in f}
+    pairs = {
+        n: (f[f"glora_{n.upper()}.Xu"], f[f"glora_{n.upper()}.Xd"].T) for n in "ab" if f"glora_{n.upper()}.Xu" in f
+    }
+    return made | {f"{n}{x}": pair[at] for n, pair in pairs.items() for at, x in enumerate("ud")}
+
+
 # file -> (method, its factors out of peft's tensors). Torch stores (out, in): the transpose of a kernel.
 GOLDEN = {
     "mica": (
@@ -60,6 +70,9 @@ GOLDEN = {
         )
         for n, way in ((1, ()), (2, (2,)), (4, (2, 2)))
     },
+    "glora": (jlora.GLoRA(rank=2, d="vector", e="vector"), glora),
+    "glora_vectors": (jlora.GLoRA(a="vector", b="vector"), glora),
+    "glora_numbers": (jlora.GLoRA(a="constant", b="constant", d="none", e="none"), glora),
     "miss": (jlora.MiSS(rank=2), lambda f: {"d": f["miss_block"]}),
     "miss_rest": (jlora.MiSS(rank=4), lambda f: {"d": f["miss_block"]}),
     "miss_mini": (jlora.MiSS(rank=2, mini=2), lambda f: {"d": f["miss_block"]}),

@@ -132,6 +132,11 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "tied_frozen_b": (
         jlora.TiedLoRA(rank=4, trained=("u", "v")), DENSE, {"a": kaiming(IN), "b": kaiming(4), "u": one, "v": zero}
     ),
+    "glora": (
+        jlora.GLoRA(rank=4, b="vector"),
+        DENSE,
+        {"au": partial(even, math.sqrt(6 / (4 + IN))), "ad": zero, "b": zero},
+    ),
     "delora": (
         jlora.DeLoRA(rank=4, strength=3),
         DENSE,

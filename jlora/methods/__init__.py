@@ -10,6 +10,7 @@ from jlora.methods.c3a import C3A as C3A
 from jlora.methods.delora import DeLoRA as DeLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.full import Full as Full
+from jlora.methods.glora import GLoRA as GLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.hra import HRA as HRA

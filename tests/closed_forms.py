@@ -61,10 +61,10 @@ def mica(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     return W0 + s * rows(f.a).T @ (sign[:, None] * B)
 
 
-def kasa(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+def kasa(W0: np.ndarray, f: Any, s: float, lost: int) -> np.ndarray:
     """W_world + s dV diag(dSigma) dU, W_world = W0 without its r least singular values. Wang et al, 2024."""
     U, S, Vt = np.linalg.svd(W0, full_matrices=False)
-    kept = len(S) - len(f.sigma)
+    kept = len(S) - lost
     return (U[:, :kept] * S[:kept]) @ Vt[:kept] + s * rows(f.v).T @ np.diag(f.sigma) @ rows(f.u)
 
 

@@ -267,7 +267,7 @@ METHODS = (
     Row(
         "kasa",
         lambda target: jlora.KaSA(rank=2, alpha=3, target=target),
-        partial(closed_forms.kasa, s=3 / 2),
+        partial(closed_forms.kasa, s=3 / 2, lost=2),
         gated,
         starts_at_base=False,  # the paper's start is W0 without its least singular values
         merges_to_base=False,

@@ -264,6 +264,12 @@ VARIANTS = {
     "randlora_rest": (
         jlora.RandLoRA(rank=3, alpha=4, target="kernel"), partial(forms.randlora, s=4 / 3), ["matrix", "turned"]
     ),
+    "kasa_noise": (
+        jlora.KaSA(rank=2, alpha=3, noise=4, target="kernel"), partial(forms.kasa, s=3 / 2, lost=4), ["matrix"]
+    ),
+    "kasa_no_noise": (
+        jlora.KaSA(rank=2, alpha=3, noise=0, target="kernel"), partial(forms.kasa, s=3 / 2, lost=0), ["matrix"]
+    ),
     "oft_blocks": (jlora.OFT(block=3, target="kernel"), forms.oft, ["matrix", "experts"]),
     "c3a_blocks": (jlora.C3A(block=2, target="kernel"), forms.c3a, ["scan", "into_heads"]),
     "boft_rotation": (

@@ -544,3 +544,9 @@ def test_a_weight_that_is_not_its_base_without_its_ranks_stays():
     base = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((6, 5)), jnp.float32)}
     adapted = jlora.adapt(base, jlora.KaSA(rank=2, target="w"))
     np.testing.assert_array_equal(jlora.merge(compact(adapted))["w"], jlora.merge(adapted)["w"])
+    far = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
+    far.trainable["w"]["sigma"] = far.trainable["w"]["sigma"].at[0].set(0)
+    small = compact(far)
+    assert small.trainable["w"]["sigma"].shape == (1,) and small.frozen.factors["w"]["u_noise"].shape == (2, 5)
+    assert_close(jlora.merge(small), jlora.merge(far), 1e-6)
+    assert_close(jlora.merge(resize(far, rank=1).adapted), jlora.merge(far), 1e-6)

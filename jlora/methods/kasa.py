@@ -17,7 +17,8 @@ from jlora import targets
 from jlora._axes import Leaf
 from jlora._network import Array, Delta, Recipe
 from jlora._tree import Target
-from jlora.methods.base import LowRank, check_low_rank, filled, normal, of_the_weight, uniform, zeros
+from jlora.methods._fields import Rank
+from jlora.methods.base import LowRank, filled, normal, of_the_weight, uniform, zeros
 from jlora.methods.starts import singular
 
 
@@ -34,8 +35,9 @@ class KaSA(LowRank):
     on GLUE; its second part is `jlora.rank.orthogonality(adapted, "norms")`.
 
     Attributes:
-      rank: r, below min(in, out).
+      rank: r.
       alpha: s = alpha / r; the rank by default.
+      noise: how many singular values W0 loses, below min(in, out); r by default, as in the paper. 0 for none.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -50,10 +52,15 @@ class KaSA(LowRank):
       Wang et al, `KaSA <https://arxiv.org/abs/2412.06071>`_, 2024.
     """
 
+    noise: Rank | None = None
     target: Target = targets.attention
 
+    @property
+    def lost(self) -> int:
+        """How many singular values W0 loses."""
+        return self.rank if self.noise is None else self.noise
+
     def delta(self, leaf: Leaf) -> Delta:
-        check_low_rank(leaf, self.rank + 1)  # something of W0 is left
         v, sigma, u = (
             Array("v", uniform(1 / math.sqrt(leaf.size("ik")))),
             Array("sigma", normal(1.0)),
@@ -63,14 +70,26 @@ class KaSA(LowRank):
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         made = super().recipe(leaf)
-        if made is None:
-            return None
+        if made is None or self.lost == 0:
+            return made
+        least = min(leaf.size("ik"), leaf.size("o"))
+        if self.lost >= least:
+            raise ValueError(
+                f"{leaf.path!r} of shape {leaf.shape} has {least} singular values and would lose {self.lost}, so that "
+                f"nothing of it is left; write KaSA(noise={least - 1}) or less"
+            )
         v, u = (Array(name, of_the_weight, trained=False) for name in ("v_noise", "u_noise"))  # `initial` fills them
-        noise = Delta("t I, t O -> I O", (v, u), (("t", self.rank),), -1.0, s="s_noise")
+        noise = Delta("t I, t O -> I O", (v, u), (("t", self.lost),), -1.0, s="s_noise")
         return dataclasses.replace(made, deltas=(*made.deltas, noise))
 
     def initial(
-        self, leaf: Leaf, recipe: Any, keys: Callable[[str, str], Any], weight: Any
+        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
     ) -> dict[tuple[str, str], jax.Array]:
-        u, s, v = (x[..., -self.rank :, :] for x in singular(weight, leaf))
-        return filled(super().initial(leaf, recipe, keys, weight), {"v_noise": u, "u_noise": s * v}, self.dtype)
+        arrays = super().initial(leaf, recipe, keys, weight)
+        if self.lost == 0:
+            return arrays
+        u, s, v = (x[..., -self.lost :, :] for x in singular(weight, leaf))
+        return filled(arrays, {"v_noise": u, "u_noise": s * v}, self.dtype)
+
+    def canonical(self) -> "KaSA":
+        return dataclasses.replace(self, alpha=None, noise=self.lost)  # what is lost stays, whatever the ranks become

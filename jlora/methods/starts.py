@@ -51,7 +51,7 @@ def values(weight: Any, leaf: Leaf) -> jax.Array:
     if isinstance(weight, jax.ShapeDtypeStruct):
         raise ValueError(
             f"this start of {leaf.path!r} of shape {leaf.shape} is made from the values of the weight, and it has "
-            "none; give arrays, or write init='kaiming'"
+            "none; give arrays, or, where it is a LoRA, write init='kaiming'"
         )
     _check_finite(weight, leaf, "values")
     return leaf.matrix(weight)

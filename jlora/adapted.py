@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jlora import _answers, _axes, _fits, _kinds, _packed, _plan, _ranks, _table, _tree, _wellformed
+from jlora import _answers, _axes, _fits, _kinds, _packed, _plan, _ranks, _resolve, _table, _tree, _wellformed
 from jlora._keys import checked_key, stable_hash
 from jlora._plan import Plan, dropouts, trainable_size
 from jlora._plan import derived as derived
@@ -193,7 +193,7 @@ def begun(
     _answers.check_params("adapt", params)
     tree = _tree.flatten(params)
     _packed.sound(zip(tree.paths, tree.leaves, strict=True))
-    plan, given = _plan.resolve(tree, spec, axes, allow_untied, traced)
+    plan, given = _resolve.resolve(tree, spec, axes, allow_untied, traced)
     trainable: dict[str, dict[str, Any]] = {}
     factors: dict[str, dict[str, Any]] = {}
     named = lambda group, name: jax.random.fold_in(jax.random.fold_in(key, stable_hash(group)), stable_hash(name))

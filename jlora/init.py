@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _answers, _express, _interpret, _merge, _network, _plan, _ranks, _tree
+from jlora import _answers, _express, _interpret, _merge, _network, _plan, _ranks, _resolve, _tree
 from jlora._dtypes import widened
 from jlora._interpret import moments as _moments
 from jlora._plan import Plan, Site
@@ -48,7 +48,7 @@ Axes = dict[str, str] | None
 def _sites(params: Any, spec: Any, axes: Axes) -> tuple[Site, ...]:
     """The weights that a spec takes, with nothing added to them."""
     _answers.check_params("jlora.init", params)
-    plan, _ = _plan.resolve(_tree.flatten(params), spec, axes, True)
+    plan, _ = _resolve.resolve(_tree.flatten(params), spec, axes, True)
     return tuple(dataclasses.replace(s, recipe=_network.Recipe()) for s in plan.sites)
 
 

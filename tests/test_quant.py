@@ -1,6 +1,5 @@
 """Quantised weights: golden files, layouts, what is refused; and that the library computes with them as with arrays."""
 
-import functools
 import re
 from pathlib import Path
 
@@ -180,7 +179,7 @@ def test_half_precision(dtype, scheme):
 
 
 def test_a_call_of_the_model_tells_the_axes():
-    """fn= and args= say what axes= says, also of an adapter's base, and to a start that is found with the codes."""
+    """fn= and args= say what axes= says, also of an adapter's base; infer_axes says it to LoftQ."""
     params, x = {"q": normal(0, 2, 64, 32), "v": normal(1, 64, 64)}, jnp.ones((3, 2, 64))
     call = dict(fn=lambda p, x: jnp.einsum("bhi,hio->bo", x, p["q"]), args=(x,))
     with pytest.raises(
@@ -190,7 +189,7 @@ def test_a_call_of_the_model_tells_the_axes():
     want = jlora.quantize(params, target="q", axes={"q": "iio"})["q"]
     spec = jlora.LoRA(rank=2, target="q")
     adapted = jlora.quantize(jlora.adapt(params, jlora.LoRA(rank=2, target="v")), target="q", **call).frozen.base
-    mended, _ = jlora.quantize(params, target="q", init=functools.partial(jlora.init.loftq, method=spec), **call)
+    mended, _ = jlora.init.loftq(params, spec, "nf4", axes=jlora.infer_axes(call["fn"], params, *call["args"]))
     for got in (jlora.quantize(params, target="q", **call), adapted, mended):
         assert got["q"].roles == want.roles and got["q"].codec == want.codec
 
@@ -208,8 +207,6 @@ def test_refused_in_words():
         jlora.quantize({"a": good}, "nf5", target="a")
     with pytest.raises(ValueError, match=r"NF\(bits=5\)"):
         jlora.quant.NF(5)
-    with pytest.raises(TypeError, match="functools.partial"):
-        jlora.quantize({"query": good}, init="loftq")
     for start in (jlora.init.loftq, jlora.init.qpissa):
         with pytest.raises(ValueError, match=r"'query/kernel' of shape \(64, 2\) has 1 NaN"):
             start({"query": {"kernel": bad}}, jlora.LoRA(rank=2), "nf4")
@@ -424,7 +421,7 @@ def test_an_adapter_moves_to_the_plain_base(tmp_path):
 @pytest.mark.parametrize("start", [jlora.init.loftq, jlora.init.qpissa])
 @pytest.mark.parametrize("scheme", ["nf4", "nf2"])
 def test_starts_that_mend_what_quantising_lost(start, scheme):
-    """LoftQ and QPiSSA start nearer to the weight than its codes, more so with more steps, and alike by `quantize`."""
+    """LoftQ and QPiSSA start nearer to the weight than its codes, more so with more steps; `quantize` leaves both."""
     w = normal(9, 128, 64) * jnp.exp(normal(10, 64)) + normal(11, 128, 4) @ normal(12, 4, 64)
     params = {"query": {"kernel": w}, "norm": {"scale": jnp.ones(16)}}
     error = lambda made: float(jnp.linalg.norm(made - w))
@@ -438,13 +435,11 @@ def test_starts_that_mend_what_quantising_lost(start, scheme):
         errors.append(error(jlora.merge(adapted)["query"]["kernel"]))
     assert errors[1] < errors[0] < 0.9 * plain
     more = {"other": {"kernel": normal(13, 128, 8)}, **params}
-    init = functools.partial(start, method=jlora.LoRA(rank=8, alpha=4, target="query"))
-    both, given = jlora.quantize(more, scheme, init=init)
+    both, given = start(more, jlora.LoRA(rank=8, alpha=4, target="query"), scheme)
+    both = jlora.quantize(both, scheme)
     for made, one in ((both["query"], base["query"]), (jlora.adapt(both, given).trainable, adapted.trainable)):
         jax.tree.map(np.testing.assert_array_equal, made, one)
     assert isinstance(both["other"]["kernel"], jlora.quant.Quantized)
-    with pytest.raises(ValueError, match="takes plain parameters"):
-        jlora.quantize(more, scheme, init=init, donate=True)
 
 
 @pytest.mark.parametrize(

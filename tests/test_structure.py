@@ -17,7 +17,7 @@ ROOMS = (
     "_version", "_answers", "_keys", "_dtypes",  # what everybody says
     "_inverse", "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_layouts", "_axes", "_network",
     "_wellformed", "_contract", "_rule", "_term", "_lazy", "_weight", "_anew", "_express", "_names", "_kinds",
-    "targets", "network", "methods", "_plan", "_fits", "_ranks", "adapted", "_stack", "_merge",
+    "targets", "network", "methods", "_plan", "_resolve", "_fits", "_ranks", "adapted", "_stack", "_merge",
     "quant",  # methods know no jaxpr
     "_dropout", "_ops", "_dot", "_lookup", "_conv", "_interpret", "_modules", "lift", "explain", "init",
     "optim",  # one room knows jaxprs

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora import _answers, _contract, _merge, _ops, _plan, _table, _tree
+from jlora import _answers, _contract, _merge, _ops, _plan, _resolve, _table, _tree
 from jlora._plan import Plan, Site
 from jlora._table import in_bytes
 from jlora._weight import Weight
@@ -138,7 +138,7 @@ def cost(
         _answers.check_optimizer("cost(optimizer=)", optimizer)
     _answers.check_integer("cost(tokens", tokens, 1, "a batch has at least one token")
     tree = _tree.flatten(params)
-    plan, given = _plan.resolve(tree, spec, axes, True)
+    plan, given = _resolve.resolve(tree, spec, axes, True)
     arrays: dict[tuple[str, str], Any] = {}
     rows, stored = [], 0
     flops = _delta_flops(params, plan, tokens)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jlora import _answers, _plan, _tree
+from jlora import _answers, _resolve, _tree
 from jlora.adapted import Adapted, adapt
 from jlora.methods.intrinsic import IntrinsicDimension
 
@@ -94,7 +94,7 @@ def intrinsic_dimension(
     words = "the score of training everything, a number to be reached"
     _answers.check_number("intrinsic_dimension(baseline", baseline, math.isfinite, words)
     rules = lambda d: (*also, dataclasses.replace(method, d=d))
-    plan, _ = _plan.resolve(_tree.flatten(params), rules(1), axes, True)
+    plan, _ = _resolve.resolve(_tree.flatten(params), rules(1), axes, True)
     sites = [s for s in plan.sites if isinstance(s.method, IntrinsicDimension)]
     scalars = sum(math.prod(s.leaf.stack) for s in sites) * method.said
     climb = sorted(set(dimensions))

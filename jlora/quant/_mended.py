@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _answers, _packed, _plan, _tree
+from jlora import _answers, _packed, _resolve, _tree
 from jlora._packed import is_packed
 from jlora.adapted import is_adapted
 from jlora.methods.base import check_low_rank
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import Given, best
 from jlora.quant._quantize import codec, not_finite, quantized
-from jlora.quant._schemes import Scheme, resolve
+from jlora.quant._schemes import Scheme, scheme_of
 
 Axes = dict[str, str] | None
 
@@ -137,8 +137,8 @@ def _quantised(
     _answers.check_integer(f"{name}(steps", steps, 1, "at least one step, an integer")
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_packed)
     pairs = {}
-    scheme = None if callable(quantise) else resolve(quantise)
-    sites = _plan.resolve(_tree.flatten(params), method, axes, True)[0].sites
+    scheme = None if callable(quantise) else scheme_of(quantise)
+    sites = _resolve.resolve(_tree.flatten(params), method, axes, True)[0].sites
     plain = [(s.leaf.path, leaves[s.index]) for s in sites if not is_packed(leaves[s.index])]
     bad = [why for path, leaf in plain for why in not_finite(path, leaf)]
     if bad:

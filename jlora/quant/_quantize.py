@@ -21,7 +21,7 @@ from jlora.adapted import Adapted, called, is_adapted
 from jlora.quant._layout import layout
 from jlora.quant._leaf import Codec, Quantized
 from jlora.quant._report import say
-from jlora.quant._schemes import Scheme, resolve
+from jlora.quant._schemes import Scheme, scheme_of
 
 
 def codec(scheme: Scheme, path: str, shape: tuple[int, ...], dtype: Any, roles: str, torch: bool) -> Codec:
@@ -95,7 +95,6 @@ def quantize(
     kwargs: Mapping[str, Any] | None = None,
     parity: str | None = None,
     donate: bool = False,
-    init: Callable[..., Any] | None = None,
 ) -> Any:
     """The same tree with the weights that `target` takes held as codes of a few bits and scales.
 
@@ -122,19 +121,15 @@ def quantize(
         where the block does not divide the input side; elsewhere the blocks are the same, but keep the weight's axes.
       donate: frees each plain weight as soon as it is quantised; `params` is then no longer usable. Where something is
         refused, nothing was freed.
-      init: a start that is found together with the codes, such as `partial(jlora.init.loftq, method=LoRA(rank=8))`:
-        called as `init(params, quantise=scheme, axes=axes)`, it quantises the weights that its method is for, and
-        gives the method with its factors; `target` and `exclude` say which others are quantised too.
 
     Returns:
-      The tree, or the `Adapted`; with `init` the tree and the method, for `adapt`. Leaves that are quantised already,
-      without elements or without axes stay as they are; a tree that is tied (one array under two paths) stays tied.
+      The tree, or the `Adapted`. Leaves that are quantised already (by `jlora.init.loftq`, say), without elements or
+      without axes stay as they are; a tree that is tied (one array under two paths) stays tied.
 
     Raises:
-      ValueError: an unknown scheme; a pattern that matches nothing; `init` together with an `Adapted`, `parity` or
-        `donate`; weights with NaN or infinities, or that are no real
-        floating point numbers; all at once.
-      TypeError: an `init` that is no function; quantised leaves that were cast.
+      ValueError: an unknown scheme; a pattern that matches nothing; weights with NaN or infinities, or that are no
+        real floating point numbers; all at once.
+      TypeError: quantised leaves that were cast.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora
@@ -150,83 +145,82 @@ def quantize(
     References:
       Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023.
     """
-    scheme = resolve(scheme)
+    scheme = scheme_of(scheme)
     _answers.check_params("quantize", params)
     _answers.check_axes(axes)
     if not isinstance(donate, bool):
         raise ValueError(f"quantize(donate={donate!r}): True frees each plain weight as soon as it is quantised")
     if parity not in (None, "torch"):
         raise ValueError(f"quantize(parity={parity!r}): 'torch', or None")
-    traced = None if is_adapted(params) else called("quantize", fn, params, args, kwargs)
-    if init is not None:
-        if not callable(init):
-            raise TypeError(
-                f"quantize(init={init!r}): a function that finds codes and factors together, "
-                "such as functools.partial(jlora.init.loftq, method=jlora.LoRA(rank=8)), or jlora.init.qpissa"
-            )
-        if is_adapted(params) or parity or donate:
-            raise ValueError("quantize(init=...) takes plain parameters, without parity= and donate=")
-        axes = (axes or {}) | {f"^{re.escape(p)}$": x for p, (_, x) in (traced or {}).items() if x}
-        base, method = init(params, quantise=scheme, axes=axes)
-        return quantize(base, scheme, target=target, exclude=exclude, axes=axes), method
     if is_adapted(params):
         base = quantize(
             params.frozen.base, scheme, target=target, exclude=exclude, axes=_letters(params, axes), fn=fn, args=args,
             kwargs=kwargs, parity=parity, donate=donate,
         )  # fmt: skip
         return Adapted(params.trainable, dataclasses.replace(params.frozen, base=base))
+    traced = called("quantize", fn, params, args, kwargs)
     tree = _tree.flatten(params)
     sound(zip(tree.paths, tree.leaves, strict=True))
     selected, wrong = _select.select("quantize", target, exclude, tree, traced)
     wrong += _select.unmatched(axes, tree).values()
     if wrong:
         raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(wrong))
-    taken = [n for n, it in enumerate(selected) if it]
-    leaves = list(tree.leaves)
-    todo: dict[int, Codec] = {}
-    letters: dict[int, str] = {}
-    bad, unclear = [], []
     roles = _axes.Roles(tree, axes, {path: letters for path, (_, letters) in (traced or {}).items() if letters})
+    todo = _codecs(tree, [n for n, it in enumerate(selected) if it], roles, scheme, parity == "torch")
+    leaves = _leaf_by_leaf(tree.leaves, todo, donate)
+    if not any(isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in jax.tree.leaves(leaves)):
+        say(tree.paths, list(tree.leaves), leaves)
+    return jax.tree.unflatten(tree.treedef, leaves)
+
+
+def _codecs(
+    tree: _tree.Named, taken: Sequence[int], roles: _axes.Roles, scheme: Scheme, torch: bool
+) -> dict[int, tuple[Codec, str]]:
+    """How each leaf that is to be quantised is laid out, and its letters; ValueError before any weight is freed."""
+    todo: dict[int, tuple[Codec, str]] = {}
+    bad, unclear = [], []
     for n in taken:
-        shape, dtype = _tree.shape_dtype(leaves[n])
-        if is_packed(leaves[n]) or not shape or 0 in shape:
+        path, leaf = tree.paths[n], tree.leaves[n]
+        shape, dtype = _tree.shape_dtype(leaf)
+        if is_packed(leaf) or not shape or 0 in shape:
             continue
         if not _axes.is_trainable_dtype(dtype):
-            bad.append(f"{tree.paths[n]!r} of shape {shape} and dtype {dtype}: only real floating point weights")
+            bad.append(f"{path!r} of shape {shape} and dtype {dtype}: only real floating point weights")
             continue
-        said = roles.of(n)
-        if said is None:
-            unclear.append(f"{tree.paths[n]!r} of shape {shape}")
-            continue
-        letters[n] = said
-        if set(letters[n]) == {"s"}:
-            bad.append(f"{tree.paths[n]!r} of shape {shape} has stack axes alone; write its letters in axes=")
-            continue
-        todo[n] = codec(scheme, tree.paths[n], shape, dtype, letters[n], parity == "torch")
-    bad += [why for n in todo for why in not_finite(tree.paths[n], leaves[n])]
+        letters = roles.of(n)
+        if letters is None:
+            unclear.append(f"{path!r} of shape {shape}")
+        elif set(letters) == {"s"}:
+            bad.append(f"{path!r} of shape {shape} has stack axes alone; write its letters in axes=")
+        else:
+            todo[n] = codec(scheme, path, shape, dtype, letters, torch), letters
+    bad += [why for n in todo for why in not_finite(tree.paths[n], tree.leaves[n])]
     if unclear:
         shown = ", ".join(unclear[:5]) + (f" and {len(unclear) - 5} more" if len(unclear) > 5 else "")
         bad.append(
             f"nothing tells which axes are input and which output of {shown}; blocks run along the input: write "
             "fn=model.apply, args=(x,), a call of the model, or the letters in axes="
         )
-    if bad:  # before any weight is freed
+    if bad:
         raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(bad))
+    return todo
+
+
+def _leaf_by_leaf(plain: Sequence[Any], todo: Mapping[int, tuple[Codec, str]], donate: bool) -> list[Any]:
+    """The leaves with those of `todo` quantised, one after another; what is tied stays tied."""
+    leaves = list(plain)
     made: dict[Any, Quantized] = {}
-    for n, how in todo.items():
+    for n, (how, letters) in todo.items():
         leaf = leaves[n]
-        known = (id(leaf), how, letters[n])
-        tied = known in made
-        if not tied:
-            made[known] = quantized(leaf, how, letters[n])
+        known = (id(leaf), how, letters)
+        if known not in made:
+            made[known] = quantized(leaf, how, letters)
         leaves[n] = made[known]
         elsewhere = any(x is leaf for x in leaves)  # under a path that stays plain, or whose turn will come
         if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and not elsewhere:
             jax.block_until_ready(leaves[n])
             leaf.delete()
-    if not any(isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in jax.tree.leaves(leaves)):
-        say(tree.paths, list(tree.leaves), leaves)
-    return jax.tree.unflatten(tree.treedef, leaves)
+    return leaves
 
 
 def _letters(adapted: Adapted, axes: dict[str, str] | None) -> dict[str, str]:

@@ -241,7 +241,7 @@ NAMES |= {f"{name}+double": dataclasses.replace(scheme, double=True) for name, s
 NAMES.pop("int8+double")  # one scale a channel is nothing to save on
 
 
-def resolve(scheme: "Scheme | str") -> Scheme:
+def scheme_of(scheme: "Scheme | str") -> Scheme:
     """A scheme, or its name."""
     if isinstance(scheme, Scheme):
         return scheme

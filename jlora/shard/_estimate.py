@@ -155,7 +155,7 @@ def estimate(
     made = jax.eval_shape(lambda p: adapt(p, spec, axes=axes), params)
     sizes = dict(mesh.shape)
     bare = _tree.flatten(made.frozen.base)
-    entries = _rules.resolve(bare, roles_of(bare, made.frozen.plan), base_specs, sizes)
+    entries = _rules.entries_of(bare, roles_of(bare, made.frozen.plan), base_specs, sizes)
     placed = abstract(mesh, made, _tree.rebuilt(made.frozen.base, list(map(_rules.to_spec, entries))))
     rows = tuple(n for entry in batch for n in _rules.names(entry) if sizes[n] > 1)
     state = 0

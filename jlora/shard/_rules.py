@@ -90,7 +90,7 @@ def bytes_of(leaf: Any) -> int:
     return math.prod(shape) * (8 if is_key else jnp.dtype(dtype).itemsize)
 
 
-def resolve(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes) -> list[Entries]:
+def entries_of(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes) -> list[Entries]:
     """The entries of every leaf of a base.
 
     Raises:

@@ -63,7 +63,7 @@ def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
     frozen = adapted.frozen
     sizes = None if mesh is None else dict(mesh.shape)
     tree = _tree.flatten(frozen.base)
-    entries = _rules.resolve(tree, roles_of(tree, frozen.plan), base_specs, sizes)
+    entries = _rules.entries_of(tree, roles_of(tree, frozen.plan), base_specs, sizes)
     of_factors = {place: _rules.to_spec(own) for place, own in _factors(frozen.plan, entries, sizes).items()}
     at = lambda path, _: of_factors[path[-2].key, path[-1].key]
     held = [_of_leaf(leaf, own, sizes) for leaf, own in zip(tree.leaves, entries, strict=True)]

@@ -1,0 +1,239 @@
+"""From a spec and a tree to the plan: which weight gets which recipe, and what is wrong, all at once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import _answers, _axes, _plan, _select, _tree, _wellformed
+from jlora._axes import Leaf
+from jlora._network import Recipe
+from jlora._packed import Packed
+from jlora._plan import Plan, Site
+from jlora.methods.base import Method
+
+
+def resolve(
+    tree: _tree.Named,
+    spec: Any,
+    axes: dict[str, str] | None,
+    allow_untied: bool,
+    traced: _select.Traced | None = None,
+) -> tuple[Plan, list[tuple[Method, Recipe]]]:
+    """Matches a spec against a tree: the plan, and for each site the method and recipe with their data as given.
+
+    `traced` is what a trace found, `{path: (use, letters)}`. All bad leaves are reported at once.
+
+    Raises:
+      ValueError: a pattern without a match, vectors that patterns took, integer or complex leaves, ties adapted at
+        one end, what a method refuses.
+    """
+    _answers.check_axes(axes)
+    nowhere = _select.unmatched(axes, tree)
+    axes = {pattern: letters for pattern, letters in (axes or {}).items() if pattern not in nowhere}
+    letters = {path: letters for path, (_, letters) in (traced or {}).items() if letters}
+    found = Resolution(tree, _plan.rules(spec), axes, letters)
+    selected = [_select.select(m.describe(), m.target, m.exclude, tree, traced) for m in found.methods]
+    taken = [taken for taken, _ in selected]
+    found.bad += [*(text for _, wrong in selected for text in wrong), *nowhere.values()]
+    for index in range(len(tree.leaves)):
+        found.take(index, [n for n, takes in enumerate(taken) if takes[index]])
+    found.take_biases()
+    found.bad += [*_vectors(found, taken), *_ties(tree, found.places, allow_untied)]
+    if found.unclear:
+        found.bad.append(_axes.unclear(found.unclear, tree.paths))
+    if found.bad:
+        raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(found.bad))
+    took = [found.took[index] for index in sorted(found.took)]
+    plan = _plan.intern(tuple(t.site for t in took), tuple(map(_plan.named, found.methods)), tuple(found.notes))
+    return plan, [(t.method, t.recipe) for t in took]
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A leaf that a rule took: the rule's number, the method and recipe with their data, and the site in the plan."""
+
+    rule: int
+    method: Method
+    recipe: Recipe
+    site: Site
+
+
+@dataclasses.dataclass
+class Resolution:
+    """A tree under the rules of a spec, leaf by leaf.
+
+    Attributes:
+      tree, methods, axes, traced: what was given; of a trace, the letters.
+      took: `{index: Taken}` of the leaves that are adapted.
+      notes: what the table says.
+      bad: what is wrong, in words.
+      vectors: of each rule, the leaves without an input side that patterns took, and what its method says of them.
+      unclear: weights, each with its method's name, whose sides nothing tells.
+      shapes: `{(group, factor): (shape, trained)}` so far: what weights share has one shape.
+    """
+
+    tree: _tree.Named
+    methods: Sequence[Method]
+    axes: dict[str, str]
+    traced: dict[str, str]
+    took: dict[int, Taken] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    bad: list[str] = dataclasses.field(default_factory=list)
+    vectors: dict[int, dict[int, str]] = dataclasses.field(default_factory=dict)
+    unclear: list[tuple[Leaf, str]] = dataclasses.field(default_factory=list)
+    shapes: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.roles = _axes.Roles(self.tree, self.axes, self.traced)
+
+    @property
+    def places(self) -> set[int]:
+        """The leaves that are adapted."""
+        return set(self.took)
+
+    def take(self, index: int, takers: Sequence[int]) -> None:
+        """Leaf `index` by the first of the rules that match it."""
+        if not takers:
+            return
+        rule, *others = takers
+        method, path = self.methods[rule], self.tree.paths[index]
+        if others:
+            names = ", ".join(self.methods[n].describe() for n in others)
+            self.notes.append(f"{path}: rule {rule + 1} ({method.describe()}) takes it before {names}")
+        try:
+            leaf, letters = self._leaf(index)
+        except ValueError as error:
+            self.bad.append(str(error))
+            return
+        try:
+            if 0 in leaf.shape:
+                raise ValueError("a weight without elements cannot be adapted; exclude it")
+            if letters is None and _splits(method, leaf):
+                self.unclear.append((leaf, method.describe()))
+                return
+            recipe = method.recipe(leaf)
+            if recipe is None:
+                self.notes.append(f"{path}: rank 0, left as it is")
+                return
+            self._check(method, recipe, leaf)
+        except ValueError as error:
+            self._refused(rule, index, leaf, error)
+            return
+        self.took[index] = Taken(rule, method, recipe, Site(leaf, index, _plan.named(method), recipe))
+
+    def _leaf(self, index: int) -> tuple[Leaf, str | None]:
+        """A leaf as a method knows it, and its letters where something tells them."""
+        path, array = self.tree.paths[index], self.tree.leaves[index]
+        shape, dtype = _tree.shape_dtype(array)
+        if _answers.no_array(array):
+            raise ValueError(f"{path!r} is {_answers.no_array(array)}")
+        if not _axes.is_trainable_dtype(dtype):
+            raise ValueError(f"{path!r} of dtype {dtype}: only real floating point leaves can be adapted; exclude it")
+        letters = self.roles.of(index)
+        return Leaf(path, shape, np.dtype(dtype), letters or self.roles.likely(index)), letters
+
+    def _check(self, method: Method, recipe: Recipe, leaf: Leaf) -> None:
+        """Raises ValueError where equation and leaf, or factors that weights share, do not fit each other."""
+        _wellformed.check(recipe, leaf)
+        arrays = recipe.arrays(leaf)
+        _wellformed.check_constants(arrays, jnp.dtype(method.dtype))
+        for place, (array, full) in arrays.items():
+            if self.shapes.setdefault(place, (full, array.trained)) != (full, array.trained):
+                raise ValueError(
+                    f"it would share the factor {place[1]!r} of {place[0]!r}, which has shape {self.shapes[place][0]} "
+                    f"elsewhere and {full} here"
+                )
+
+    def _refused(self, rule: int, index: int, leaf: Leaf, error: ValueError) -> None:
+        """What a method says of a leaf that it cannot take; of vectors, for `_vectors` to sum up."""
+        vector = "it needs input and output axes, and a vector has one; target a matrix, or use BitFit() or Full()"
+        why = vector if leaf.roles.strip("s") == "o" else error
+        said = f"{self.methods[rule].describe()} on {leaf.path!r} of shape {leaf.shape} ({leaf.roles}): {why}"
+        if leaf.axes("ik") or 0 in leaf.shape:
+            self.bad.append(said)
+        else:
+            self.vectors.setdefault(rule, {})[index] = said
+
+    def take_biases(self) -> None:
+        """The biases of layers whose output a method rescales, as sites of the same method."""
+        index = {path: n for n, path in enumerate(self.tree.paths)}
+        for taken in [self.took[n] for n in sorted(self.took)]:
+            layer, slash, name = taken.site.leaf.path.rpartition("/")
+            path = layer + slash + BIASES.get(name, "")
+            other = taken.method.beside(taken.site.leaf) if name in BIASES and path in index else None
+            if other is not None:
+                self._take_bias(index[path], other, taken)
+
+    def _take_bias(self, at: int, method: Method, weight: Taken) -> None:
+        """The bias at `at` by the method that its weight's one says."""
+        path, rule, name = self.tree.paths[at], weight.rule, weight.method.describe()
+        if self.methods[rule].exclude and _select.taken(self.methods[rule].exclude, self.tree)[at]:
+            return
+        if at in self.took and self.took[at].rule != rule:
+            self.notes.append(f"{path}: rule {self.took[at].rule + 1} takes it, so {name} does not rescale it")
+            return
+        shape, dtype = _tree.shape_dtype(self.tree.leaves[at])
+        of = weight.site.leaf
+        roles = _axes.given(path, shape, self.axes) or self.traced.get(path) or _axes.added(of, shape)
+        if roles is None or not _axes.is_trainable_dtype(dtype):
+            self.bad.append(
+                f"{path!r} of shape {shape} is no bias of {of.path!r} of shape {of.shape} ({of.roles}), and {name} "
+                'rescales the output, bias included; write exclude="bias$" to leave it as it is'
+            )
+            return
+        leaf = Leaf(path, shape, np.dtype(dtype), roles)
+        recipe = method.recipe(leaf)
+        assert recipe is not None
+        self.took[at] = Taken(rule, method, recipe, Site(leaf, at, _plan.named(method), recipe))
+
+
+BIASES = {"kernel": "bias", "weight": "bias", "scale": "bias", "w": "b"}  # what is added to a weight's output
+
+
+def _splits(method: Method, leaf: Leaf) -> bool:
+    """Whether a method asks which axes are input and which output; one that cannot be asked does."""
+    sides = leaf.roles if {"i", "o"} <= set(leaf.roles) else "i" + "o" * (len(leaf.shape) - 1)
+    one = dataclasses.replace(leaf, roles=sides)
+    try:
+        recipe = method.recipe(one)
+    except ValueError:
+        return True
+    return recipe is not None and recipe.splits(one)
+
+
+def _vectors(found: Resolution, taken: Sequence[Sequence[bool]]) -> list[str]:
+    """What to write where a rule's pattern took weights and, beside them, vectors."""
+    bad: list[str] = []
+    for n, said in found.vectors.items():
+        m = found.methods[n]
+        others = [index for index, it in enumerate(taken[n]) if it and index not in said]
+        bad += [_select.vectors(m.describe(), m.target, found.tree, tuple(said), others)] if others else said.values()
+    return bad
+
+
+def _ties(tree: _tree.Named, adapted: set[int], allow_untied: bool) -> list[str]:
+    """One array (or NNX variable) under two paths: adapted at one end only, the two would part."""
+    ends: dict[int, list[int]] = {}
+    for index, (owner, leaf) in enumerate(zip(tree.owners, tree.leaves, strict=True)):
+        if isinstance(leaf, (jax.Array, np.ndarray, Packed)) and leaf.ndim:
+            ends.setdefault(owner, []).append(index)
+    bad = []
+    for indices in ends.values():
+        if len(indices) < 2 or not adapted & set(indices):
+            continue
+        paths = [tree.paths[n] for n in indices]
+        if any(tree.owners[n] != id(tree.leaves[n]) for n in indices):
+            bad.append(
+                f"{paths} are one NNX variable under several attributes, which a pytree flattens to separate leaves; "
+                "split the module first: graphdef, params, rest = nnx.split(model, nnx.Param, ...) and adapt(params)"
+            )
+        elif not adapted >= set(indices) and not allow_untied:
+            bad.append(
+                f"{paths} are one array (tied), adapted at one end only: after merging they would differ; "
+                "target all of them, keep one entry in the tree, or say adapt(..., allow_untied=True)"
+            )
+    return bad

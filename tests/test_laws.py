@@ -61,10 +61,20 @@ def programs(row, case):
 
 @pytest.mark.parametrize("row,case", pairs(fast=FAST, newest=LORA))
 def test_first_laws(row, case, subtests):
-    """Lifted equals dense in value and gradient; at the start it is the base; merging gives the same; all is used."""
+    """Lifted equals dense in value and gradient; at the start it is the base; merging gives the same; all is used.
+
+    And counted: as the paper says it.
+    """
     ad, program, (call, arrays, params, before) = programs(row, case)
     far = away_from_start(ad.trainable)
     (y, grads), (y_dense, grads_dense), plain = program(far)
+
+    with subtests.test("the count is the paper's formula, what stands in the tree and what an optimizer would hold"):
+        size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        leaves = [site.leaf for site in ad.frozen.plan.sites]
+        formula = sum(map(row.count, leaves)) + sum(dict(map(row.shared, leaves)).values())
+        assert (formula, formula + size(params)) == jlora.count(ad)
+        assert formula == size(ad.trainable)
 
     with subtests.test("the adapter moves the outputs"):
         assert any(error > 1e-3 * size for error, size in errors(y_dense, plain))
@@ -169,22 +179,6 @@ def test_bfloat16(row, case, subtests):
             for (error, _), (merged, size) in zip(errors(got, exact), found, strict=True):
                 size = max(size, 0.2 * largest)  # a gradient may cancel out of terms of the others' size
                 assert error <= 2 * merged + HALF_EPS * size, (error, merged, size)
-
-
-# Counting ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("row,case", pairs())
-def test_count(row, case):
-    """The paper's formula; what `count` says; what stands in the tree; what the optimizer would hold."""
-    _, params, _ = case.build()
-    ad = adapted(row, case, params)
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    trainable, total = jlora.count(ad)
-    leaves = [site.leaf for site in ad.frozen.plan.sites]
-    assert trainable == sum(map(row.count, leaves)) + sum(dict(map(row.shared, leaves)).values())
-    assert trainable == size(ad.trainable)
-    assert total == trainable + size(params)
 
 
 # Training ---------------------------------------------------------------------------------

@@ -228,6 +228,19 @@ def randlora(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     return W0 + s * (made.T if d_in <= d_out else made)
 
 
+def entries(digits: np.ndarray) -> np.ndarray:
+    """Elements of a matrix, row by row, numbered in four digits of 256."""
+    return (digits.astype(int) * 256 ** np.arange(4)).sum(-1)
+
+
+def fourierft(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """W0 + s Re F^-1(S), a wave of each entry (j, k) of S that is not zero. Gao et al, 2024, eq. 2 to 4."""
+    d_in, d_out = W0.shape
+    p, q = np.arange(d_in)[:, None], np.arange(d_out)
+    places = zip(f.c, *np.unravel_index(entries(f.entries), W0.shape), strict=True)
+    return W0 + s * sum(c * np.cos(2 * np.pi * (j * p / d_in + k * q / d_out)) for c, j, k in places) / W0.size
+
+
 # Of W0 itself -----------------------------------------------------------------------------
 
 

@@ -309,6 +309,14 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "fourierft",
+        lambda target: jlora.FourierFT(n=7, scale=30, target=target),
+        partial(closed_forms.fourierft, s=30),
+        lambda leaf: math.prod(leaf.stack) * 7,
+        fits=lambda leaf: bool(leaf.axes("ik")) and bool(leaf.axes("o")),
+        everywhere=False,
+    ),
+    Row(
         "c3a",
         lambda target: jlora.C3A(block=12, target=target),
         closed_forms.c3a,

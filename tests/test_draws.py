@@ -13,13 +13,14 @@ import pytest
 
 import jlora
 from jlora.io import _manifest
-from jlora.methods import _draws
+from jlora.methods import _draws, _entries
 from jlora.methods._projections import PROJECTIONS
 from jlora.methods.vera import draw
 
 DRAWN = {
     "VeRA": jlora.VeRA(rank=5, target="q"),
     "RandLoRA": jlora.RandLoRA(rank=4, target="q"),
+    "FourierFT": jlora.FourierFT(n=6, target="q"),
     **{kind: jlora.IntrinsicDimension(5, projection=kind, target="q") for kind in PROJECTIONS},
 }
 KERNEL = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
@@ -78,6 +79,17 @@ def test_numbers_follow_from_the_bits():
     np.testing.assert_allclose(_draws.normal(ours, (40,), jnp.float32), want, rtol=2e-5, atol=1e-6)
 
 
+def test_entries_are_the_smallest_words():
+    """Of 40 numbers the n of which the words, as 64 bits, are smallest; held in digits that narrow dtypes have."""
+    words = [threefry((0, 7), 0, n) for n in range(40)]
+    want = sorted(sorted(range(40), key=lambda n: words[n])[:9])
+    made = _draws.entries(_draws.key(7), 9, 40)
+    np.testing.assert_array_equal(made, want)
+    large = jnp.array([0, 255, 256, 2**24 + 1, 2**31 - 1], jnp.int32)
+    for dtype in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
+        np.testing.assert_array_equal(_entries.read(_entries.held(large, jnp.dtype(dtype))), large)
+
+
 @pytest.mark.parametrize(
     "seed,which,dtype,digest",
     [
@@ -122,7 +134,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_of_jax_draw_the_same(setting, tmp_path):
     """Saved under the defaults, opened under others: the same factors, bit for bit, and the same projections."""
-    for name in ("VeRA", "RandLoRA", "fastfood"):
+    for name in ("VeRA", "RandLoRA", "FourierFT", "fastfood"):
         adapted = trained(DRAWN[name])
         jlora.save(tmp_path / name, adapted)
         with SETTINGS[setting]():

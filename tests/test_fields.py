@@ -40,6 +40,7 @@ MADE = {
     "IA3": lambda **o: jlora.IA3(**{"target": "q/kernel$", **o}),
     "BOFT": lambda **o: jlora.BOFT(**{"block": 4, "target": "q/kernel$", **o}),
     "RoAd": lambda **o: jlora.RoAd(**{"target": "q/kernel$", **o}),
+    "FourierFT": lambda **o: jlora.FourierFT(**{"n": 4, "target": "q/kernel$", **o}),
     "C3A": lambda **o: jlora.C3A(**{"block": 4, "target": "q/kernel$", **o}),
     "OFT": lambda **o: jlora.OFT(**{"block": 4, "target": "q/kernel$", **o}),
 }

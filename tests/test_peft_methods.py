@@ -23,6 +23,12 @@ def gralora(f):
     return made | {f"{n}_hybrid": x if n == "a" else x.T for n, x in hybrid.items()}
 
 
+def numbered(f: dict[str, np.ndarray], indices: np.ndarray) -> np.ndarray:
+    """Entries (out, in) of torch's weight as numbers through (in, out), in digits of 256."""
+    numbers = indices[1] * len(f["base"]) + indices[0]
+    return np.float32(numbers[:, None] // 256 ** np.arange(4) % 256)
+
+
 def above(square: np.ndarray) -> np.ndarray:
     """What stands above the diagonals of the skew parts of (..., n, n)."""
     skew = (square - square.swapaxes(-1, -2)) / 2
@@ -80,6 +86,10 @@ GOLDEN = {
     "boft": (jlora.BOFT(block=4, factors=3), lambda f: {"q": above(-f["boft_R"]), "g": f["boft_s"][:, 0]}),
     "c3a": (jlora.C3A(block=4), lambda f: {"w": f["c3a_kernel"]}),
     "c3a_odd": (jlora.C3A(block=3), lambda f: {"w": f["c3a_kernel"]}),
+    "fourierft": (
+        jlora.FourierFT(n=7, scale=30),
+        lambda f: {"c": f["fourierft_spectrum"], "entries": numbered(f, f["indices"])},
+    ),
     "hra": (jlora.HRA(rank=4), lambda f: {"u": f["hra_u"].T}),
 }
 
@@ -111,11 +121,14 @@ def check(method, f, given):
     adapted = jlora.adapt(params, dataclasses.replace(method, target="w/kernel"))
     left = {n: a for held in adapted.trainable.values() for n, a in held.items()}
     factors = {n: given.pop(n) for n in adapted.frozen.factors["w/kernel"] if n in given}
+    drawn = {n: given.pop(n) for n in ("entries",) if n in given}  # by a generator of torch's
     assert {n: a.shape for n, a in given.items()} == {n: a.shape for n, a in left.items()}
     trainable = {group: {n: jnp.asarray(given[n]) for n in held} for group, held in adapted.trainable.items()}
     for n, theirs in factors.items():  # made of the base, by us too: singular vectors, each with a sign of its own
         np.testing.assert_allclose(np.abs(adapted.frozen.factors["w/kernel"][n]), np.abs(theirs), rtol=1e-5, atol=1e-6)
         adapted.frozen.factors["w/kernel"][n] = jnp.asarray(theirs)
+    for held in adapted.frozen.factors.values():
+        held |= {n: jnp.asarray(x) for n, x in drawn.items() if n in held}
     adapted = jlora.join(trainable, adapted.frozen)
     made = {"y": jlora.lift(lambda p, x: x @ p["w"]["kernel"] + p["w"]["bias"])(adapted, jnp.asarray(f["x"]))}
     if "merged" in f:

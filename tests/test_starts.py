@@ -49,6 +49,13 @@ def pairs(start: Any) -> Any:
     return both
 
 
+def distinct(x: np.ndarray) -> None:
+    """Entries of a DENSE weight, none twice and spread evenly, in digits of 256."""
+    x = x @ 256.0 ** np.arange(4)
+    assert len(np.unique(x)) == len(x) and x.min() >= 0 and x.max() < IN * OUT
+    spread(1 / math.sqrt(12), x / (IN * OUT) - 0.5)
+
+
 zero, one = partial(at, 0.0), partial(at, 1.0)
 kaiming = lambda fan_in: partial(even, 1 / math.sqrt(fan_in))  # torch's kaiming_uniform_(a=sqrt(5)): loralib, LyCORIS
 
@@ -143,6 +150,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         {"a": kaiming(IN), "b": zero, "lam": partial(at, 3.0), "w": partial(at, math.sqrt(OUT))},
     ),
     "oft": (jlora.OFT(), DENSE, {"q": zero}),
+    "fourierft": (jlora.FourierFT(), DENSE, {"c": zero, "entries": distinct}),
     "c3a": (jlora.C3A(), DENSE, {"w": zero}),
     "boft": (jlora.BOFT(), DENSE, {"q": zero, "g": one}),
     "hra": (jlora.HRA(rank=8), DENSE, {"u": pairs(kaiming(4))}),  # as peft has it, over half the rank

@@ -9,6 +9,7 @@ from jlora.methods.boft import BOFT as BOFT
 from jlora.methods.c3a import C3A as C3A
 from jlora.methods.delora import DeLoRA as DeLoRA
 from jlora.methods.dora import DoRA as DoRA
+from jlora.methods.fourierft import FourierFT as FourierFT
 from jlora.methods.full import Full as Full
 from jlora.methods.glora import GLoRA as GLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA

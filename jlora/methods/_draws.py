@@ -104,3 +104,9 @@ def normal(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def signs(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """+-1 with equal chances."""
     return jnp.where(bits(key, shape) >> np.uint32(31) == 0, 1, -1).astype(dtype)
+
+
+def entries(key: Key, n: int, of: int) -> jax.Array:
+    """n of the whole numbers below `of`, each at most once, in rising order: int32."""
+    _, _, order = lax.sort((*words(key, (of,)), lax.iota(jnp.int32, of)), num_keys=2)
+    return jnp.sort(order[:n])

@@ -304,7 +304,11 @@ def test_inside_an_event_loop(saved, tmp_path):
     assert same(asyncio.run(cell()), adapter)
 
 
-@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+# all of VB-LoRA's factors are drawn: where they are says nothing
+KNOWN = [row for row in METHODS if row.name != "vblora"]
+
+
+@pytest.mark.parametrize("row", KNOWN, ids=lambda row: row.name)
 def test_an_untrained_adapter_is_recognised(row):
     """Whatever the method: all factors where they began, and none once they have moved."""
     base = {"query": {"kernel": array(12, 12), "bias": array(12)}}

@@ -17,6 +17,8 @@ from jlora.methods.base import of_the_weight
 class UntrainedWarning(UserWarning):
     """An adapter is saved, or exported, whose factors are all where they began.
 
+    Where all of them are drawn at random, as VB-LoRA's, no start is known, and nothing is said.
+
     Example:
       >>> import tempfile, warnings, jax.numpy as jnp, jlora
       >>> adapted = jlora.adapt({"query": {"kernel": jnp.ones((6, 4))}}, jlora.LoRA(rank=2))

@@ -74,6 +74,7 @@ METHODS = {
     "OFT": lambda target: jlora.OFT(block=32, target=target),
     "BOFT": lambda target: jlora.BOFT(block=8, factors=4, target=target),
     "FourierFT": lambda target: jlora.FourierFT(n=1000, target=target),
+    "SHiRA": lambda target: jlora.SHiRA(rank=RANK, target=target),
     "C3A": lambda target: jlora.C3A(block=64, target=target),
     "HRA": lambda target: jlora.HRA(rank=RANK, target=target),
 }

@@ -241,6 +241,14 @@ def fourierft(W0: np.ndarray, f: Any, s: float) -> np.ndarray:
     return W0 + s * sum(c * np.cos(2 * np.pi * (j * p / d_in + k * q / d_out)) for c, j, k in places) / W0.size
 
 
+def shira(W0: np.ndarray, f: Any) -> np.ndarray:
+    """W0 + S, S sparse: v at its entries. Bhardwaj et al, 2024, 3.1."""
+    W = W0.copy()
+    for v, at in zip(f.v, entries(f.entries), strict=True):
+        W[divmod(at, W0.shape[1])] += v
+    return W
+
+
 # Of W0 itself -----------------------------------------------------------------------------
 
 

@@ -317,6 +317,15 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "shira",
+        lambda target: jlora.SHiRA(rank=1, target=target),
+        closed_forms.shira,
+        lambda leaf: low_rank(leaf, 1),
+        fits=lambda leaf: low_rank(leaf, 1) <= math.prod(leaf.shape),
+        in_parts=True,
+        everywhere=False,
+    ),
+    Row(
         "c3a",
         lambda target: jlora.C3A(block=12, target=target),
         closed_forms.c3a,

@@ -90,6 +90,7 @@ GOLDEN = {
         jlora.FourierFT(n=7, scale=30),
         lambda f: {"c": f["fourierft_spectrum"], "entries": numbered(f, f["indices"])},
     ),
+    "shira": (jlora.SHiRA(rank=1), lambda f: {"v": f["shira_weight"], "entries": numbered(f, f["shira_indices"])}),
     "hra": (jlora.HRA(rank=4), lambda f: {"u": f["hra_u"].T}),
 }
 
@@ -120,8 +121,8 @@ def check(method, f, given):
     params = {"w": {"kernel": jnp.asarray(f["base"].T), "bias": jnp.asarray(f["bias"])}}
     adapted = jlora.adapt(params, dataclasses.replace(method, target="w/kernel"))
     left = {n: a for held in adapted.trainable.values() for n, a in held.items()}
-    factors = {n: given.pop(n) for n in adapted.frozen.factors["w/kernel"] if n in given}
     drawn = {n: given.pop(n) for n in ("entries",) if n in given}  # by a generator of torch's
+    factors = {n: given.pop(n) for n in adapted.frozen.factors["w/kernel"] if n in given}
     assert {n: a.shape for n, a in given.items()} == {n: a.shape for n, a in left.items()}
     trainable = {group: {n: jnp.asarray(given[n]) for n in held} for group, held in adapted.trainable.items()}
     for n, theirs in factors.items():  # made of the base, by us too: singular vectors, each with a sign of its own

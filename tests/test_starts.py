@@ -151,6 +151,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     ),
     "oft": (jlora.OFT(), DENSE, {"q": zero}),
     "fourierft": (jlora.FourierFT(), DENSE, {"c": zero, "entries": distinct}),
+    "shira": (jlora.SHiRA(rank=1), DENSE, {"v": zero, "entries": distinct}),
     "c3a": (jlora.C3A(), DENSE, {"w": zero}),
     "boft": (jlora.BOFT(), DENSE, {"q": zero, "g": one}),
     "hra": (jlora.HRA(rank=8), DENSE, {"u": pairs(kaiming(4))}),  # as peft has it, over half the rank

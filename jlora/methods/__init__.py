@@ -30,6 +30,7 @@ from jlora.methods.miss import MiSS as MiSS
 from jlora.methods.oft import OFT as OFT
 from jlora.methods.randlora import RandLoRA as RandLoRA
 from jlora.methods.road import RoAd as RoAd
+from jlora.methods.shira import SHiRA as SHiRA
 from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.ssf import SSF as SSF
 from jlora.methods.sum import Sum as Sum

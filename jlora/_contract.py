@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +210,7 @@ def contract(
     """
     live, out = list(zip(arrays, map(tuple, labels), strict=True)), tuple(out)
     mesh = explicit_mesh(arrays)
-    specs = _specs(arrays, labels) if mesh is not None else {}
+    steps = _Steps(out, mesh, _specs(arrays, labels) if mesh is not None else {}, precision, out_sharding)
     path, _ = plan(tuple(ls for _, ls in live), tuple(tuple(a.shape) for a, _ in live), out)
     for step, pair in enumerate(path):
         final = step == len(path) - 1
@@ -219,50 +219,75 @@ def contract(
         # from the last sum on, also where a scale comes after it: devices then add what is not rounded yet
         element = preferred_element_type if keep == set(out) else None
         if len(chosen) == 1:
-            ((a, la),) = chosen
-            gone = tuple(n for n, x in enumerate(la) if x not in keep)
-            live.append((jnp.sum(a, gone, dtype=element) if gone else a, tuple(x for x in la if x in keep)))
+            live.append(steps.summed(chosen[0], keep, element))
             continue
         (a, la), (b, lb) = chosen
         if (elements(a.shape), len(la)) < (elements(b.shape), len(lb)):  # activations first
             (a, la), (b, lb) = (b, lb), (a, la)
+        meet = steps.dotted if any(x in lb and x not in keep for x in la) else steps.multiplied
+        live.append(meet((a, la), (b, lb), keep, element, final))
+    ((y, ls),) = live
+    y = _spread(y, ls, tuple(out))
+    return settled(y, out_sharding) if mesh is not None and out_sharding is not None else y
+
+
+Labelled: TypeAlias = tuple[jax.Array, Labels]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The steps of one contraction: each takes labelled arrays, and the labels that must be kept, and gives one."""
+
+    out: Labels
+    mesh: Any
+    specs: dict[str, Any]
+    precision: Any
+    out_sharding: Any
+
+    def summed(self, one: Labelled, keep: set[str], element: Any) -> Labelled:
+        """One array, over the labels that nobody needs."""
+        a, la = one
+        gone = tuple(n for n, x in enumerate(la) if x not in keep)
+        return jnp.sum(a, gone, dtype=element) if gone else a, tuple(x for x in la if x in keep)
+
+    def multiplied(self, one: Labelled, other: Labelled, keep: set[str], element: Any, final: bool) -> Labelled:
+        """Two arrays that share no label to sum over."""
+        (a, la), (b, lb) = one, other
+        result = la + tuple(x for x in lb if x not in la)
+        if final and set(result) == set(self.out):
+            result = self.out
+        if self.mesh is not None:  # each operand gives up a mesh axis that the product has elsewhere
+            own = dict(zip(result, _sharding(self.mesh, self.specs, result).spec, strict=True))
+            a, b = settled(a, _sharding(self.mesh, own, la)), settled(b, _sharding(self.mesh, own, lb))
+        dtype = promoted(a.dtype, b.dtype)  # a scale behind a sum that is not rounded yet
+        return _spread(a.astype(dtype), la, result) * _spread(b.astype(dtype), lb, result), result
+
+    def dotted(self, one: Labelled, other: Labelled, keep: set[str], element: Any, final: bool) -> Labelled:
+        """Two arrays in a dot, in the order that leaves least to transpose."""
+        (a, la), (b, lb) = one, other
         contracted = tuple(x for x in la if x in lb and x not in keep)
-        if not contracted:
-            result = la + tuple(x for x in lb if x not in la)
-            if final and set(result) == set(out):
-                result = tuple(out)
-            if mesh is not None:  # each operand gives up a mesh axis that the product has elsewhere
-                own = dict(zip(result, _sharding(mesh, specs, result).spec, strict=True))
-                a, b = settled(a, _sharding(mesh, own, la)), settled(b, _sharding(mesh, own, lb))
-            dtype = promoted(a.dtype, b.dtype)  # a scale behind a sum that is not rounded yet
-            live.append((_spread(a.astype(dtype), la, result) * _spread(b.astype(dtype), lb, result), result))
-            continue
         free_a, free_b = ([x for x in p if x not in q] for p, q in ((la, lb), (lb, la)))
-        if free_a and free_b and set(free_a + free_b) <= set(out) and out.index(free_b[0]) < out.index(free_a[0]):
-            (a, la), (b, lb) = (b, lb), (a, la)  # the result then needs no transposition, nor does the wide operand
+        ours = bool(free_a and free_b) and set(free_a + free_b) <= set(self.out)
+        if ours and self.out.index(free_b[0]) < self.out.index(free_a[0]):
+            (a, la), (b, lb) = (b, lb), (a, la)  # the result needs no transposition, nor does the wide operand
         batch = tuple(x for x in la if x in lb and x in keep)
         result = batch + tuple(x for x in la if x not in lb) + tuple(x for x in lb if x not in la)
         index = lambda ls, xs: [ls.index(x) for x in xs]
         sharding = None
-        if mesh is not None:
-            given = final and out_sharding is not None and result == tuple(out)
-            sharding = out_sharding if given else _sharding(mesh, specs, result)
+        if self.mesh is not None:
+            given = final and self.out_sharding is not None and result == self.out
+            sharding = self.out_sharding if given else _sharding(self.mesh, self.specs, result)
         dimensions = (
             (index(la, contracted), index(lb, contracted)),
             (index(la, batch), index(lb, batch)),
         )
-        how = {"precision": precision, "preferred_element_type": element}
-        lead = 0 if batch or mesh is not None else _tall(la, known(a.shape), lb, known(b.shape), contracted)
-        if lead:
-            by_rows = functools.partial(_by_rows, lead, dimensions, how)
-            whole = functools.partial(lax.dot_general, dimension_numbers=dimensions, **how)
-            y = lax.platform_dependent(a, b, cpu=by_rows, default=whole)
-        else:
-            y = lax.dot_general(a, b, dimensions, out_sharding=sharding, **how)
-        live.append((y, result))
-    ((y, ls),) = live
-    y = _spread(y, ls, tuple(out))
-    return settled(y, out_sharding) if mesh is not None and out_sharding is not None else y
+        how = {"precision": self.precision, "preferred_element_type": element}
+        lead = 0 if batch or self.mesh is not None else _tall(la, known(a.shape), lb, known(b.shape), contracted)
+        if not lead:
+            return lax.dot_general(a, b, dimensions, out_sharding=sharding, **how), result
+        by_rows = functools.partial(_by_rows, lead, dimensions, how)
+        whole = functools.partial(lax.dot_general, dimension_numbers=dimensions, **how)
+        return lax.platform_dependent(a, b, cpu=by_rows, default=whole), result
 
 
 def _divisible(a: jax.Array, shape: Sequence[int]) -> jax.Array:

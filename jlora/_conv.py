@@ -196,8 +196,9 @@ def conv(
             raise Refusal("a convolution across a flattened side")
         here = dataclasses.replace(convolved, ins=runs_in[0][1], outs=runs_out[0][1])
         if any(o.is_base for o in t.operands):
+            factors = _beside_base(w, t, x.dtype)
             dy = w.given(lambda _: bind, x, forward_mode=forward_mode)
-            dy = _rescaled(w, t, dy, here, x.dtype, forward_mode)
+            dy = _rescaled(dy, *factors, here, forward_mode)
             y = dy if y is None else y + dy
             continue
         with jax.named_scope("delta"):
@@ -210,11 +211,17 @@ def conv(
     return y
 
 
-def _rescaled(w: Weight, term: Term, y: jax.Array, convolved: Convolved, dtype: Any, forward_mode: bool) -> jax.Array:
-    """The model's own convolution times vectors on its output channels, for a term that W0 stands in."""
-    held, labels_of = w.operands(term, jax.ShapeDtypeStruct(w.shape, w.dtype))
+def _beside_base(w: Weight, term: Term, dtype: Any) -> tuple[list[jax.Array], list[Labels]]:
+    """The operands beside W0 of a term that it stands in, and their labels."""
+    values, names = w.operands(term, jax.ShapeDtypeStruct(w.shape, w.dtype))
     rest = [n for n, o in enumerate(term.operands) if not o.is_base]
-    values, names = [held[n].astype(dtype) for n in rest], [labels_of[n] for n in rest]
+    return [values[n].astype(dtype) for n in rest], [names[n] for n in rest]
+
+
+def _rescaled(
+    y: jax.Array, values: list[jax.Array], names: list[Labels], convolved: Convolved, forward_mode: bool
+) -> jax.Array:
+    """The model's own convolution times vectors on its output channels."""
     outs = convolved.outs
     if not all(set(ls) <= set(outs) for ls in names):
         raise Refusal("a convolution with a product of W0 and more than output channels")

@@ -12,7 +12,7 @@ from jlora import _network
 from jlora._axes import Leaf
 from jlora._dtypes import widened
 from jlora._lazy import Fed, Lazy
-from jlora._network import Array, Base, Delta, Labels, Recipe
+from jlora._network import Array, Base, Delta, Labels, Recipe, Word
 from jlora._packed import Packed
 from jlora._term import Drop, Operand, Term
 from jlora._weight import Weight
@@ -29,72 +29,105 @@ def express(
     path: str | None = None,
 ) -> Weight:
     """The expression of one leaf, an array or `Packed`; `lookup(group, name)` gives the arrays of its recipe."""
-    names = _network.atoms(leaf)
-    stack = tuple(names[n] for n in leaf.axes("s"))
-    order = [*leaf.axes("s"), *(n for n in range(len(names)) if leaf.roles[n] != "s")]
-    w0: Any = base
-    if isinstance(base, Packed):
-        parts, make = base.parts()
-        labels = tuple(names[n] for n in order)
-        w0 = Lazy(Operand(parts, make, (stack,) * len(parts), labels), (), labels, (base.dtype,))
-
-    def get(array: Array) -> tuple[Any, Labels]:
-        return lookup(array.group or leaf.path, array.name), stack if array.stacked else ()
-
-    def word(w: _network.Word, labels: Labels) -> Operand:
-        if isinstance(w, Base):
-            return Operand((), None, (), ())
-        if isinstance(w, Array):
-            value, front = get(w)
-            return Operand((value,), None, (), front + labels)
-        if not w.arrays and not w.base:
-            constant = jnp.asarray(w.fn())
-            return Operand((widened(constant),), None, (), labels)
-        got, fn = [get(a) for a in w.arrays], w.fn
-        if w.base and isinstance(w0, Lazy):
-            assert w0.source.fn is not None
-            fn = Fed(fn, len(got), w0.source.fn)
-            got += [(a, stack) for a in w0.source.arrays]
-        elif w.base:
-            got.append((lax.transpose(w0, order), stack))
-        stacks = tuple(front for _, front in got)
-        front = stack if any(stacks) else ()
-        return Operand(tuple(a for a, _ in got), fn, stacks, front + labels)
-
+    reader = _Reader(leaf, _w0(leaf, base), lookup)
     streams = list(dict.fromkeys(d.s for d in recipe.deltas))
-
-    def term(delta: Delta, flat: str, rename: str = "") -> Term:
-        bound = _network.bind(delta, leaf, flat)
-        mark = lambda ls: tuple(x if x in names else rename + x for x in ls)
-        operands = tuple(word(w, mark(ls)) for w, ls in bound.words)
-        return Term(operands, tuple((a, mark(m)) for a, m in bound.blocks), Drop())
-
-    def added(delta: Delta) -> Term:
-        made = term(delta, "IO")
-        drop = Drop(delta.dropout, delta.rank_dropout, delta.module_dropout, streams.index(delta.s))
-        operands = (*made.operands, word(_network.scale_of(delta), ()))
-        return dataclasses.replace(made, operands=operands, dropout=drop)
-
     made = Weight(
-        base=w0,
-        terms=tuple(map(added, recipe.deltas)),
+        base=reader.w0,
+        terms=tuple(reader.added(delta, streams.index(delta.s)) for delta in recipe.deltas),
         key=None,
-        axes=tuple((a,) for a in names),
-        sizes=tuple(zip(names, leaf.shape, strict=True)),
+        axes=tuple((a,) for a in reader.atoms),
+        sizes=tuple(zip(reader.atoms, leaf.shape, strict=True)),
         plain=True,
         key_labels=(),
         path=path,
     )
     if recipe.gain is not None:
-        made = made.replace(gain=term(recipe.gain, "IO", "gain ").operands)
-    for delta, flat, prefix in ((recipe.left, "II", "left "), (recipe.right, "OO", "right ")):
-        if delta is None:
-            continue
-        t, sizes = term(delta, flat, prefix), _network.bind(delta, leaf, flat).sizes
-        *_, (side, rows), (_, columns) = t.blocks
-        makes, meets = (rows, columns) if delta is recipe.left else (columns, rows)
-        made = made.times(side, t.operands, tuple((x, sizes[x.removeprefix(prefix)]) for x in meets), makes)
+        made = made.replace(gain=reader.term(recipe.gain, "IO", "gain ").operands)
+    if recipe.left is not None:
+        made = reader.turned(made, recipe.left, "II", "left ")
+    if recipe.right is not None:
+        made = reader.turned(made, recipe.right, "OO", "right ")
     if key is None or not any(t.dropout for t in made.terms):
         return made
     key = jax.random.split(key, leaf.stack) if leaf.stack else key
-    return made.replace(key=key, key_labels=stack, origin=origin)
+    return made.replace(key=key, key_labels=reader.stack, origin=origin)
+
+
+def _w0(leaf: Leaf, base: Any) -> Any:
+    """W0 as an array, or, of codes, as what makes it."""
+    if not isinstance(base, Packed):
+        return base
+    names = _network.atoms(leaf)
+    parts, make = base.parts()
+    stack = tuple(names[n] for n in leaf.axes("s"))
+    labels = tuple(names[n] for n in _layer_last(leaf))
+    return Lazy(Operand(parts, make, (stack,) * len(parts), labels), (), labels, (base.dtype,))
+
+
+def _layer_last(leaf: Leaf) -> list[int]:
+    """The axes of a weight as functions see it: stacks first, then those of a layer in their order."""
+    return [*leaf.axes("s"), *leaf.axes("iok")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads the equations of one leaf: words become operands, networks terms."""
+
+    leaf: Leaf
+    w0: Any
+    lookup: Callable[[str, str], Any]
+
+    @property
+    def atoms(self) -> Labels:
+        return _network.atoms(self.leaf)
+
+    @property
+    def stack(self) -> Labels:
+        """The labels of the stack axes, which every array that is stacked has in front."""
+        return tuple(self.atoms[n] for n in self.leaf.axes("s"))
+
+    def term(self, delta: Delta, flat: str, prefix: str = "") -> Term:
+        """A network as a product; its own letters get `prefix`, so that they meet those of no other."""
+        bound = _network.bind(delta, self.leaf, flat)
+        mark = lambda ls: tuple(x if x in self.atoms else prefix + x for x in ls)
+        operands = tuple(self._operand(word, mark(ls)) for word, ls in bound.words)
+        return Term(operands, tuple((a, mark(m)) for a, m in bound.blocks), Drop())
+
+    def added(self, delta: Delta, stream: int) -> Term:
+        """A delta as a product, with its scale and what is dropped of it."""
+        made = self.term(delta, "IO")
+        drop = Drop(delta.dropout, delta.rank_dropout, delta.module_dropout, stream)
+        operands = (*made.operands, self._operand(_network.scale_of(delta), ()))
+        return dataclasses.replace(made, operands=operands, dropout=drop)
+
+    def turned(self, w: Weight, delta: Delta, flat: str, prefix: str) -> Weight:
+        """A weight times a matrix on its input side (`II`) or its output side (`OO`)."""
+        t = self.term(delta, flat, prefix)
+        sizes = _network.bind(delta, self.leaf, flat).sizes
+        *_, (side, rows), (_, columns) = t.blocks
+        makes, meets = (rows, columns) if flat == "II" else (columns, rows)
+        return w.times(side, t.operands, tuple((x, sizes[x.removeprefix(prefix)]) for x in meets), makes)
+
+    def _operand(self, word: Word, labels: Labels) -> Operand:
+        if isinstance(word, Base):
+            return Operand((), None, (), ())
+        if isinstance(word, Array):
+            value, front = self._get(word)
+            return Operand((value,), None, (), front + labels)
+        if not word.arrays and not word.base:  # a constant
+            return Operand((widened(jnp.asarray(word.fn())),), None, (), labels)
+        got, fn = [self._get(a) for a in word.arrays], word.fn
+        if word.base and isinstance(self.w0, Lazy):
+            assert self.w0.source.fn is not None
+            fn = Fed(fn, len(got), self.w0.source.fn)
+            got += [(a, self.stack) for a in self.w0.source.arrays]
+        elif word.base:
+            got.append((lax.transpose(self.w0, _layer_last(self.leaf)), self.stack))
+        stacks = tuple(front for _, front in got)
+        front = self.stack if any(stacks) else ()
+        return Operand(tuple(a for a, _ in got), fn, stacks, front + labels)
+
+    def _get(self, array: Array) -> tuple[Any, Labels]:
+        """A stored array, and the stack labels that it has in front."""
+        value = self.lookup(array.group or self.leaf.path, array.name)
+        return value, self.stack if array.stacked else ()

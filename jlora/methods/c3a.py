@@ -45,7 +45,7 @@ class Spectrum:
 
     def __call__(self, w: jax.Array) -> jax.Array:
         f = np.arange(self.b // 2 + 1)
-        weight = np.where((f == 0) | (2 * f == self.b), 1, 2) / self.b
+        weight = np.float32(np.where((f == 0) | (2 * f == self.b), 1, 2) / self.b)
         w = widened(w)
         waves = (Waves(self.b)() * weight[:, None, None]).astype(w.dtype)
         c, s = jnp.einsum("pqk,fck->cpqf", w, waves, precision=lax.Precision.HIGHEST)

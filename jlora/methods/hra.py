@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jlora import targets
 from jlora._axes import Leaf
 from jlora._contract import automatic, explicit_mesh
-from jlora._dtypes import widened
+from jlora._dtypes import alike, widened
 from jlora._network import Array, Delta, Function, Recipe
 from jlora._tree import Target
 from jlora.methods._fields import Holds
@@ -42,7 +42,7 @@ class InPairs:
 
 
 def times(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(*alike(a, b), precision=lax.Precision.HIGHEST)
 
 
 def length(x: jax.Array) -> jax.Array:

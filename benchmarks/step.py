@@ -72,6 +72,7 @@ METHODS = {
     "GLoRA": lambda target: jlora.GLoRA(rank=RANK, target=target),
     "RoAd": lambda target: jlora.RoAd(target=target),
     "OFT": lambda target: jlora.OFT(block=32, target=target),
+    "PSOFT": lambda target: jlora.PSOFT(rank=64, target=target),
     "BOFT": lambda target: jlora.BOFT(block=8, factors=4, target=target),
     "FourierFT": lambda target: jlora.FourierFT(n=1000, target=target),
     "SHiRA": lambda target: jlora.SHiRA(rank=RANK, target=target),

@@ -306,6 +306,21 @@ def oft(W0: np.ndarray, f: Any) -> np.ndarray:
     return R @ W0
 
 
+def psoft(W0: np.ndarray, f: Any) -> np.ndarray:
+    """A R'^T B + W_res, A = U_r, B = S_r V_r, R' = diag(beta) R diag(alpha), with the stored signs. Wu et al, 2025."""
+    U, S, Vt = np.linalg.svd(W0, full_matrices=False)
+    r = len(f.a)
+    sign = np.sign(np.sum(U[:, :r].T * rows(f.a), 1))
+    A, B = U[:, :r] * sign, (sign * S[:r])[:, None] * Vt[:r]
+    Q = np.zeros((r, r))
+    Q[np.triu_indices(r, 1)] = f.q
+    Q -= Q.T
+    R = (np.eye(r) + Q) @ np.linalg.inv(np.eye(r) - Q)
+    if hasattr(f, "beta"):
+        R = np.diag(f.beta) @ R @ np.diag(f.alpha)
+    return W0 - A @ B + A @ R.T @ B
+
+
 def boft(W0: np.ndarray, f: Any) -> np.ndarray:
     """B_m ... B_1 W0 diag(g), B_k a permutation of R W0 above: of halves of blocks. Liu et al, 2023, 4.
 

@@ -342,6 +342,14 @@ METHODS = (
         ),
     ),
     Row(
+        "psoft",
+        lambda target: jlora.PSOFT(rank=2, target=target),
+        closed_forms.psoft,
+        lambda leaf: math.prod(leaf.stack) * 5,
+        fits=lambda leaf: narrow(leaf) >= 2,
+        everywhere=False,
+    ),
+    Row(
         "boft",
         lambda target: jlora.BOFT(block=4, target=target),
         closed_forms.boft,

@@ -272,6 +272,7 @@ VARIANTS = {
     ),
     "oft_blocks": (jlora.OFT(block=3, target="kernel"), forms.oft, ["matrix", "experts"]),
     "c3a_blocks": (jlora.C3A(block=2, target="kernel"), forms.c3a, ["scan", "into_heads"]),
+    "psoft_rotation": (jlora.PSOFT(rank=3, vectors=False, target="kernel"), forms.psoft, ["matrix", "scan"]),
     "boft_rotation": (
         jlora.BOFT(block=5, gain=False, target="kernel"), forms.boft, ["scan", "out_of_heads", "convolution_2d"]
     ),

@@ -158,6 +158,7 @@ METHODS = {
     "VBLoRA": lambda **o: jlora.VBLoRA(rank=2, vectors=5, length=4, **o),
     "MiCA": lambda **o: jlora.MiCA(rank=3, **o),
     "KaSA": lambda **o: jlora.KaSA(rank=3, **o),
+    "PSOFT": lambda **o: jlora.PSOFT(rank=2, **o),
     "LoRAXS": lambda **o: jlora.LoRAXS(rank=2, **o),
     "GraLoRA": lambda **o: jlora.GraLoRA(rank=3, blocks=1, hybrid=2, **o),
     "MiSS": lambda **o: jlora.MiSS(rank=3, **o),

@@ -46,7 +46,7 @@ MADE = {
 }
 for cls in (
     jlora.AdaLoRA, jlora.SoRA, jlora.LoHa, jlora.LoKr, jlora.VeRA, jlora.RandLoRA, jlora.HiRA, jlora.HRA,
-    jlora.TiedLoRA, jlora.SHiRA,
+    jlora.TiedLoRA, jlora.SHiRA, jlora.PSOFT,
 ):  # fmt: skip
     MADE[cls.__name__] = lambda cls=cls, **o: cls(**{"rank": 2, "target": "q/kernel$", **o})
 ODD = [

@@ -29,6 +29,12 @@ def numbered(f: dict[str, np.ndarray], indices: np.ndarray) -> np.ndarray:
     return np.float32(numbers[:, None] // 256 ** np.arange(4) % 256)
 
 
+def psoft(f):
+    """The rotation, its scalings, and the frozen factors that peft makes of the base."""
+    frozen = {"a": f["_psoft_A_cache"], "b": f["_psoft_B_cache"].T}
+    return frozen | {"q": f["psoft_R.weight"], "alpha": f["psoft_R.vector_a"], "beta": f["psoft_R.vector_b"]}
+
+
 def above(square: np.ndarray) -> np.ndarray:
     """What stands above the diagonals of the skew parts of (..., n, n)."""
     skew = (square - square.swapaxes(-1, -2)) / 2
@@ -91,6 +97,7 @@ GOLDEN = {
         lambda f: {"c": f["fourierft_spectrum"], "entries": numbered(f, f["indices"])},
     ),
     "shira": (jlora.SHiRA(rank=1), lambda f: {"v": f["shira_weight"], "entries": numbered(f, f["shira_indices"])}),
+    "psoft": (jlora.PSOFT(rank=3), psoft),
     "hra": (jlora.HRA(rank=4), lambda f: {"u": f["hra_u"].T}),
 }
 

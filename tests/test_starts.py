@@ -153,6 +153,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "fourierft": (jlora.FourierFT(), DENSE, {"c": zero, "entries": distinct}),
     "shira": (jlora.SHiRA(rank=1), DENSE, {"v": zero, "entries": distinct}),
     "c3a": (jlora.C3A(), DENSE, {"w": zero}),
+    "psoft": (jlora.PSOFT(rank=4), (48, 40), {"a": None, "b": None, "q": zero, "alpha": one, "beta": one}),
     "boft": (jlora.BOFT(), DENSE, {"q": zero, "g": one}),
     "hra": (jlora.HRA(rank=8), DENSE, {"u": pairs(kaiming(4))}),  # as peft has it, over half the rank
     "road": (jlora.RoAd(), DENSE, {"theta": zero, "alpha": one}),

@@ -28,6 +28,7 @@ from jlora.methods.lora_xs import LoRAXS as LoRAXS
 from jlora.methods.mica import MiCA as MiCA
 from jlora.methods.miss import MiSS as MiSS
 from jlora.methods.oft import OFT as OFT
+from jlora.methods.psoft import PSOFT as PSOFT
 from jlora.methods.randlora import RandLoRA as RandLoRA
 from jlora.methods.road import RoAd as RoAd
 from jlora.methods.shira import SHiRA as SHiRA

@@ -1,6 +1,7 @@
 """Rows of an adapted embedding: `gather` along one axis. As in `_ops`, nothing here knows what a jaxpr is."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from jax import lax
 
 from jlora._contract import elements
 from jlora._dropout import thinned
+from jlora._dtypes import promoted
+from jlora._network import Labels
 from jlora._ops import Note, Refusal, Use, product
 from jlora._term import Term
 from jlora._weight import Weight
@@ -43,6 +46,42 @@ class Rows:
         sizes = tuple(1 if m == n else s for m, s in enumerate(a.shape))
         keep = {k: self.params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
         return lax.gather(a, self.indices, numbers, sizes, fill_value=0, **keep)
+
+    @property
+    def fills(self) -> bool:
+        """Whether a row that is not there is filled, and not another one in its place."""
+        return self.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+
+    def digits(self, letters: Labels, sizes: Mapping[str, int]) -> dict[str, jax.Array]:
+        """The index into each letter of the rows. Of a flat side, `(i j)`, it is that of i and that of j.
+
+        The slow one is out of its range where the index is out of the side's, so that a row which is not there is zero.
+        """
+        if len(letters) == 1:
+            return {letters[0]: self.indices}
+        rest = self.indices.astype(promoted(self.indices.dtype, jnp.int32))
+        if not self.fills:
+            rest = jnp.clip(rest, 0, math.prod(sizes[x] for x in letters) - 1)
+        found = {}
+        for letter in reversed(letters[1:]):
+            found[letter], rest = rest % sizes[letter], rest // sizes[letter]
+        return found | {letters[0]: rest}
+
+    def of_letters(
+        self, a: jax.Array, labels: Labels, letters: Labels, digits: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, Labels]:
+        """`of` for an operand with some letters of the rows, and its other labels."""
+        held = [x for x in letters if x in labels]
+        others = tuple(x for x in labels if x not in held)
+        if len(letters) == 1:
+            return self.of(a, labels.index(held[0])), others
+        a = lax.transpose(a, [labels.index(x) for x in (*held, *others)])
+        index = digits[held[0]]
+        for n, letter in enumerate(held[1:], 1):
+            index = index * a.shape[n] + digits[letter]
+        params = {**self.params, "indices_are_sorted": False, "unique_indices": False}
+        part = dataclasses.replace(self, indices=index, params=params)
+        return part.of(a if len(held) == 1 else a.reshape(-1, *a.shape[len(held) :]), 0), others
 
     def placed(self, y: jax.Array) -> jax.Array:
         """Batch axes in front, then the weight's others: in the order that the model asked for."""
@@ -82,6 +121,19 @@ def _made_of_rows(w: Weight, rows: Rows) -> jax.Array:
     return rows.placed(jnp.moveaxis(made, rows.axis, 0).reshape(*rows.indices.shape[:-1], *others))
 
 
+def _letters(term: Term, atom: str, width: int) -> Labels:
+    """The letters of a product's rows; Refusal where an operand, looked up letter by letter, gets wider than a row."""
+    letters = next((made for atoms, made in term.blocks if atoms == (atom,)), None)
+    if letters is None or len(letters) > 1 and any(o.is_base for o in term.operands):
+        raise Refusal("a lookup in a weight whose rows are not labelled")
+    if len(letters) > 1:
+        sizes = term.sizes()
+        wide = lambda o: math.prod(sizes[x] for x in o.labels if x not in letters) > width
+        if any(set(o.labels) & set(letters) and wide(o) for o in term.operands):
+            raise Refusal("a lookup in a product that is wider than a row")
+    return letters
+
+
 def lookup(
     w: Weight,
     indices: jax.Array,
@@ -104,13 +156,15 @@ def lookup(
     if rows.count == 0:
         axes = tuple(g for n, g in enumerate(w.axes) if n != rows.axis)
         return w.along(atom, base, rows.of, drop=True).replace(axes=axes)
-    if not all(t.simple(atom) for t in w.terms):
-        raise Refusal("a lookup in a weight whose rows are not labelled")
+    width = math.prod(s for n, s in enumerate(w.shape) if n != rows.axis)
+    letters = [_letters(t, atom, width) for t in w.terms]
     y = base if w.plain else jnp.zeros_like(base)
+    if rows.fills and not w.plain:  # what such a row is filled with is no number, and stays so whatever multiplies W0
+        y = jnp.where(jnp.isnan(base), base, y)
     flops = 0.0
-    for t in w.terms:
+    for t, made_of in zip(w.terms, letters, strict=True):
         _, term = thinned(w, t, None)
-        dy, cost = _rows_of_term(w, term, rows, base.dtype, forward_mode)
+        dy, cost = _rows_of_term(w, term, rows, made_of, base.dtype, forward_mode)
         y = y + dy
         flops += cost
     # as in loralib, a lookup has no dropout of its input, which is no activation
@@ -119,18 +173,22 @@ def lookup(
     return y
 
 
-def _rows_of_term(w: Weight, term: Term, rows: Rows, dtype: Any, forward_mode: bool) -> tuple[jax.Array, float]:
+def _rows_of_term(
+    w: Weight, term: Term, rows: Rows, letters: Labels, dtype: Any, forward_mode: bool
+) -> tuple[jax.Array, float]:
     """The rows of one product, from those of its factors, and the FLOPs: the first factor that has rows leads."""
-    (atom,) = w.axes[rows.axis]
     batch = tuple(f"row{n}" for n in range(rows.count))
     runs = term.through([g for n, g in enumerate(w.axes) if n != rows.axis])
     if runs is None:
         raise Refusal("a lookup across a flattened side")
     picked, labels = [], []
-    for a, ls in zip(*w.operands(term), strict=True):
-        if atom in ls:
-            n = ls.index(atom)
-            a, ls = rows.of(a, n), (*batch, *ls[:n], *ls[n + 1 :])
+    operands = list(zip(*w.operands(term), strict=True))
+    sizes = {x: n for a, ls in operands for x, n in zip(ls, a.shape, strict=True)}
+    digits = rows.digits(letters, sizes)
+    for a, ls in operands:
+        if set(letters) & set(ls):
+            a, ls = rows.of_letters(a, ls, letters, digits)
+            ls = (*batch, *ls)
         picked.append(a.astype(dtype))
         labels.append(ls)
     lead = next(n for n, ls in enumerate(labels) if batch[0] in ls)

@@ -199,7 +199,7 @@ METHODS = (
         lambda target: jlora.KronA(scale=0.5, target=target),
         partial(closed_forms.krona, s=0.5),
         kronecker,
-        dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
+        dense_on=("linen/convolutions", "linen/ragged_experts"),
         everywhere=False,
     ),
     Row(
@@ -253,7 +253,7 @@ METHODS = (
         closed_forms.miss,
         lambda leaf: math.prod(leaf.stack) * 2 * leaf.size("o"),
         fits=lambda leaf: leaf.size("ik") >= 2,
-        dense_on=("linen/ragged_experts", "linen/tied_attend"),  # where 2 divides the inputs, a flat side
+        dense_on=("linen/ragged_experts",),  # where 2 divides the inputs, a flat side
         everywhere=False,
     ),
     Row(
@@ -379,7 +379,7 @@ METHODS = (
         lambda target: jlora.LoKr(rank=2, alpha=3, tucker=True, target=target),
         partial(closed_forms.lokr, alpha=3),
         lokr,
-        dense_on=("linen/convolutions", "linen/ragged_experts", "linen/tied_attend"),
+        dense_on=("linen/convolutions", "linen/ragged_experts"),
         everywhere=False,
     ),
     Row(

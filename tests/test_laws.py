@@ -1,6 +1,7 @@
 """The laws that hold for every method on every model. A method joins with one row of `methods.METHODS`."""
 
 import copy
+import dataclasses
 import pickle
 import re
 
@@ -520,6 +521,28 @@ def test_modes_of_a_lookup(axis, mode):
     ids = jnp.array([[0, 5], [-3, 2]]) if mode == "fill" else jnp.array([[0, 5], [-3, 22]])
     f = lambda p, ids: jnp.take(p["w"], ids, axis=axis, mode=mode)
     against_dense(f, (10, 6) if axis == 0 else (6, 10), "io" if axis == 0 else "oi", ids)
+
+
+@pytest.mark.parametrize("spec", [jlora.KronA(factors=(2, 3)), jlora.GraLoRA(rank=2), jlora.MiSS(rank=5, mini=3)])
+def test_rows_of_a_flat_side_are_looked_up_letter_by_letter(spec):
+    """Where rows are `(i j)` the table is not made, and rows out of range are what the model's own mode makes them."""
+    ids = jnp.array([[0, 5], [-3, 22]], jnp.int8)
+
+    def f(p, ids):
+        filled = jnp.where((ids < 10)[..., None], jnp.take(p["w"], ids, axis=0, mode="fill"), 0)
+        return jnp.stack([filled, *(jnp.take(p["w"], ids, axis=0, mode=mode) for mode in ("clip", "wrap"))])
+
+    spec = dataclasses.replace(spec, target="w")
+    against_dense(f, (10, 6), "io", ids, spec=spec)
+    assert not jlora.explain(f, jlora.adapt({"w": jnp.ones((10, 6))}, spec, axes={"w": "io"}), ids).dense
+
+
+@pytest.mark.parametrize("spec", [jlora.IA3(target="w"), jlora.RoAd(target="w"), jlora.KronA(target="w")])
+def test_a_row_that_is_not_there_is_no_number(spec):
+    """`jnp.take` fills it with NaN, also where something multiplies W0."""
+    ad = jlora.adapt({"w": jnp.ones((10, 6))}, spec, axes={"w": "io"})
+    rows = jlora.lift(lambda p: jnp.take(p["w"], jnp.array([9, 10]), axis=0))(ad)
+    assert np.isfinite(rows[0]).all() and np.isnan(rows[1]).all()
 
 
 # Several adapters -------------------------------------------------------------------------

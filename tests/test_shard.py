@@ -356,11 +356,16 @@ def alone(method, scanned):
 
 
 def runs():
+    """LoRA and DoRA everywhere; of any other method every form in every place, under one kind of axes and the other.
+
+    Which kind is another for each method, form and place that follows: any two of the four meet.
+    """
     quick = {("LoRA", False, "data2 fsdp2 tensor2", "Auto"), ("DoRA", True, "data4 tensor2", "Explicit")}
-    for method in TRAINED:
+    for m, method in enumerate(TRAINED):
         for scanned in (False, True):
-            for place in PLACES:
-                for kind in ("Auto", "Explicit"):
+            for p, place in enumerate(PLACES):
+                kinds = ("Auto", "Explicit")
+                for kind in kinds if method in ("LoRA", "DoRA") else [kinds[(m + scanned + p) % 2]]:
                     row = (method, scanned, place, kind)
                     marks = () if row in quick else (pytest.mark.slow,)
                     name = f"{method}-{'scanned' if scanned else 'unrolled'}-{place}-{kind}"

@@ -1,9 +1,9 @@
 """What every test shares. XLA reads its flags once, so they are set before anything imports JAX.
 
-The tests ask for right numbers from thousands of tiny programs: with the optimisers off, each generated as one
-module and no stack trace behind each operation, these compile several times faster; and what one process of a run
-has compiled, the others, and those that an example starts, read from a folder that goes with the run. A flag already
-in `XLA_FLAGS`, and a variable already set, is left as it is.
+The tests ask for right numbers from thousands of tiny programs: with the optimisers off and each generated as one
+module, these compile several times faster; and what one process of a run has compiled, the others, and those that an
+example starts, read from a folder that goes with the run. A flag already in `XLA_FLAGS`, and a folder already set, is
+left as it is.
 """
 
 import importlib.metadata
@@ -23,7 +23,6 @@ ours = [f"{flag}={value}" for flag, value in FLAGS.items() if flag not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the clients are built from configurations alone
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # it is where the first process of a run has set it
     COMPILED = tempfile.TemporaryDirectory(prefix="jlora-compiled-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name

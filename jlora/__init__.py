@@ -13,13 +13,13 @@ from jlora import quant as quant
 from jlora import rank as rank
 from jlora import shard as shard
 from jlora import targets as targets
-from jlora._axes import RolesWarning as RolesWarning
 from jlora._merge import merge as merge
 from jlora._merge import merge_report as merge_report
 from jlora._merge import scale as scale
 from jlora._merge import unmerge as unmerge
 from jlora._stack import stack as stack
 from jlora._stack import unstack as unstack
+from jlora._trees._axes import RolesWarning as RolesWarning
 from jlora._version import __version__ as __version__
 from jlora.adapted import Adapted as Adapted
 from jlora.adapted import Frozen as Frozen

@@ -1,7 +1,6 @@
 """From an adapter back to plain parameters, and what that costs in the weight's own precision."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,71 +9,11 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from jlora import _answers, _packed, _plan, _table, _tree
-from jlora._axes import Leaf
-from jlora._express import express
-from jlora._network import Recipe
-from jlora._packed import is_packed
-from jlora._plan import Site
-from jlora._weight import Weight
-from jlora.adapted import Adapted, Frozen, check_adapted, check_any, is_adapted
-from jlora.methods.base import Method
-
-
-def lookup(adapted: Adapted) -> Any:
-    """`(group, factor) -> array`, trainable or frozen."""
-
-    def get(group: str, name: str) -> Any:
-        for side in (adapted.trainable, adapted.frozen.factors):
-            if name in side.get(group, {}):
-                return side[group][name]
-        raise KeyError(f"no factor {name!r} in group {group!r}")
-
-    return get
-
-
-def held(named: Sequence[tuple[str, Any]]) -> list[Any]:
-    """Leaves, given with their paths, as expressions take them: arrays, and `Packed` as they are.
-
-    Raises:
-      TypeError: packed weights that a `tree_map` cast, all at once.
-    """
-    _packed.sound(named)
-    return [leaf if is_packed(leaf) else jnp.asarray(leaf) for _, leaf in named]
-
-
-def completed(found: Any, name: str = "") -> Adapted:
-    """An `Adapted`, or one `Packed` leaf, with every `Packed` leaf a site: what no method took has an empty recipe."""
-    if is_packed(found):
-        found = Adapted({}, Frozen(found, {}, None, _plan.intern((), (), ())))
-    tree = _tree.flatten(found.frozen.base)
-    taken = {s.index for s in found.frozen.plan.sites}
-    more = []
-    for n, (path, leaf) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
-        if is_packed(leaf) and n not in taken:
-            where = Leaf(path or name, leaf.shape, jnp.dtype(leaf.dtype), leaf.roles)
-            more.append(Site(where, n, Method(), Recipe()))
-    if not more:
-        return found
-    old = found.frozen.plan
-    plan = _plan.intern((*old.sites, *more), old.methods, old.notes)
-    return Adapted(found.trainable, dataclasses.replace(found.frozen, plan=plan))
-
-
-def weights(adapted: Adapted, leaves: list[Any]) -> list[Weight]:
-    """The expression of every adapted weight over the base's leaves."""
-    get = lookup(adapted)
-    sites = adapted.frozen.plan.sites
-    bases = held([(s.leaf.path, leaves[s.index]) for s in sites])
-    return [express(s.leaf, s.recipe, w0, get) for s, w0 in zip(sites, bases, strict=True)]
-
-
-def replaced(adapted: Adapted, values: list[Any]) -> Any:
-    """The base tree with one value for each site."""
-    leaves = _tree.leaves(adapted.frozen.base)
-    for site, value in zip(adapted.frozen.plan.sites, values, strict=True):
-        leaves[site.index] = value
-    return _tree.rebuilt(adapted.frozen.base, leaves)
+from jlora import _answers, _read
+from jlora._algebra._weight import Weight
+from jlora._trees import _packed, _table, _tree
+from jlora._trees._packed import is_packed
+from jlora.adapted import Adapted, check_adapted, check_any, is_adapted
 
 
 def merge(adapted: Adapted) -> Any:
@@ -91,7 +30,7 @@ def merge(adapted: Adapted) -> Any:
       True
     """
     leaves = _tree.leaves(check_adapted("merge", adapted).frozen.base)
-    merged = replaced(adapted, [w.dense() for w in weights(adapted, leaves)])
+    merged = _read.replaced(adapted, [w.dense() for w in _read.weights(adapted, leaves)])
     return jax.tree.map(_packed.dense, merged, is_leaf=is_packed)
 
 
@@ -172,7 +111,7 @@ def merge_report(adapted: Adapted) -> MergeReport:
     rows = []
     for site, w in zip(
         adapted.frozen.plan.sites,
-        weights(adapted, _tree.leaves(adapted.frozen.base)),
+        _read.weights(adapted, _tree.leaves(adapted.frozen.base)),
         strict=True,
     ):
         share, error = _survival(w)
@@ -218,7 +157,7 @@ def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
         raise ValueError("merged is not a tree like the adapter's base: its structure differs")
     held = Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, base=merged))
     drift = {}
-    for site, w in zip(held.frozen.plan.sites, weights(held, leaves), strict=True):
+    for site, w in zip(held.frozen.plan.sites, _read.weights(held, leaves), strict=True):
         if w.shape != site.leaf.shape or w.w0().shape != site.leaf.shape:
             raise ValueError(f"{site.leaf.path!r} has shape {w.w0().shape}, the adapter's is {site.leaf.shape}")
         delta, w0 = w.delta(), w.w0()

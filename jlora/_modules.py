@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 from flax.nnx import graphlib
 
-from jlora import _merge, _tree
-from jlora._contract import typed
+from jlora import _read
+from jlora._algebra._mesh import typed
+from jlora._trees import _tree
 from jlora.adapted import Adapted
 
 SPLIT = """\
@@ -79,7 +80,7 @@ def check_stateless(fn: Callable[..., Any], found: list[Adapted], fill: Callable
     leaves = [list(_tree.leaves(a.frozen.base)) for a in found]
     for k, a in enumerate(found):
         for s in a.frozen.plan.sites:
-            leaves[k][s.index] = typed(_merge.held([(s.leaf.path, leaves[k][s.index])])[0])
+            leaves[k][s.index] = typed(_read.held([(s.leaf.path, leaves[k][s.index])])[0])
     flat = [(k, n) for k, each in enumerate(leaves) for n, x in enumerate(each) if hasattr(x, "dtype")]
     named: list[tuple[str, str, int | None]] = []
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora import _fits
+from jlora._plan import _fits
 from jlora.adapted import Adapted, Frozen, check_any, is_adapted
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 
-from jlora import _answers, _axes, _fits, _kinds, _packed, _plan, _ranks, _resolve, _table, _tree, _wellformed
+from jlora import _answers
+from jlora._algebra import _wellformed
 from jlora._keys import checked_key, stable_hash
-from jlora._plan import Plan, dropouts, trainable_size
-from jlora._plan import derived as derived
+from jlora._plan import _fits, _pairs, _resolve, _sites
+from jlora._plan._sites import Plan, dropouts, trainable_size
+from jlora._plan._sites import derived as derived
+from jlora._trees import _axes, _kinds, _packed, _table, _tree
 from jlora.methods.base import Method
 
 Factors = Mapping[str, Mapping[str, Any]]
@@ -173,7 +176,7 @@ def adapt(
     """
     traced = None if is_adapted(params) else called("adapt", fn, params, args, kwargs)
     adapted = begun(params, spec, key, axes, allow_untied, traced)
-    if waste := _ranks.wasted(adapted.frozen.plan):
+    if waste := _pairs.wasted(adapted.frozen.plan):
         warnings.warn(waste, stacklevel=2)
     return adapted
 
@@ -340,7 +343,7 @@ def table(adapted: Adapted) -> str:
         arrays = {p: v for p, v in site.recipe.arrays(site.leaf).items() if v[0].trained and p not in seen}
         seen |= set(arrays)
         size = sum(math.prod(shape) for _, shape in arrays.values())
-        rest = (_axes.text(site.leaf), site.method.describe(), _plan.describe_rank(site), size)
+        rest = (_axes.text(site.leaf), site.method.describe(), _sites.describe_rank(site), size)
         rows.append((site.leaf.path, rest))
     folded = [
         (path, str(n), axes, method, rank, f"{n * size:,}") for path, n, (axes, method, rank, size) in _table.fold(rows)

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
-from jlora import _answers, _axes, _interpret, _table
+from jlora import _answers, _interpret
 from jlora._interpret import Row
 from jlora._interpret import trace as _trace
+from jlora._trees import _axes, _table
 from jlora.adapted import is_adapted
 from jlora.lift import completed, find, is_ours
 

@@ -25,10 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _answers, _express, _interpret, _merge, _network, _plan, _ranks, _resolve, _tree
+from jlora import _answers, _interpret, _read
+from jlora._algebra import _express, _words
 from jlora._dtypes import widened
 from jlora._interpret import moments as _moments
-from jlora._plan import Plan, Site
+from jlora._plan import _pairs, _resolve, _sites
+from jlora._plan._sites import Plan, Site
+from jlora._trees import _tree
 from jlora.adapted import Adapted, Frozen, check_any
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import EVA as EVA
@@ -45,15 +48,15 @@ from jlora.quant._mended import qpissa as qpissa
 Axes = dict[str, str] | None
 
 
-def _sites(params: Any, spec: Any, axes: Axes) -> tuple[Site, ...]:
+def _taken(params: Any, spec: Any, axes: Axes) -> tuple[Site, ...]:
     """The weights that a spec takes, with nothing added to them."""
     _answers.check_params("jlora.init", params)
     plan, _ = _resolve.resolve(_tree.flatten(params), spec, axes, True)
-    return tuple(dataclasses.replace(s, recipe=_network.Recipe()) for s in plan.sites)
+    return tuple(dataclasses.replace(s, recipe=_words.Recipe()) for s in plan.sites)
 
 
 def _bare(params: Any, sites: tuple[Site, ...]) -> Adapted:
-    return Adapted({}, Frozen(params, {}, None, _plan.intern(sites, (), ())))
+    return Adapted({}, Frozen(params, {}, None, _sites.intern(sites, (), ())))
 
 
 def _summed(batches: Iterable[Any], f: Callable[[Any], dict[str, Any]], name: str) -> tuple[dict[str, Any], int]:
@@ -100,13 +103,13 @@ def gradients(
       Wang, Yu and Li, `LoRA-GA <https://arxiv.org/abs/2407.05000>`_, 2024.
     """
     _answers.check_function("jlora.init.gradients", loss)
-    sites = _sites(params, spec, axes)
+    sites = _taken(params, spec, axes)
     bare = _bare(params, sites)
 
     @jax.jit
     def one(bare: Adapted, batch: Any) -> dict[str, Any]:
         leaves = _tree.leaves(bare.frozen.base)
-        at = lambda values: loss(_merge.replaced(bare, values), batch)
+        at = lambda values: loss(_read.replaced(bare, values), batch)
         found = jax.grad(at)([jnp.asarray(leaves[s.index]) for s in sites])
         return {s.leaf.path: widened(g) for s, g in zip(sites, found, strict=True)}
 
@@ -150,7 +153,7 @@ def activations(
       Paischer et al, `EVA <https://arxiv.org/abs/2410.07170>`_, 2024.
     """
     _answers.check_function("jlora.init.activations", fn)
-    sites = _sites(params, spec, axes)
+    sites = _taken(params, spec, axes)
     bare = _bare(params, sites)
 
     @jax.jit
@@ -248,7 +251,7 @@ def plain(adapted: Adapted) -> Adapted:
       Meng et al, `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, appendix on converting it to LoRA.
     """
     base = _tree.leaves(check_any("init.plain", adapted).frozen.base)
-    get = _merge.lookup(adapted)
+    get = _read.factors_of(adapted)
     trainable, factors = dict(adapted.trainable), dict(adapted.frozen.factors)
     sites = []
     for site in adapted.frozen.plan.sites:
@@ -256,7 +259,7 @@ def plain(adapted: Adapted) -> Adapted:
         if not (isinstance(method, LoRA) and method.paired):
             sites.append(site)
             continue
-        (w0,) = _merge.held([(path, base[site.index])])
+        (w0,) = _read.held([(path, base[site.index])])
         (term,) = _express.express(site.leaf, site.recipe, w0, get).terms
         made = {"a": term.operands[0].value(), "b": term.operands[1].value()}
         rank = dict(site.recipe.deltas[0].sizes)["r"]
@@ -270,11 +273,11 @@ def plain(adapted: Adapted) -> Adapted:
                 halves[array.trained][name] = made[name]
         trainable[path], factors[path] = halves[True], halves[False]
     plan = _replanned(adapted, sites)
-    if waste := _ranks.wasted(plan):
+    if waste := _pairs.wasted(plan):
         warnings.warn(waste, stacklevel=2)
     return Adapted(trainable, dataclasses.replace(adapted.frozen, factors=factors, plan=plan))
 
 
 def _replanned(adapted: Adapted, sites: list[Site]) -> Plan:
     methods = dict.fromkeys(s.method for s in sites)
-    return _plan.intern(tuple(sites), tuple(methods), adapted.frozen.plan.notes)
+    return _sites.intern(tuple(sites), tuple(methods), adapted.frozen.plan.notes)

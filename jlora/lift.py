@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _answers, _fits, _merge, _tree
+from jlora import _answers, _merge, _read
 from jlora._modules import check_stateless, watched
-from jlora._packed import is_packed
+from jlora._plan import _fits
+from jlora._trees import _tree
+from jlora._trees._packed import is_packed
 from jlora.adapted import Adapted, is_adapted
 
 
@@ -42,7 +44,7 @@ def completed(found: Sequence[Any], paths: Sequence[str]) -> list[Adapted]:
     for x in found:
         if is_adapted(x):
             _fits.check_one("a lifted function", x.frozen.plan, x.trainable, x.frozen.factors)
-    return [_merge.completed(x, path or "a quantised weight") for x, path in zip(found, paths, strict=True)]
+    return [_read.completed(x, path or "a quantised weight") for x, path in zip(found, paths, strict=True)]
 
 
 def find(

@@ -9,9 +9,9 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from jlora import _kinds
-from jlora._axes import is_trainable_dtype
-from jlora._tree import shape_dtype
+from jlora._trees import _kinds
+from jlora._trees._axes import is_trainable_dtype
+from jlora._trees._tree import shape_dtype
 
 
 def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Callable[[str, Any], bool]], Any]:

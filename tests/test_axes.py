@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jlora
-from jlora import _axes, _layouts, _tree
+from jlora._trees import _axes, _layouts, _tree
 
 X = jax.ShapeDtypeStruct((3, 6), jnp.float32)
 

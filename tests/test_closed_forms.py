@@ -22,7 +22,7 @@ import closed_forms as forms
 import jlora
 import zoo
 from jlora import network
-from jlora._axes import Leaf
+from jlora._trees._leaf import Leaf
 from methods import CHOSEN, METHODS, Row, adapted, assert_close, away_from_start
 
 Leaves = dict[str, np.ndarray]

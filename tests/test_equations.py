@@ -401,7 +401,7 @@ def test_refused_in_words(make, words):
 @pytest.mark.parametrize("row", [row for row in METHODS if row.on != "vectors"], ids=lambda row: row.name)
 def test_saved_and_loaded(row, tmp_path):
     """Every factor of every method comes back as it was."""
-    params = {"w": jnp.asarray(np.random.default_rng(1).standard_normal((6, 6)), jnp.float32)}
+    params = {"w": jnp.asarray(np.random.default_rng(1).standard_normal((12, 12)), jnp.float32)}
     adapted = jlora.adapt(params, row.spec("w"))
     adapted = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
     jlora.save(tmp_path / "x", adapted)

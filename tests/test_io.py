@@ -24,6 +24,7 @@ from flax.training.train_state import TrainState
 
 import jlora
 from jlora import methods, network
+from jlora._trees import _tree
 from jlora.io import _arrays, _fingerprint, _folder, _manifest, _untrained, export, load, save
 from methods import METHODS, away_from_start
 
@@ -962,7 +963,7 @@ def inner(node):
 
 def named(tree):
     """`{path: bits}`; keys as their data."""
-    flat = jlora._tree.flatten(tree)
+    flat = _tree.flatten(tree)
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     leaves = [jax.random.key_data(x) if is_key(x) else x for x in flat.leaves]
     return dict(zip(flat.paths, bits(leaves), strict=True))

@@ -12,14 +12,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jlora"
 
-# From the ground up: a room imports from those before it. A package counts as one room.
+# From the ground up: a room imports from those before it. What is no floor, but a package, counts as one room.
+FLOORS = {
+    "_trees": (
+        "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_leaf", "_layouts", "_axes", "_names",
+        "_kinds",
+    ),
+    "_algebra": ("_words", "_wellformed", "_inverse", "_mesh", "_contract", "_term", "_unmade", "_weight", "_express"),
+    "_plan": ("_sites", "_resolve", "_fits", "_pairs"),
+    "_forward": ("_anew", "_dropout", "_rule", "_ops", "_dot", "_rows", "_conv"),
+}  # fmt: skip
 ROOMS = (
     "_version", "_answers", "_keys", "_dtypes",  # what everybody says
-    "_inverse", "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_layouts", "_axes", "_network",
-    "_wellformed", "_contract", "_rule", "_term", "_lazy", "_weight", "_anew", "_express", "_names", "_kinds",
-    "targets", "network", "methods", "_plan", "_resolve", "_fits", "_ranks", "adapted", "_stack", "_merge",
-    "quant",  # methods know no jaxpr
-    "_dropout", "_ops", "_dot", "_lookup", "_conv", "_interpret", "_modules", "lift", "explain", "init",
+    *(f"_trees.{room}" for room in FLOORS["_trees"]),
+    *(f"_algebra.{room}" for room in FLOORS["_algebra"]),
+    "targets", "network", "methods",
+    *(f"_plan.{room}" for room in FLOORS["_plan"]),
+    "adapted", "_stack", "_read", "_merge", "quant",  # methods know no jaxpr
+    *(f"_forward.{room}" for room in FLOORS["_forward"]),
+    "_interpret", "_modules", "lift", "explain", "init",
     "optim",  # one room knows jaxprs
     "rank", "shard", "serve", "combine", "prompt", "bottleneck",
     "io", "analysis", "plot", "__main__",  # nobody below io knows a file format
@@ -40,7 +51,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 
 def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+    _, *steps = module.split(".")
+    return ".".join(steps[:2] if steps and steps[0] in FLOORS else steps[:1])
 
 
 def imports(file: str):
@@ -60,22 +72,30 @@ def imports(file: str):
             yield from ((alias.name, late) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}: write absolute imports"
-            if node.module == "jlora":
-                yield from ((f"jlora.{alias.name}", late) for alias in node.names)
+            if node.module == "jlora" or node.module in {f"jlora.{floor}" for floor in FLOORS}:
+                yield from ((f"{node.module}.{alias.name}", late) for alias in node.names)
             else:
                 yield node.module, late
 
 
 def own_room(file: str) -> str:
-    return Path(file).parts[0].removesuffix(".py")
+    return room(".".join(("jlora", *Path(file).with_suffix("").parts)))
 
 
 def test_every_room_has_its_place():
     """No room is outside of the order: a new one says what it stands on."""
-    assert {own_room(file) for file in FILES} - {"__init__"} <= set(ROOMS)
+    doors = {"__init__", *(f"{floor}.__init__" for floor in FLOORS)}
+    assert {own_room(file) for file in FILES} - doors <= set(ROOMS)
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f != "__init__.py"])
+@pytest.mark.parametrize("floor", FLOORS)
+def test_the_door_of_a_floor_says_what_it_is_and_nothing_else(floor):
+    """So that a room is found by its file, and no import of one brings in its neighbours."""
+    body = ast.parse((ROOT / floor / "__init__.py").read_text()).body
+    assert len(body) == 1 and ast.get_docstring(ast.Module(body, []))
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if own_room(f) in ROOMS])
 def test_imports_point_downwards(file):
     """A room imports rooms below it alone, so that there are no cycles, and each can be read without those above."""
     mine = own_room(file)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora import _select, _tree, targets
+from jlora import targets
+from jlora._trees import _select, _tree
 from trees import models, nested
 
 MODELS = models()

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jlora import _select, _tree, targets
+from jlora import targets
+from jlora._trees import _select, _tree
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers' own")
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jlora
-from jlora import _axis_names, _layouts
+from jlora._trees import _axis_names, _layouts
 from trees import FOLDER, KINDS, models
 
 MODELS = models()

@@ -16,17 +16,19 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
-from jlora import _axes, _merge, _ops, _tree
-from jlora._axes import RolesWarning
-from jlora._contract import typed
-from jlora._dropout import fold
-from jlora._express import express
+from jlora import _read
+from jlora._algebra._express import express
+from jlora._algebra._mesh import typed
+from jlora._algebra._weight import Operand, Weight, is_weight
+from jlora._forward import _ops
+from jlora._forward._dropout import fold
+from jlora._forward._ops import Refusal, Use
 from jlora._interpret import contractions, control, moves, roles
 from jlora._interpret.jaxpr import bind_params, live, source
 from jlora._interpret.moments import moment
 from jlora._keys import stable_hash
-from jlora._ops import Refusal, Use
-from jlora._weight import Operand, Weight, is_weight
+from jlora._trees import _axes, _tree
+from jlora._trees._axes import RolesWarning
 from jlora.adapted import Adapted, without_key
 
 Counted: TypeAlias = dict[int, Any]
@@ -241,12 +243,12 @@ def call(
     """`fn` on a call's arguments, with expressions where the Adapteds' weights stand."""
     me = me or Interpreter(forward_mode)
     leaves = [_tree.leaves(a.frozen.base) for a in found]
-    bases = _merge.held([(s.leaf.path, leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites])
+    bases = _read.held([(s.leaf.path, leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites])
     beside: list[Any] = []
 
     def traced(*arrays: jax.Array) -> list[Any]:
         rest = iter(arrays)
-        trees = [_merge.replaced(a, [next(rest) for _ in a.frozen.plan.sites]) for a in found]
+        trees = [_read.replaced(a, [next(rest) for _ in a.frozen.plan.sites]) for a in found]
         args, kwargs = fill(trees)
         outs, treedef = jax.tree.flatten(fn(*args, **kwargs))
         inside = [isinstance(o, jax.Array) for o in outs]
@@ -259,7 +261,7 @@ def call(
     me.check(closed, found, leaves)
     expressions: list[Weight] = []
     for a, paths in zip(found, names(found), strict=True):
-        get = _merge.lookup(a)
+        get = _read.factors_of(a)
         for s, path in zip(a.frozen.plan.sites, paths, strict=True):
             key = a.frozen.key
             if key is not None:

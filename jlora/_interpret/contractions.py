@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jlora import _conv, _dot, _lookup, _ops
-from jlora._anew import anew, bulky
-from jlora._ops import Refusal, Use
-from jlora._rule import Written
-from jlora._weight import Weight, is_weight
+from jlora._algebra._weight import Weight, is_weight
+from jlora._forward import _conv, _dot, _ops, _rows
+from jlora._forward._anew import anew, bulky
+from jlora._forward._ops import Refusal, Use
+from jlora._forward._rule import Written
 
 if TYPE_CHECKING:
     from jlora._interpret import Interpreter
@@ -53,7 +53,7 @@ def _gather(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
         raise Refusal("a vector")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base: me.bind(eqn, [base, indices])[0]
-    return [_lookup.lookup(me.used(w), indices, eqn.params, bind, me.forward_mode, note)]
+    return [_rows.lookup(me.used(w), indices, eqn.params, bind, me.forward_mode, note)]
 
 
 def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._dropout import fold
+from jlora._algebra._weight import Weight, is_weight
+from jlora._forward._dropout import fold
+from jlora._forward._ops import Refusal
 from jlora._interpret.jaxpr import CALLS, CHECKPOINTS, open_jaxpr, scan_counts, unchanged
-from jlora._ops import Refusal
-from jlora._weight import Weight, is_weight
 
 if TYPE_CHECKING:
     from jlora._interpret import Interpreter

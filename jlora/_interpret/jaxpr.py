@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jlora._ops import Refusal
+from jlora._forward._ops import Refusal
 
 
 def bind_params(eqn: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora._algebra._term import Operand
+from jlora._algebra._weight import Weight
 from jlora._dtypes import widened
-from jlora._term import Operand
-from jlora._weight import Weight
 
 
 def place(atom: str) -> tuple[int, str]:

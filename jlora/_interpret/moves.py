@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jlora._ops import Refusal, Use
-from jlora._weight import Weight, is_weight
+from jlora._algebra._weight import Weight, is_weight
+from jlora._forward._ops import Refusal, Use
 
 if TYPE_CHECKING:
     from jlora._interpret import Interpreter

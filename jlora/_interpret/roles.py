@@ -14,11 +14,11 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jlora import _tree
-from jlora._axes import Leaf
 from jlora._interpret.following import RULES
 from jlora._interpret.jaxpr import open_jaxpr
 from jlora._interpret.views import KINDS, Known, Use, View, grown, pairs, whole
+from jlora._trees import _tree
+from jlora._trees._leaf import Leaf
 
 
 def read(jaxpr: Any, weights: int, consts: Sequence[bool]) -> list[list[Use]]:

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jlora import _axes, _tree
 from jlora._interpret import roles
+from jlora._trees import _axes, _tree
 
 
 def _is_input(x: Any) -> bool:

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _merge, _tree
-from jlora._contract import contract
+from jlora import _read
+from jlora._algebra._contract import contract
+from jlora._algebra._term import Term
+from jlora._algebra._weight import Weight
+from jlora._algebra._words import Labels
 from jlora._dtypes import wide
-from jlora._network import Labels
-from jlora._plan import Site
-from jlora._term import Term
-from jlora._weight import Weight
+from jlora._plan._sites import Site
+from jlora._trees import _tree
 from jlora.adapted import Adapted, check_adapted
 from jlora.analysis.decompositions import SVD, factored_svd, svd
 
@@ -86,7 +87,7 @@ def _is_matrix(site: Site) -> bool:
 
 
 def _matrices(caller: str, adapted: Adapted) -> Iterator[tuple[Site, Weight]]:
-    every = _merge.weights(check_adapted(caller, adapted), _tree.leaves(adapted.frozen.base))
+    every = _read.weights(check_adapted(caller, adapted), _tree.leaves(adapted.frozen.base))
     return ((s, w) for s, w in zip(adapted.frozen.plan.sites, every, strict=True) if _is_matrix(s))
 
 

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora import _answers, _contract, _merge, _ops, _plan, _resolve, _table, _tree
-from jlora._plan import Plan, Site
-from jlora._table import in_bytes
-from jlora._weight import Weight
+from jlora import _answers, _read
+from jlora._algebra import _contract
+from jlora._algebra._weight import Weight
+from jlora._forward import _ops
+from jlora._plan import _resolve, _sites
+from jlora._plan._sites import Plan, Site
+from jlora._trees import _table, _tree
+from jlora._trees._table import in_bytes
 from jlora.adapted import Adapted, Frozen, is_adapted
 from jlora.analysis.adapters import side_labels
 
@@ -148,7 +152,7 @@ def cost(
             arrays[place] = (array, jax.ShapeDtypeStruct(shape, jnp.dtype(method.dtype)))
             stored += 0 if array.derived else _size(arrays[place][1])
         trainable = sum(math.prod(shape) for array, shape in new.values() if array.trained)
-        rows.append(Row(site.leaf.path, site.method.describe(), _plan.describe_rank(site), trainable, delta))
+        rows.append(Row(site.leaf.path, site.method.describe(), _sites.describe_rank(site), trainable, delta))
     trained = {place: struct for place, (array, struct) in arrays.items() if array.trained}
     state = jax.eval_shape((optimizer or optax.adamw(1e-3)).init, _grouped(trained))
     shapes = [_tree.shape_dtype(leaf)[0] for leaf in tree.leaves]
@@ -196,7 +200,7 @@ def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[tuple[float, floa
 
     def look(base: Any, factors: Any) -> None:
         adapted = Adapted({}, Frozen(params, factors, None, plan))
-        for site, weight in zip(plan.sites, _merge.weights(adapted, base), strict=True):
+        for site, weight in zip(plan.sites, _read.weights(adapted, base), strict=True):
             forward, backward = _weight_flops(site, weight, tokens)
             found.append((forward / tokens, backward / tokens))
 

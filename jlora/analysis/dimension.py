@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jlora import _answers, _resolve, _tree
+from jlora import _answers
+from jlora._plan import _resolve
+from jlora._trees import _tree
 from jlora.adapted import Adapted, adapt
 from jlora.methods.intrinsic import IntrinsicDimension
 

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from jlora import _tree
-from jlora._packed import is_packed, sound
+from jlora._trees import _tree
+from jlora._trees._packed import is_packed, sound
 from jlora.io._record import several
 
 SAMPLES = 1024

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from jlora._plan import Plan
+from jlora._plan._sites import Plan
 from jlora.adapted import Adapted, Frozen
 from jlora.io import quantised
 from jlora.io._record import several

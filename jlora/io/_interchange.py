@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jax import export
 
-from jlora import _plan, _tree
-from jlora._plan import Plan
+from jlora._plan import _sites
+from jlora._plan._sites import Plan
+from jlora._trees import _tree
 from jlora.adapted import Adapted, Frozen
 from jlora.io import _manifest, quantised
 from jlora.quant._leaf import Quantized
@@ -33,7 +34,7 @@ def _plan_of(raw: Any) -> Plan:
     tree = _tree.Named(tuple(path for path, _, _ in base), leaves, tuple(range(count)), None, (None,) * count)
     plan = _manifest.read_plan({**content, "notes": tuple(content["notes"])}, tree, (), _WHERE)
     placed = [dataclasses.replace(s, index=n) for s, n in zip(plan.sites, content["places"], strict=True)]
-    return _plan.intern(tuple(placed), plan.methods, plan.notes)
+    return _sites.intern(tuple(placed), plan.methods, plan.notes)
 
 
 def _codec_bytes(static: Any) -> bytes:

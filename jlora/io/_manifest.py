@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jlora import _plan, _tree, methods
-from jlora._axes import Leaf, is_trainable_dtype
-from jlora._plan import Plan, Site
+from jlora import methods
+from jlora._plan import _sites
+from jlora._plan._sites import Plan, Site
+from jlora._trees import _tree
+from jlora._trees._axes import is_trainable_dtype
+from jlora._trees._leaf import Leaf
 from jlora.io import _record
 from jlora.io._record import cast, several
 from jlora.io._store import Store
@@ -130,7 +133,7 @@ def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]])
             values[key] = _tuples(value) if hint is Any else cast(value, hint, where)
         elif key != "method":
             raise TypeError(f"{where} is unknown; it has {', '.join(fields)}")
-    return _plan.named(cls(**values))
+    return _sites.named(cls(**values))
 
 
 def _hint(cls: type, field: dataclasses.Field) -> Any:
@@ -177,7 +180,7 @@ def read_plan(content: Mapping[str, Any], tree: _tree.Named, extra: Sequence[typ
     if bad:
         raise ValueError(f"{where}: the adapter's weights are not those of params:" + several(bad))
     rules = tuple(table[n] for n in content["rules"])
-    return _plan.intern(tuple(sites.values()), rules, content["notes"])
+    return _sites.intern(tuple(sites.values()), rules, content["notes"])
 
 
 def _recipe(method: Method, leaf: Leaf, where: str) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._axes import Leaf
+from jlora._trees._leaf import Leaf
 
 NAME = "adapter_model.safetensors"
 DIGEST = "jlora_sha256"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from jlora import _tree
+from jlora._trees import _tree
 
 Slot: TypeAlias = tuple[str, tuple[int, ...]]
 Names: TypeAlias = "Mapping[str, str] | Callable[..., Any] | None"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _axes, _tree
-from jlora._axes import Leaf
+from jlora._trees import _axes, _tree
+from jlora._trees._leaf import Leaf
 from jlora.adapted import Adapted
 from jlora.io import _peft_layout as layout
 from jlora.io._peft_config import PREFIX, Config

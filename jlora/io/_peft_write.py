@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import _axes, _tree
-from jlora._axes import Leaf
-from jlora._plan import Site
+from jlora._plan._sites import Site
+from jlora._trees import _axes, _tree
+from jlora._trees._leaf import Leaf
 from jlora.adapted import Adapted
 from jlora.io import _peft_config as config
 from jlora.io import _peft_layout as layout

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _tree
+from jlora._trees import _tree
 from jlora.adapted import Adapted, Frozen, begun, derived, is_adapted
 from jlora.io import _arrays, _checkpoint, _manifest
 from jlora.io._record import several

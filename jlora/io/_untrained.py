@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _packed, _tree
-from jlora._network import Array, Difference, begins
-from jlora._plan import Site
+from jlora._algebra._words import Array, Difference, begins
+from jlora._plan._sites import Site
+from jlora._trees import _packed, _tree
 from jlora.adapted import Adapted
 from jlora.methods.base import of_the_weight
 

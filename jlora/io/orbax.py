@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _tree
 from jlora._merge import MergeReport, merge, merge_report
-from jlora._packed import is_packed
+from jlora._trees import _tree
+from jlora._trees._packed import is_packed
 from jlora._version import __version__
 from jlora.adapted import Adapted, Frozen, derived, is_adapted
 from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training, _untrained

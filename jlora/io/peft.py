@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora import _tree
+from jlora._trees import _tree
 from jlora.adapted import Adapted, begun, is_adapted, join, split
 from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read, _untrained
 from jlora.io._peft_config import Config

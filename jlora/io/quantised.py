@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import _tree
-from jlora._packed import is_packed, sound
+from jlora._trees import _tree
+from jlora._trees._packed import is_packed, sound
 from jlora.adapted import is_adapted
 from jlora.io import _arrays, _folder, _record, _store
 from jlora.io._manifest import FACTOR

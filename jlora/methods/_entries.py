@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._axes import Leaf
+from jlora._trees._leaf import Leaf
 from jlora.methods import _draws
 from jlora.methods.base import check_sides
 

@@ -7,9 +7,9 @@ Zhang et al, `AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-T
 import dataclasses
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Rank
 from jlora.methods.base import LowRank, normal, zeros
 

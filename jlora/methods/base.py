@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jlora._axes import Leaf
-from jlora._network import Delta, Recipe, constant
-from jlora._tree import Target
+from jlora._algebra._words import Delta, Recipe, constant
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods import _fields
 from jlora.methods._fields import Alpha, Dtype, Rank, Rate
 

@@ -7,9 +7,9 @@ Ben Zaken et al, `BitFit: Simple Parameter-efficient Fine-tuning for Transformer
 import dataclasses
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Recipe
-from jlora._tree import Target
+from jlora._algebra._words import Recipe
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods.base import Method
 from jlora.methods.full import dense_delta
 

@@ -13,10 +13,10 @@ import numpy as np
 from jax import lax
 
 from jlora import targets
-from jlora._axes import Leaf
+from jlora._algebra._words import Array, Delta, Function, Recipe
 from jlora._dtypes import widened
-from jlora._network import Array, Delta, Function, Recipe
-from jlora._tree import Target
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import at_least
 from jlora.methods.base import Method, check_sides, zeros
 
@@ -45,7 +45,7 @@ class Spectrum:
 
     def __call__(self, w: jax.Array) -> jax.Array:
         f = np.arange(self.b // 2 + 1)
-        weight = np.float32(np.where((f == 0) | (2 * f == self.b), 1, 2) / self.b)
+        weight = np.asarray(np.where((f == 0) | (2 * f == self.b), 1, 2) / self.b, np.float32)
         w = widened(w)
         waves = (Waves(self.b)() * weight[:, None, None]).astype(w.dtype)
         c, s = jnp.einsum("pqk,fck->cpqf", w, waves, precision=lax.Precision.HIGHEST)

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora import targets
-from jlora._axes import Leaf
+from jlora._algebra._words import Array, Delta, Function, Recipe, constant
 from jlora._dtypes import widened
-from jlora._network import Array, Delta, Function, Recipe, constant
-from jlora._tree import Target
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Rank, nonzero
 from jlora.methods.base import Dropping, check_sides, uniform, zeros
 from jlora.methods.starts import values

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jlora import _network
-from jlora._axes import Leaf
-from jlora._contract import automatic, contract
+from jlora._algebra import _words
+from jlora._algebra._contract import contract
+from jlora._algebra._mesh import automatic
+from jlora._algebra._unmade import KEPT
+from jlora._algebra._words import Array, Delta, Function, Labels, Recipe, constant
 from jlora._dtypes import alike
-from jlora._lazy import KEPT
-from jlora._network import Array, Delta, Function, Labels, Recipe, constant
-from jlora._tree import Target
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods.base import Method, of_the_weight
 from jlora.methods.sum import Place, apart, renamed
 
@@ -35,7 +36,7 @@ class Gain:
     deltas: tuple[Delta, ...]
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
-        if all(atoms == made for d in self.deltas for atoms, made in _network.bind(d, self.leaf).blocks):
+        if all(atoms == made for d in self.deltas for atoms, made in _words.bind(d, self.leaf).blocks):
             return self._gain(*arrays)
         # of a side that is flat no array says how a mesh cuts its parts; the gain lives where m does
         *rest, m, t, w0 = arrays
@@ -44,7 +45,7 @@ class Gain:
     def _gain(self, *arrays: jax.Array) -> jax.Array:
         *factors, n0, m, t, w0 = arrays
         w0 = w0.astype(jnp.float32)
-        out = tuple(_network.atoms(self.leaf)[n] for n in self.leaf.axes("o"))
+        out = tuple(_words.atoms(self.leaf)[n] for n in self.leaf.axes("o"))
         terms = list(self._terms([a.astype(jnp.float32) for a in factors]))
         square = n0 + sum(2 * self._over(term, out, w0=w0) for term in terms)
         square = square + sum(self._over(x, out, other=y) for x in terms for y in terms)
@@ -63,7 +64,7 @@ class Gain:
     def _terms(self, arrays: list[jax.Array]) -> Any:
         """(operands, their labels, blocks) of each delta, its scale among the operands."""
         for delta in self.deltas:
-            bound = _network.bind(delta, self.leaf)
+            bound = _words.bind(delta, self.leaf)
             values = []
             for word in delta.operands:
                 own, arrays = arrays[: len(word.arrays)], arrays[len(word.arrays) :]
@@ -77,7 +78,7 @@ class Gain:
         made = {atom: labels for atoms, labels in bound.blocks for atom in atoms}
         result = tuple(dict.fromkeys(x for atom in out for x in made[atom]))
         if w0 is not None:
-            axes = _network.atoms(self.leaf)
+            axes = _words.atoms(self.leaf)
             w0 = lax.transpose(w0, [axes.index(a) for a in bound.order]).reshape(bound.shape(bound.made))
             square = contract([w0, *values], [bound.made, *names], result)
         elif other[2].blocks == bound.blocks:
@@ -90,7 +91,7 @@ class Gain:
     def _dense(self, term: Any) -> jax.Array:
         values, names, bound = term
         dense = contract(values, names, bound.made).reshape(bound.shape(bound.order))
-        return lax.transpose(dense, [bound.order.index(a) for a in _network.atoms(self.leaf)])
+        return lax.transpose(dense, [bound.order.index(a) for a in _words.atoms(self.leaf)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +146,8 @@ class DoRA(Method):
         one = Leaf(leaf.path, tuple(leaf.shape[n] for n in kept), leaf.dtype, roles)
         arrays: list[Array] = []
         for delta in inner.deltas:
-            arrays += [dataclasses.replace(a, shape=shape) for a, shape in _network.bind(delta, one).stored()]
-            arrays.append(_network.scale_of(delta))
+            arrays += [dataclasses.replace(a, shape=shape) for a, shape in _words.bind(delta, one).stored()]
+            arrays.append(_words.scale_of(delta))
         out = leaf.sizes("o")
         n0 = Array("n0", of_the_weight, out, trained=False)
         t = Array("t", constant(1.0), (), trained=False, scale=True)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._contract import automatic
+from jlora._algebra._mesh import automatic
+from jlora._algebra._words import Array, Delta, Function, Recipe
 from jlora._dtypes import widened
-from jlora._network import Array, Delta, Function, Recipe
-from jlora._tree import Target
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods import _entries
 from jlora.methods._fields import Holds, Seed, nonzero
 from jlora.methods.base import Method, zeros

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Recipe
+from jlora._algebra._words import Array, Delta, Recipe
+from jlora._trees._leaf import Leaf
 from jlora.methods.base import Method, zeros
 
 

@@ -9,9 +9,9 @@ import math
 from typing import Literal, TypeAlias
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Base, Delta, Function, Ones, Recipe, Word
-from jlora._tree import Target
+from jlora._algebra._words import Array, Base, Delta, Function, Ones, Recipe, Word
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Rank
 from jlora.methods.base import Method, check_sides, uniform, zeros
 

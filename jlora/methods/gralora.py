@@ -11,9 +11,9 @@ import math
 from typing import Annotated
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Recipe
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta, Recipe
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Rank, at_least
 from jlora.methods.base import LowRank, check_sides, uniform, zeros
 

@@ -8,9 +8,9 @@ import dataclasses
 import math
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Base, Delta
-from jlora._tree import Target
+from jlora._algebra._words import Array, Base, Delta
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods.base import LowRank, uniform, zeros
 
 

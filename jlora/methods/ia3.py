@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import jax
 
-from jlora._axes import Leaf, is_trainable_dtype
+from jlora._algebra._words import Array, Delta, Function, Recipe, constant
 from jlora._dtypes import alike
-from jlora._network import Array, Delta, Function, Recipe, constant
-from jlora._tree import Target, shape_dtype
+from jlora._trees._axes import is_trainable_dtype
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target, shape_dtype
 from jlora.methods.base import Method
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Recipe
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta, Recipe
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Rank
 from jlora.methods.base import LowRank, filled, normal, of_the_weight, uniform, zeros
 from jlora.methods.starts import singular

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Function, Recipe
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta, Function, Recipe
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import at_least, nonzero
 from jlora.methods.base import Method, uniform, zeros
 

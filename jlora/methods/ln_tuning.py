@@ -7,7 +7,7 @@ Zhao et al, `Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Fi
 import dataclasses
 
 from jlora import targets
-from jlora._tree import Target
+from jlora._trees._tree import Target
 from jlora.methods.full import Full
 
 

@@ -8,9 +8,9 @@ Fine-Tuning to Model Evaluation <https://arxiv.org/abs/2309.14859>`_, 2023.
 import dataclasses
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods.base import LowRank, normal, zeros
 
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._contract import automatic
+from jlora._algebra._mesh import automatic
+from jlora._algebra._words import Array, Delta, Difference, Function, Recipe
 from jlora._dtypes import alike
-from jlora._network import Array, Delta, Difference, Function, Recipe
-from jlora._tree import Target
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Alpha, Holds, Rank
 from jlora.methods.base import Dropping, Init, check_sides, filled, normal, uniform, zeros
 from jlora.methods.starts import OLoRA, Orthogonal, PiSSA, Start

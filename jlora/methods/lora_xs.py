@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods.base import LowRank, check_low_rank, filled, of_the_weight, zeros
 from jlora.methods.starts import singular
 

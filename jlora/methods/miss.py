@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Function, Recipe, Word
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta, Function, Recipe, Word
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Rank, at_least
 from jlora.methods.base import Dropping, check_sides, zeros
 

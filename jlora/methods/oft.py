@@ -13,11 +13,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._contract import automatic
-from jlora._inverse import inverse
-from jlora._network import Array, Delta, Function, Recipe, constant
-from jlora._tree import Target
+from jlora._algebra._inverse import inverse
+from jlora._algebra._mesh import automatic
+from jlora._algebra._words import Array, Delta, Function, Recipe, constant
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import at_least
 from jlora.methods.base import Method, zeros
 

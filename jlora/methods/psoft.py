@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Function, Recipe, constant
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta, Function, Recipe, constant
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Holds
 from jlora.methods.base import Dropping, check_low_rank, filled, of_the_weight, zeros
 from jlora.methods.oft import Cayley
@@ -53,7 +53,7 @@ class PSOFT(Dropping):
       >>> import jax.numpy as jnp, jlora
       >>> adapted = jlora.adapt({"query": {"kernel": jnp.eye(6, 4)}}, jlora.PSOFT(rank=3))
       >>> {name: array.shape for name, array in adapted.trainable["query/kernel"].items()}
-      {'alpha': (3,), 'beta': (3,), 'q': (3,)}
+      {'q': (3,), 'alpha': (3,), 'beta': (3,)}
 
     References:
       Wu, Hu, Min and Wang, `PSOFT <https://arxiv.org/abs/2505.11235>`_, 2025.

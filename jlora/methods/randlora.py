@@ -9,9 +9,9 @@ import functools
 import math
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Function, constant
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta, Function, constant
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Rank, Seed
 from jlora.methods.base import LowRank, zeros
 from jlora.methods.vera import draw, shared

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora import targets
-from jlora._axes import Leaf
+from jlora._algebra._words import Array, Delta, Function, Recipe, constant
 from jlora._dtypes import alike, widened
-from jlora._network import Array, Delta, Function, Recipe, constant
-from jlora._tree import Target
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Holds
 from jlora.methods.base import Method, zeros
 

@@ -8,10 +8,10 @@ import dataclasses
 import jax
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._contract import automatic
-from jlora._network import Array, Delta, Function, Recipe
-from jlora._tree import Target
+from jlora._algebra._mesh import automatic
+from jlora._algebra._words import Array, Delta, Function, Recipe
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods import _entries
 from jlora.methods._fields import Rank
 from jlora.methods.base import Method, zeros

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import jax
 
-from jlora._axes import Leaf
+from jlora._algebra._words import Array, Delta, Function, Recipe, constant
 from jlora._dtypes import alike
-from jlora._network import Array, Delta, Function, Recipe, constant
+from jlora._trees._leaf import Leaf
 from jlora.methods.base import Method, zeros
 from jlora.methods.ia3 import gain
 

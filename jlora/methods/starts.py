@@ -23,8 +23,8 @@ from jax import lax
 from jax.core import Tracer
 
 from jlora import _answers
-from jlora._axes import Leaf
 from jlora._dtypes import alike, widened
+from jlora._trees._leaf import Leaf
 from jlora.methods.base import check_low_rank
 
 Factors = tuple[jax.Array, jax.Array]

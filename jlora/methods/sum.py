@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Function, Recipe, Word
+from jlora._algebra._words import Array, Delta, Function, Recipe, Word
+from jlora._trees._leaf import Leaf
 from jlora.methods.base import Method
 
 Place = tuple[str, str]

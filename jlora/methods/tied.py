@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Recipe, Word, constant
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta, Recipe, Word, constant
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods._fields import Holds, Rank, names
 from jlora.methods.base import Dropping, Init, check_sides, uniform, zeros
 from jlora.methods.vera import shared

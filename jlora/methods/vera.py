@@ -12,9 +12,9 @@ import jax
 from jax import lax
 
 from jlora import targets
-from jlora._axes import Leaf
-from jlora._network import Array, Delta, Function, Recipe, constant
-from jlora._tree import Target
+from jlora._algebra._words import Array, Delta, Function, Recipe, constant
+from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora.methods import _draws
 from jlora.methods._fields import Rank, Seed, nonzero
 from jlora.methods.base import Dropping, zeros

@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 import jax
 import optax
 
-from jlora import _ranks
-from jlora._plan import Plan
-from jlora._ranks import Pair
+from jlora._plan import _pairs
+from jlora._plan._pairs import Pair
+from jlora._plan._sites import Plan
 from jlora.adapted import Adapted, check_adapted, is_adapted
 
 Places: TypeAlias = dict[tuple[str, str], Any]
@@ -18,7 +18,7 @@ Rule: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
 def chosen(caller: str, adapted: Any, wanted: Callable[[Pair], bool], what: str) -> Plan:
     """The plan of `adapted`, which must hold a pair that `wanted` takes: a transformation of nothing is a mistake."""
     check_adapted(caller, adapted)
-    if not any(map(wanted, _ranks.pairs(adapted.frozen.plan))):
+    if not any(map(wanted, _pairs.pairs(adapted.frozen.plan))):
         methods = ", ".join(dict.fromkeys(m.describe() for m in adapted.frozen.plan.methods))
         raise ValueError(f"{caller} would do nothing: no weight under {methods} has {what}")
     return adapted.frozen.plan
@@ -91,7 +91,7 @@ def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> op
     for its own plan and frozen factors; for a trainable half it is `plan`, and what came as the extra argument
     `frozen`.
     """
-    ours = tuple(filter(wanted, _ranks.pairs(plan)))
+    ours = tuple(filter(wanted, _pairs.pairs(plan)))
     halves = Halves(plan)
     groups, is_half = halves.groups, halves.holds
 
@@ -109,7 +109,7 @@ def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> op
             if is_adapted(u):
                 own, inside = getattr(u.frozen, "plan", plan), u.trainable  # a prefix mask leaves no plan
                 given = _own_factors(p) or given
-            pairs = ours if own is plan else tuple(filter(wanted, _ranks.pairs(own)))
+            pairs = ours if own is plan else tuple(filter(wanted, _pairs.pairs(own)))
             new = _put(inside, rule(pairs, places(inside), known, given))
             return Adapted(new, u.frozen) if is_adapted(u) else new
 

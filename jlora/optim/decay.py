@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora._network import Array, Delta, Function
-from jlora._plan import Site
+from jlora._algebra._words import Array, Delta, Function
+from jlora._plan._sites import Site
 from jlora.adapted import Adapted, check_any, is_adapted
 from jlora.optim._halves import Halves, Places
 

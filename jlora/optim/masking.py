@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._tree import shape_dtype
+from jlora._trees._tree import shape_dtype
 from jlora.adapted import is_adapted, trainable_mask
 from jlora.optim._checks import transformation_of
 

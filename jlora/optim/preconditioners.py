@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jlora._algebra._inverse import inverse
 from jlora._dtypes import promoted, widened
-from jlora._inverse import inverse
-from jlora._ranks import Member, Pair
+from jlora._plan._pairs import Member, Pair
 from jlora.optim._checks import number
 from jlora.optim._halves import Places, chosen, transformation
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from jlora._ranks import Member, Pair
+from jlora._plan._pairs import Member, Pair
 from jlora.methods.base import zeros
 from jlora.optim._checks import number
 from jlora.optim._halves import Places, chosen, transformation

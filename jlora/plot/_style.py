@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _answers, _table
+from jlora import _answers
+from jlora._trees import _table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

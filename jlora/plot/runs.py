@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora import _table
+from jlora._trees import _table
 from jlora.plot._style import (
     COLOURS,
     HEIGHT,

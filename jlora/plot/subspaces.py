@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora import _answers, _table
+from jlora import _answers
+from jlora._trees import _table
 from jlora.analysis import SVD, Amplification
 from jlora.plot._style import (
     COLOURS,

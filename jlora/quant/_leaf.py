@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jlora._contract import automatic
-from jlora._packed import Packed
+from jlora._algebra._mesh import automatic
+from jlora._trees._packed import Packed
 from jlora.quant._layout import Layout
 from jlora.quant._schemes import POINTS, TINY, Scheme, chosen, dynamic_codes, dynamic_levels
 

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _answers, _packed, _resolve, _tree
-from jlora._packed import is_packed
+from jlora import _answers
+from jlora._plan import _resolve
+from jlora._trees import _packed, _tree
+from jlora._trees._packed import is_packed
 from jlora.adapted import is_adapted
 from jlora.methods.base import check_low_rank
 from jlora.methods.lora import LoRA

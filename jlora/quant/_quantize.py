@@ -13,10 +13,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import _answers, _axes, _select, _tree, targets
-from jlora._contract import explicit_mesh
-from jlora._packed import is_packed, sound
-from jlora._tree import Target
+from jlora import _answers, targets
+from jlora._algebra._mesh import explicit_mesh
+from jlora._trees import _axes, _select, _tree
+from jlora._trees._packed import is_packed, sound
+from jlora._trees._tree import Target
 from jlora.adapted import Adapted, called, is_adapted
 from jlora.quant._layout import layout
 from jlora.quant._leaf import Codec, Quantized

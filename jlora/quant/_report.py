@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _answers, _table, _tree
-from jlora._packed import is_packed
-from jlora._table import in_bytes
+from jlora import _answers
+from jlora._trees import _table, _tree
+from jlora._trees._packed import is_packed
+from jlora._trees._table import in_bytes
 from jlora.adapted import is_adapted
 
 

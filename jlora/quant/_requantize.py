@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _merge, _tree
+from jlora import _merge, _read
 from jlora._merge import MergeReport, MergeRow
-from jlora._packed import is_packed
+from jlora._trees import _tree
+from jlora._trees._packed import is_packed
 from jlora.adapted import Adapted, check_adapted
 from jlora.quant._leaf import Quantized
 from jlora.quant._quantize import not_finite, quantized
@@ -51,7 +52,7 @@ def requantize(adapted: Adapted, *, allow_loss: bool = False) -> tuple[Any, Merg
     _merge.outside("requantize", check_adapted("requantize", adapted))
     leaves = _tree.leaves(adapted.frozen.base)
     out, rows, bad = list(leaves), [], []
-    for site, w in zip(adapted.frozen.plan.sites, _merge.weights(adapted, leaves), strict=True):
+    for site, w in zip(adapted.frozen.plan.sites, _read.weights(adapted, leaves), strict=True):
         held, merged = leaves[site.index], w.dense()
         out[site.index] = merged
         if not isinstance(held, Quantized):

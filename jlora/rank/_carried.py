@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._plan import Plan
+from jlora._plan._sites import Plan
 from jlora.adapted import Adapted, Frozen, is_adapted
 
 Place = tuple[str, str]

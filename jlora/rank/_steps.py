@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jlora._dtypes import wide
-from jlora._plan import Plan
+from jlora._plan._sites import Plan
 from jlora.adapted import is_adapted
 from jlora.optim._halves import Halves
 from jlora.rank.prune import Places

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jlora import _merge, _plan, _ranks
+from jlora import _read
 from jlora._dtypes import alike
-from jlora._plan import Plan, Site
-from jlora._ranks import Pair
+from jlora._plan import _pairs, _sites
+from jlora._plan._pairs import Pair
+from jlora._plan._sites import Plan, Site
 from jlora.adapted import Adapted
 from jlora.methods.base import Method
 from jlora.methods.lora import LoRA
@@ -76,9 +77,9 @@ def compact(
     """
     plan = plan_of("compact", adapted)
     _check(adapted, opt_state, plain, stacks)
-    get = _merge.lookup(adapted)
+    get = _read.factors_of(adapted)
     by_path: dict[str, list[Pair]] = {}
-    for pair in _ranks.pairs(plan):
+    for pair in _pairs.pairs(plan):
         by_path.setdefault(pair.path, []).append(pair)
 
     sites: list[Site] = []
@@ -119,7 +120,7 @@ def compact(
 def planned(plan: Plan, sites: list[Site], notes: list[str] | None = None) -> Plan:
     """A plan with other sites."""
     methods = dict.fromkeys(site.method for site in sites)
-    return _plan.intern(tuple(sites), tuple(methods), (*plan.notes, *(notes or ())))
+    return _sites.intern(tuple(sites), tuple(methods), (*plan.notes, *(notes or ())))
 
 
 def rebuilt(adapted: Adapted, plan: Plan, value: Callable[[Place], Any]) -> Adapted:
@@ -245,7 +246,7 @@ def _plain(site: Site, pair: Pair, kept: dict[Place, Kept], get: Any, folded: di
         kept[m.place].cut(get(*m.place)) if m.place in kept else get(*m.place) for m in (*pair.members, *pair.gates)
     )
     rank = p.shape[pair.input.stack]
-    method = _plan.named(LoRA(rank=rank, dtype=site.method.dtype))
+    method = _sites.named(LoRA(rank=rank, dtype=site.method.dtype))
     recipe = method.recipe(site.leaf)
     assert recipe is not None
     path = site.leaf.path

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jlora import _merge
-from jlora._ranks import Member, Pair
+from jlora import _read
+from jlora._plan._pairs import Member, Pair
 from jlora.adapted import Adapted
 from jlora.optim._checks import transformation_of, whole
 from jlora.optim._halves import Halves, check_masked
@@ -58,7 +58,7 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
     trainable = {group: dict(named) for group, named in adapted.trainable.items()}
     factors = {group: dict(named) for group, named in adapted.frozen.factors.items()}
     scales: dict[tuple[str, str], int] = {}
-    get = _merge.lookup(adapted)
+    get = _read.factors_of(adapted)
     for pair in pairs:
         keep, moves = _rows(pair, b, mode)
         scales[pair.scale] = pair.rank

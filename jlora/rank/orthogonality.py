@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _ranks
 from jlora._dtypes import widened
+from jlora._plan import _pairs
 from jlora.adapted import check_adapted
 
 
@@ -59,7 +59,7 @@ def orthogonality(adapted: Any, form: Literal["paper", "reference", "norms"] = "
 def _matrices(adapted: Any) -> list[tuple[jax.Array, int]]:
     """p and q of every weight that has them, with the number of their stack axes."""
     plan = check_adapted("orthogonality", adapted).frozen.plan
-    diagonal = [pair for pair in _ranks.pairs(plan) if pair.diagonal]
+    diagonal = [pair for pair in _pairs.pairs(plan) if pair.diagonal]
     members = {member.place: member for pair in diagonal for member in pair.members}
     if not members:
         methods = ", ".join(dict.fromkeys(m.describe() for m in plan.methods))

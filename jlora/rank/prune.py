@@ -10,10 +10,11 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from jlora import _merge, _ranks
+from jlora import _read
 from jlora._dtypes import widened
-from jlora._plan import Plan
-from jlora._ranks import Member, Pair
+from jlora._plan import _pairs
+from jlora._plan._pairs import Member, Pair
+from jlora._plan._sites import Plan
 from jlora.adapted import Adapted, check_adapted
 from jlora.optim._checks import whole
 
@@ -73,7 +74,7 @@ def prune(adapted: Adapted, scores: Any, b: Any, *, ties: Ties = "exact") -> Ada
             raise ValueError(f"prune: {total - numbers} of {total} scores are NaN, so b={b} ranks cannot be told")
     if bad:
         raise ValueError("prune: scores have the form of jlora.rank.magnitude(adapted), but\n  " + "\n  ".join(bad[:8]))
-    rests = {m.place: m.rest(_merge.lookup(adapted)) for pair in pruned for m in pair.marks if m.start is not None}
+    rests = {m.place: m.rest(_read.factors_of(adapted)) for pair in pruned for m in pair.marks if m.start is not None}
     return Adapted(_prune(adapted.trainable, given, b, rests, adapted.frozen.plan, ties), adapted.frozen)
 
 
@@ -91,7 +92,7 @@ def magnitude(adapted: Adapted) -> dict[str, dict[str, jax.Array]]:
       >>> jlora.rank.magnitude(adapted)
       {'query/kernel': {'b': Array([0., 0.], dtype=float32)}}
     """
-    get = _merge.lookup(adapted)
+    get = _read.factors_of(adapted)
     found: dict[str, dict[str, jax.Array]] = {}
     for pair in ranked("magnitude", adapted):
         norms = [_norms(get(*m.place), m) for m in pair.gates]
@@ -113,7 +114,7 @@ def plan_of(caller: str, adapted: Any) -> Plan:
 def ranked(caller: str, adapted: Any) -> list[Pair]:
     """The pairs whose ranks can be switched off by a factor of their own weight."""
     plan = plan_of(caller, adapted)
-    found = [pair for pair in _ranks.pairs(plan) if pair.own]
+    found = [pair for pair in _pairs.pairs(plan) if pair.own]
     if not found:
         methods = ", ".join(dict.fromkeys(m.describe() for m in plan.methods))
         raise ValueError(f"{caller} finds no ranks under {methods}: adapt with jlora.LoRA, AdaLoRA or SoRA")
@@ -156,7 +157,7 @@ def spread(keep: jax.Array, member: Member, ndim: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _prune(trainable: Any, scores: Places, b: Any, rests: Places, plan: Plan, ties: Ties) -> Any:
-    pruned = [pair for pair in _ranks.pairs(plan) if pair.own]
+    pruned = [pair for pair in _pairs.pairs(plan) if pair.own]
     kept = top({pair.marks[0].place: scores[pair.marks[0].place] for pair in pruned}, b, ties)
     new = {group: dict(named) for group, named in trainable.items()}
     for pair in pruned:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora import _merge, _ranks
+from jlora import _read
 from jlora._dtypes import widened
-from jlora._plan import Site
-from jlora._ranks import Pair
+from jlora._plan import _pairs
+from jlora._plan._pairs import Pair
+from jlora._plan._sites import Site
 from jlora.adapted import Adapted
 from jlora.optim._checks import number, whole
 from jlora.rank.compact import concrete, of_rank, planned, rebuilt, simple, with_rank
@@ -71,9 +72,9 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
     else:
         number("resize", "energy", energy, wanted, lambda x: 0 < x <= 1)
     concrete("resize", adapted)
-    get = _merge.lookup(adapted)
+    get = _read.factors_of(adapted)
     by_path: dict[str, list[Pair]] = {}
-    for pair in _ranks.pairs(plan):
+    for pair in _pairs.pairs(plan):
         by_path.setdefault(pair.path, []).append(pair)
     sites: list[Site] = []
     values: dict[tuple[str, str], jax.Array] = {}

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from jlora._dtypes import widened
-from jlora._ranks import Member, Pair, pairs
+from jlora._plan._pairs import Member, Pair, pairs
 from jlora.optim._checks import number, transformation_of, whole
 from jlora.optim._halves import Halves, check_masked, chosen
 from jlora.rank._steps import begun, finite, gathered, nested, started, stepped

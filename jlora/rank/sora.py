@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._ranks import pairs
+from jlora._plan._pairs import pairs
 from jlora.optim._checks import number, rate, transformation_of
 from jlora.optim._halves import Halves, check_masked, chosen
 from jlora.rank._steps import begun, finite, gathered, gathering, started, stepped

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from jlora import _merge, _ranks, _table
+from jlora import _read
+from jlora._plan import _pairs
+from jlora._trees import _table
 from jlora.adapted import Adapted
 from jlora.rank.compact import alive, concrete
 from jlora.rank.prune import plan_of
@@ -70,8 +72,8 @@ def _counted(caller: str, adapted: Adapted) -> list[tuple[str, int, np.ndarray]]
     """Path, stored rank and living ranks (stack...,) of every product of low rank."""
     plan = plan_of(caller, adapted)
     concrete(caller, adapted)
-    get = _merge.lookup(adapted)
-    found = [(pair.path, pair.rank, np.asarray(alive(pair, get).sum(-1))) for pair in _ranks.pairs(plan)]
+    get = _read.factors_of(adapted)
+    found = [(pair.path, pair.rank, np.asarray(alive(pair, get).sum(-1))) for pair in _pairs.pairs(plan)]
     if not found:
         methods = ", ".join(dict.fromkeys(m.describe() for m in plan.methods))
         raise ValueError(f"{caller} finds no ranks of a weight's own under {methods}")

@@ -6,9 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _answers, _fits, _merge, _plan, _tree
-from jlora._axes import Leaf
-from jlora._plan import Site
+from jlora import _answers, _read
+from jlora._plan import _fits, _sites
+from jlora._plan._sites import Site
+from jlora._trees import _tree
+from jlora._trees._leaf import Leaf
 from jlora.adapted import Adapted, Frozen
 from jlora.rank.prune import plan_of
 
@@ -49,7 +51,7 @@ def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]
     _answers.check_params("unstack", params)
     if not callable(names):
         raise TypeError(f"unstack takes names(path, index) -> path in params, a function, not {_answers.kind(names)}")
-    get = _merge.lookup(adapted)
+    get = _read.factors_of(adapted)
     tree = _tree.flatten(params)
     places = {path: n for n, path in enumerate(tree.paths)}
     sites: dict[int, Site] = {}
@@ -89,6 +91,6 @@ def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]
     if bad:
         raise ValueError("cannot unstack onto these parameters:\n  " + "\n  ".join(bad[:8]))
     methods = tuple(dict.fromkeys(site.method for site in sites.values()))
-    new = _plan.intern(tuple(sites[n] for n in sorted(sites)), methods, plan.notes)
+    new = _sites.intern(tuple(sites[n] for n in sorted(sites)), methods, plan.notes)
     _fits.check_trainable(halves[True], new)
     return Adapted(halves[True], Frozen(params, halves[False], adapted.frozen.key, new))

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jlora import _answers, _network, _select, _table, _tree
-from jlora._packed import is_packed
-from jlora._plan import Site
-from jlora._tree import Target
+from jlora import _answers
+from jlora._algebra import _words
+from jlora._plan._sites import Site
+from jlora._trees import _select, _table, _tree
+from jlora._trees._packed import is_packed
+from jlora._trees._tree import Target
 from jlora.adapted import Adapted, adapt
 from jlora.shard import _rules
 from jlora.shard._specs import abstract, check_mesh, operands, roles_of, state_shardings
@@ -304,11 +306,11 @@ def _activations(
     ]
 
 
-def _bound(site: Site) -> list[_network.Bound]:
-    return [_network.bind(delta, site.leaf) for delta in site.recipe.deltas]
+def _bound(site: Site) -> list[_words.Bound]:
+    return [_words.bind(delta, site.leaf) for delta in site.recipe.deltas]
 
 
-def _width(bound: _network.Bound) -> int:
+def _width(bound: _words.Bound) -> int:
     """The size of the letters that stand on no side: what is left of an activation in the middle of a network."""
     sides = {x for side, made in bound.blocks for x in (*side, *made)}
     return sum(bound.sizes[x] for x in {x for labels in bound.labels for x in labels} - sides)

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import _tree
-from jlora._contract import explicit_mesh
-from jlora._packed import Packed, is_packed
+from jlora._algebra._mesh import explicit_mesh
+from jlora._trees import _tree
+from jlora._trees._packed import Packed, is_packed
 from jlora.shard import _rules
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jlora import _table, _tree
+from jlora._trees import _table, _tree
 
 Entries: TypeAlias = tuple[Any, ...]  # one entry an axis: None, a mesh axis, or a tuple of them
 Sizes: TypeAlias = "Mapping[str, int] | None"

@@ -6,10 +6,13 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jlora import _answers, _axes, _network, _plan, _tree
-from jlora._network import Bound
-from jlora._packed import is_packed
-from jlora._plan import Plan, Site
+from jlora import _answers
+from jlora._algebra import _words
+from jlora._algebra._words import Bound
+from jlora._plan import _sites
+from jlora._plan._sites import Plan, Site
+from jlora._trees import _axes, _tree
+from jlora._trees._packed import is_packed
 from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted
 from jlora.shard import _rules
 from jlora.shard._rules import Entries, Sizes
@@ -58,7 +61,7 @@ def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
         check_mesh("shard.partition_specs", mesh)
     if not is_adapted(adapted):
         _answers.check_params("shard.partition_specs", adapted)
-        bare = Adapted({}, Frozen(adapted, {}, None, _plan.intern((), (), ())))
+        bare = Adapted({}, Frozen(adapted, {}, None, _sites.intern((), (), ())))
         return partition_specs(bare, base_specs, mesh).frozen.base
     frozen = adapted.frozen
     sizes = None if mesh is None else dict(mesh.shape)
@@ -106,14 +109,14 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
     stack = [kernel[n] for n in leaf.axes("s")]
     stored = site.recipe.arrays(leaf)
 
-    def put(array: _network.Array, own: list[Any]) -> None:
+    def put(array: _words.Array, own: list[Any]) -> None:
         place = (array.group or leaf.path, array.name)
         entries = (stack if array.stacked else []) + own
         # an equation comes before the functions that read its factors: it knows more of their axes
         found.setdefault(place, _rules.fitted(tuple(entries), stored[place][1], sizes))
 
     for bound in site.recipe.bound(leaf):
-        entry = _letters(bound, dict(zip(_network.atoms(leaf), kernel, strict=True)), sizes)
+        entry = _letters(bound, dict(zip(_words.atoms(leaf), kernel, strict=True)), sizes)
         for word, labels in bound.words:
             want = bound.shape(labels)
             for array in word.arrays:
@@ -123,7 +126,7 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
                 own = [entry.get(labels[n]) if like and want[n] == size else None for n, size in enumerate(shape)]
                 put(array, own)
         if bound.delta in site.recipe.deltas:
-            put(_network.scale_of(bound.delta), [])
+            put(_words.scale_of(bound.delta), [])
     return found
 
 
@@ -131,11 +134,11 @@ def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[
     """Of every operand as it meets a layer's weight (what a function makes, made): shape, entries, and whether it also
     has the stack axes.
     """
-    atoms = dict(zip(_network.atoms(site.leaf), kernel, strict=True))
+    atoms = dict(zip(_words.atoms(site.leaf), kernel, strict=True))
     for bound in site.recipe.bound(site.leaf):
         entry = _letters(bound, atoms, sizes)
         for word, labels in bound.words:
-            if not isinstance(word, _network.Base):
+            if not isinstance(word, _words.Base):
                 shape, stacked = bound.shape(labels), any(a.stacked for a in word.arrays)
                 yield shape, _rules.fitted(tuple(entry.get(x) for x in labels), shape, sizes), stacked
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jlora import _tree
+from jlora._trees import _tree
 from jlora.adapted import Adapted, Frozen, adapt, begun
 from jlora.shard._specs import check_mesh, shardings
 

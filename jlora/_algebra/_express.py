@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _network
-from jlora._axes import Leaf
+from jlora._algebra import _words
+from jlora._algebra._term import Drop, Operand, Term
+from jlora._algebra._unmade import Fed, Lazy
+from jlora._algebra._weight import Weight
+from jlora._algebra._words import Array, Base, Delta, Labels, Recipe, Word
 from jlora._dtypes import widened
-from jlora._lazy import Fed, Lazy
-from jlora._network import Array, Base, Delta, Labels, Recipe, Word
-from jlora._packed import Packed
-from jlora._term import Drop, Operand, Term
-from jlora._weight import Weight
+from jlora._trees._leaf import Leaf
+from jlora._trees._packed import Packed
 
 
 def express(
@@ -57,7 +57,7 @@ def _w0(leaf: Leaf, base: Any) -> Any:
     """W0 as an array, or, of codes, as what makes it."""
     if not isinstance(base, Packed):
         return base
-    names = _network.atoms(leaf)
+    names = _words.atoms(leaf)
     parts, make = base.parts()
     stack = tuple(names[n] for n in leaf.axes("s"))
     labels = tuple(names[n] for n in _layer_last(leaf))
@@ -79,7 +79,7 @@ class _Reader:
 
     @property
     def atoms(self) -> Labels:
-        return _network.atoms(self.leaf)
+        return _words.atoms(self.leaf)
 
     @property
     def stack(self) -> Labels:
@@ -88,7 +88,7 @@ class _Reader:
 
     def term(self, delta: Delta, flat: str, prefix: str = "") -> Term:
         """A network as a product; its own letters get `prefix`, so that they meet those of no other."""
-        bound = _network.bind(delta, self.leaf, flat)
+        bound = _words.bind(delta, self.leaf, flat)
         mark = lambda ls: tuple(x if x in self.atoms else prefix + x for x in ls)
         operands = tuple(self._operand(word, mark(ls)) for word, ls in bound.words)
         return Term(operands, tuple((a, mark(m)) for a, m in bound.blocks), Drop())
@@ -97,13 +97,13 @@ class _Reader:
         """A delta as a product, with its scale and what is dropped of it."""
         made = self.term(delta, "IO")
         drop = Drop(delta.dropout, delta.rank_dropout, delta.module_dropout, stream)
-        operands = (*made.operands, self._operand(_network.scale_of(delta), ()))
+        operands = (*made.operands, self._operand(_words.scale_of(delta), ()))
         return dataclasses.replace(made, operands=operands, dropout=drop)
 
     def turned(self, w: Weight, delta: Delta, flat: str, prefix: str) -> Weight:
         """A weight times a matrix on its input side (`II`) or its output side (`OO`)."""
         t = self.term(delta, flat, prefix)
-        sizes = _network.bind(delta, self.leaf, flat).sizes
+        sizes = _words.bind(delta, self.leaf, flat).sizes
         *_, (side, rows), (_, columns) = t.blocks
         makes, meets = (rows, columns) if flat == "II" else (columns, rows)
         return w.times(side, t.operands, tuple((x, sizes[x.removeprefix(prefix)]) for x in meets), makes)

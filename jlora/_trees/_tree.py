@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
-from jlora import _axis_names
-from jlora._packed import is_packed
+from jlora._trees import _axis_names
+from jlora._trees._packed import is_packed
 
 Target: TypeAlias = "str | Sequence[str] | Callable[[str, Any], bool]"
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._contract import explicit_mesh, placed, settled
-from jlora._network import Labels
-from jlora._term import Operand
+from jlora._algebra._mesh import explicit_mesh, placed, settled
+from jlora._algebra._term import Operand
+from jlora._algebra._words import Labels
 
 KEPT = "jlora: made of W0, and kept"  # the name (`jax.ad_checkpoint.checkpoint_name`) of what is costly and small
 

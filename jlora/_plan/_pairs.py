@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _network
-from jlora._network import Array, Bound, Difference, Function, Labels
-from jlora._plan import Plan, Site
+from jlora._algebra import _words
+from jlora._algebra._words import Array, Bound, Difference, Function, Labels
+from jlora._plan._sites import Plan, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Pair:
 def pairs(plan: Plan) -> tuple[Pair, ...]:
     """Every pair of a plan, one for each weight and delta it stands in; a shared factor stands in several."""
     found = (
-        _pair(site, _network.bind(delta, site.leaf), letter)
+        _pair(site, _words.bind(delta, site.leaf), letter)
         for site in plan.sites
         for delta in site.recipe.deltas
         for letter in delta.ranks

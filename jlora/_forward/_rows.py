@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._contract import elements
-from jlora._dropout import thinned
+from jlora._algebra._contract import elements
+from jlora._algebra._term import Term
+from jlora._algebra._weight import Weight
+from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
-from jlora._network import Labels
-from jlora._ops import Note, Refusal, Use, product
-from jlora._term import Term
-from jlora._weight import Weight
+from jlora._forward._dropout import thinned
+from jlora._forward._ops import Note, Refusal, Use, product
 
 
 @dataclasses.dataclass(frozen=True)

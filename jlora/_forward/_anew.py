@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._contract import elements
-from jlora._lazy import again
-from jlora._term import Operand, Term
-from jlora._weight import Weight
+from jlora._algebra._contract import elements
+from jlora._algebra._term import Operand, Term
+from jlora._algebra._unmade import again
+from jlora._algebra._weight import Weight
 
 
 def _made(o: Operand) -> int:

@@ -17,9 +17,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from jlora import _names
-from jlora._axes import is_trainable_dtype
-from jlora._tree import Named, shape_dtype
+from jlora._trees import _names
+from jlora._trees._axes import is_trainable_dtype
+from jlora._trees._tree import Named, shape_dtype
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 Traced: TypeAlias = Mapping[str, tuple[str, str]]

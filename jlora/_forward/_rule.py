@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._contract import View, contract, explicit_mesh, plan, settled
-from jlora._network import Labels
+from jlora._algebra._contract import View, contract, plan
+from jlora._algebra._mesh import explicit_mesh, settled
+from jlora._algebra._words import Labels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from jlora._network import Blocks, Labels
+from jlora._algebra._words import Blocks, Labels
 
 _static = lambda: dataclasses.field(metadata={"static": True})
 Sides: TypeAlias = tuple[tuple[str, int], ...]  # labels and their sizes

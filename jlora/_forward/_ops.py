@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._contract import varying
-from jlora._network import Labels
-from jlora._rule import Dot, Product, Written, rule
-from jlora._weight import Weight
+from jlora._algebra._mesh import varying
+from jlora._algebra._weight import Weight
+from jlora._algebra._words import Labels
+from jlora._forward._rule import Dot, Product, Written, rule
 
 
 class Refusal(Exception):

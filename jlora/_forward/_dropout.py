@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from jlora._contract import explicit_mesh, varying
-from jlora._term import Drop, Operand, Term
-from jlora._weight import Weight
+from jlora._algebra._mesh import explicit_mesh, varying
+from jlora._algebra._term import Drop, Operand, Term
+from jlora._algebra._weight import Weight
 
 
 def each(f: Callable[[jax.Array], Any], keys: jax.Array) -> Any:

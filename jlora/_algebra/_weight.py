@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jlora._contract import View, automatic, contract, explicit_mesh, placed
+from jlora._algebra._contract import View, contract
+from jlora._algebra._mesh import automatic, explicit_mesh, placed
+from jlora._algebra._term import Drop, Operand, Sides, Term
+from jlora._algebra._unmade import Lazy, again
+from jlora._algebra._words import Labels
 from jlora._dtypes import wide
-from jlora._lazy import Lazy, again
-from jlora._network import Labels
-from jlora._term import Drop, Operand, Sides, Term
 
 _static = lambda: dataclasses.field(metadata={"static": True})
 

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jlora._axes import Leaf
+from jlora._trees._leaf import Leaf
 
 Labels: TypeAlias = tuple[str, ...]
 

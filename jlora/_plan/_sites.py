@@ -11,8 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora._axes import Leaf
-from jlora._network import Difference, Recipe
+from jlora._algebra._words import Difference, Recipe
+from jlora._trees._leaf import Leaf
 from jlora.methods.base import Method
 
 

@@ -6,18 +6,17 @@ The product of several operands is contracted pair by pair in the order that `op
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import opt_einsum
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jlora._algebra._mesh import _divisible, explicit_mesh, settled, sharding_of, specs_of
+from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
-from jlora._network import Labels
-from jlora._packed import is_packed
 
 UNKNOWN = 1024  # rows that a plan counts on where `jax.export` leaves a size open
 
@@ -82,87 +81,6 @@ def _with_scales(labels: Any, shapes: Any, out: Labels, scales: Any, wide: Any, 
     return tuple(opt_einsum.paths.ssa_to_linear(steps)), flops + len(scales) * size
 
 
-def varying(array: Any) -> frozenset[str]:
-    """The manual mesh axes that an array varies over inside shard_map."""
-    kind = jax.typeof(array)
-    manual = getattr(kind, "manual_axis_type", None)
-    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
-
-
-def explicit_mesh(arrays: Sequence[Any]) -> Any:
-    """The mesh with explicit axes that some array lives on, or None."""
-    for a in arrays:
-        mesh = jax.typeof(a).sharding.mesh
-        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
-
-
-def typed(base: Any) -> Any:
-    """What a trace is to see of a weight: of one that is several arrays its shape, dtype and, where their mesh has
-    explicit axes, how it is cut.
-    """
-    if not is_packed(base):
-        return base
-    mesh = explicit_mesh(jax.tree.leaves(base))
-    at = None if mesh is None else NamedSharding(mesh, PartitionSpec(*base.spec()))
-    return jax.ShapeDtypeStruct(base.shape, base.dtype, sharding=at)
-
-
-def spread(arrays: Sequence[Any]) -> bool:
-    """Whether some array is known to live on a mesh of several devices, cut or not."""
-    meshes = [jax.typeof(a).sharding.mesh for a in arrays]
-    return any(mesh.shape[name] > 1 for mesh in meshes for name in mesh.axis_names if name not in mesh.manual_axes)
-
-
-def _specs(arrays: Sequence[Any], labels: Sequence[Labels]) -> dict[str, Any]:
-    """The mesh axes of each label, the first operand that shards it counting."""
-    specs: dict[str, Any] = {}
-    for a, ls in zip(arrays, labels, strict=True):
-        spec = jax.typeof(a).sharding.spec
-        for x, axis in zip(ls, tuple(spec) + (None,) * len(ls), strict=False):
-            if axis is not None:
-                specs.setdefault(x, axis)
-    return specs
-
-
-def _sharding(mesh: Any, specs: dict[str, Any], labels: Labels) -> NamedSharding:
-    used: set[Any] = set()
-    axes = []
-    for x in labels:
-        axis = specs.get(x)
-        names = set(axis) if isinstance(axis, tuple) else {axis} - {None}
-        axes.append(None if names & used else axis)
-        used |= names
-    return NamedSharding(mesh, PartitionSpec(*axes))
-
-
-def settled(a: jax.Array, sharding: Any) -> jax.Array:
-    """An array of an explicit mesh, moved where it does not live there yet; one of no mesh stays."""
-    at = jax.typeof(a).sharding
-    return a if at == sharding or at.mesh.empty else jax.sharding.reshard(a, sharding)
-
-
-def placed(a: jax.Array, labels: Labels, entry: Mapping[str, Any], mesh: Any) -> jax.Array:
-    """An array of an explicit mesh, its axes of these labels moved where `entry` says; others stay, where they can."""
-    own = (*labels, *(f" {n}" for n in range(len(labels), a.ndim)))
-    known = dict(zip(own, (*jax.typeof(a).sharding.spec, *[None] * a.ndim), strict=False))
-    return settled(a, _sharding(mesh, known | {x: entry[x] for x in labels if x in entry}, own))
-
-
-def automatic(f: Callable[..., jax.Array], arrays: Sequence[jax.Array], spec: PartitionSpec | None = None) -> jax.Array:
-    """`f(*arrays)`; of a mesh with explicit axes, whose rules know no gather from a table, XLA places what `f` does.
-
-    The result lives where `spec` says; by default where the first array does.
-    """
-    mesh = explicit_mesh(arrays)
-    if mesh is None:
-        return f(*arrays)
-    at: Any = jax.typeof(arrays[0]).sharding if spec is None else NamedSharding(mesh, spec)
-    inside: Any = jax.sharding.auto_axes(f, out_sharding=at)
-    return inside(*arrays)
-
-
 def _spread(a: jax.Array, labels: Labels, out: Labels) -> jax.Array:
     """`a` with its labels in the order of `out`, and axes of size one for those it lacks."""
     order = [labels.index(x) for x in out if x in labels]
@@ -210,7 +128,7 @@ def contract(
     """
     live, out = list(zip(arrays, map(tuple, labels), strict=True)), tuple(out)
     mesh = explicit_mesh(arrays)
-    steps = _Steps(out, mesh, _specs(arrays, labels) if mesh is not None else {}, precision, out_sharding)
+    steps = _Steps(out, mesh, specs_of(arrays, labels) if mesh is not None else {}, precision, out_sharding)
     path, _ = plan(tuple(ls for _, ls in live), tuple(tuple(a.shape) for a, _ in live), out)
     for step, pair in enumerate(path):
         final = step == len(path) - 1
@@ -257,8 +175,8 @@ class _Steps:
         if final and set(result) == set(self.out):
             result = self.out
         if self.mesh is not None:  # each operand gives up a mesh axis that the product has elsewhere
-            own = dict(zip(result, _sharding(self.mesh, self.specs, result).spec, strict=True))
-            a, b = settled(a, _sharding(self.mesh, own, la)), settled(b, _sharding(self.mesh, own, lb))
+            own = dict(zip(result, sharding_of(self.mesh, self.specs, result).spec, strict=True))
+            a, b = settled(a, sharding_of(self.mesh, own, la)), settled(b, sharding_of(self.mesh, own, lb))
         dtype = promoted(a.dtype, b.dtype)  # a scale behind a sum that is not rounded yet
         return _spread(a.astype(dtype), la, result) * _spread(b.astype(dtype), lb, result), result
 
@@ -276,7 +194,7 @@ class _Steps:
         sharding = None
         if self.mesh is not None:
             given = final and self.out_sharding is not None and result == self.out
-            sharding = self.out_sharding if given else _sharding(self.mesh, self.specs, result)
+            sharding = self.out_sharding if given else sharding_of(self.mesh, self.specs, result)
         dimensions = (
             (index(la, contracted), index(lb, contracted)),
             (index(la, batch), index(lb, batch)),
@@ -288,25 +206,6 @@ class _Steps:
         by_rows = functools.partial(_by_rows, lead, dimensions, how)
         whole = functools.partial(lax.dot_general, dimension_numbers=dimensions, **how)
         return lax.platform_dependent(a, b, cpu=by_rows, default=whole), result
-
-
-def _divisible(a: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """An array of an explicit mesh, gathered along axes that it is cut in and cannot be when it has this shape.
-
-    An axis that becomes several stays cut if the first of them can be cut so.
-    """
-    mesh = explicit_mesh([a])
-    if mesh is None:
-        return a
-    todo, kept = list(shape), []
-    for size, entry in zip(a.shape, jax.typeof(a).sharding.spec, strict=True):
-        first = todo[0] if todo else 1
-        names = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
-        kept.append(entry if first % math.prod(mesh.shape[name] for name in names) == 0 else None)
-        made = 1
-        while todo and made < size:
-            made *= todo.pop(0)
-    return settled(a, NamedSharding(mesh, PartitionSpec(*kept)))
 
 
 @dataclasses.dataclass(frozen=True)

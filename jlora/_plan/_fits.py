@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jlora import _answers
-from jlora._plan import Plan
+from jlora._plan._sites import Plan
 
 
 def check_half(name: str, half: Any) -> None:

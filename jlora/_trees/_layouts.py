@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from jlora import _conventions
-from jlora._conventions import LIBRARIES, Library, Members
+from jlora._trees import _conventions
+from jlora._trees._conventions import LIBRARIES, Library, Members
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Letters: TypeAlias = dict[str, str | None]

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._contract import contract, elements, explicit_mesh, settled, spread
-from jlora._dropout import thinned
+from jlora._algebra._contract import contract, elements
+from jlora._algebra._mesh import explicit_mesh, settled, spread
+from jlora._algebra._term import Operand, Term
+from jlora._algebra._weight import Weight
+from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
-from jlora._network import Labels
-from jlora._ops import Note, Refusal, Use, check_real, label_sizes, product, same_varying
-from jlora._rule import Dot, Product, Written, cost, rule
-from jlora._term import Operand, Term
-from jlora._weight import Weight
+from jlora._forward._dropout import thinned
+from jlora._forward._ops import Note, Refusal, Use, check_real, label_sizes, product, same_varying
+from jlora._forward._rule import Dot, Product, Written, cost, rule
 
 Groups = Sequence[Labels | None]  # of each axis, the atoms of the weight that it stands for; None for x's own
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
-from jlora import _tree
+from jlora._trees import _tree
 
 Traced: TypeAlias = Mapping[str, tuple[str, str]]
 _PRESETS = ("attention", "linear", "embeddings", "head", "biases", "norms", "everything")

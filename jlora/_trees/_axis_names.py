@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from jlora import _conventions as words
+from jlora._trees import _conventions as words
 
 _KEYS = ("out_sharding", "sharding_names", "sharding", "names")  # flax from 0.10 to 0.12
 

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jlora import _network
-from jlora._axes import Leaf
-from jlora._network import Array, Base, Delta, Function, Recipe, Word
+from jlora._algebra import _words
+from jlora._algebra._words import Array, Base, Delta, Function, Recipe, Word
+from jlora._trees._leaf import Leaf
 
 Arrays: TypeAlias = Mapping[tuple[str, str], tuple[Array, tuple[int, ...]]]
 
@@ -26,7 +26,7 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
     for delta, sides in recipe.networks:
         try:
             _check_letters(delta, sides)
-            bound = _network.bind(delta, leaf, sides)
+            bound = _words.bind(delta, leaf, sides)
             for word, labels in bound.words:
                 if isinstance(word, Array):
                     _check_array(word, labels, [bound.sizes.get(x) for x in labels])
@@ -63,7 +63,7 @@ def check_constants(arrays: Arrays, dtype: Any) -> None:
     A scale that is lost so is a dead adapter.
     """
     for array, _ in arrays.values():
-        value = _network.begins(array)
+        value = _words.begins(array)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             held = None if value is None else float(np.asarray(value).astype(dtype))
         if value and held is not None and not (np.isfinite(held) and held):

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _answers, _axes, _plan, _select, _tree, _wellformed
-from jlora._axes import Leaf
-from jlora._network import Recipe
-from jlora._packed import Packed
-from jlora._plan import Plan, Site
+from jlora import _answers
+from jlora._algebra import _wellformed
+from jlora._algebra._words import Recipe
+from jlora._plan import _sites
+from jlora._plan._sites import Plan, Site
+from jlora._trees import _axes, _select, _tree
+from jlora._trees._leaf import Leaf
+from jlora._trees._packed import Packed
 from jlora.methods.base import Method
 
 
@@ -35,7 +38,7 @@ def resolve(
     nowhere = _select.unmatched(axes, tree)
     axes = {pattern: letters for pattern, letters in (axes or {}).items() if pattern not in nowhere}
     letters = {path: letters for path, (_, letters) in (traced or {}).items() if letters}
-    found = Resolution(tree, _plan.rules(spec), axes, letters)
+    found = Resolution(tree, _sites.rules(spec), axes, letters)
     selected = [_select.select(m.describe(), m.target, m.exclude, tree, traced) for m in found.methods]
     taken = [taken for taken, _ in selected]
     found.bad += [*(text for _, wrong in selected for text in wrong), *nowhere.values()]
@@ -48,7 +51,7 @@ def resolve(
     if found.bad:
         raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(found.bad))
     took = [found.took[index] for index in sorted(found.took)]
-    plan = _plan.intern(tuple(t.site for t in took), tuple(map(_plan.named, found.methods)), tuple(found.notes))
+    plan = _sites.intern(tuple(t.site for t in took), tuple(map(_sites.named, found.methods)), tuple(found.notes))
     return plan, [(t.method, t.recipe) for t in took]
 
 
@@ -123,7 +126,7 @@ class Resolution:
         except ValueError as error:
             self._refused(rule, index, leaf, error)
             return
-        self.took[index] = Taken(rule, method, recipe, Site(leaf, index, _plan.named(method), recipe))
+        self.took[index] = Taken(rule, method, recipe, Site(leaf, index, _sites.named(method), recipe))
 
     def _leaf(self, index: int) -> tuple[Leaf, str | None]:
         """A leaf as a method knows it, and its letters where something tells them."""
@@ -188,7 +191,7 @@ class Resolution:
         leaf = Leaf(path, shape, np.dtype(dtype), roles)
         recipe = method.recipe(leaf)
         assert recipe is not None
-        self.took[at] = Taken(rule, method, recipe, Site(leaf, at, _plan.named(method), recipe))
+        self.took[at] = Taken(rule, method, recipe, Site(leaf, at, _sites.named(method), recipe))
 
 
 BIASES = {"kernel": "bias", "weight": "bias", "scale": "bias", "w": "b"}  # what is added to a weight's output

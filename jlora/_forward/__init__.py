@@ -1,0 +1,1 @@
+"""How an adapted weight meets an activation: dots, convolutions, rows of a table, dropout."""

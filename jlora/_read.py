@@ -1,0 +1,74 @@
+"""Reading an adapter: its factors, its weights as expressions, its base with other values in their places."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jlora._algebra._express import express
+from jlora._algebra._weight import Weight
+from jlora._algebra._words import Recipe
+from jlora._plan import _sites
+from jlora._plan._sites import Site
+from jlora._trees import _packed, _tree
+from jlora._trees._leaf import Leaf
+from jlora._trees._packed import is_packed
+from jlora.adapted import Adapted, Frozen
+from jlora.methods.base import Method
+
+
+def factors_of(adapted: Adapted) -> Any:
+    """`(group, factor) -> array`, trainable or frozen."""
+
+    def get(group: str, name: str) -> Any:
+        for side in (adapted.trainable, adapted.frozen.factors):
+            if name in side.get(group, {}):
+                return side[group][name]
+        raise KeyError(f"no factor {name!r} in group {group!r}")
+
+    return get
+
+
+def held(named: Sequence[tuple[str, Any]]) -> list[Any]:
+    """Leaves, given with their paths, as expressions take them: arrays, and `Packed` as they are.
+
+    Raises:
+      TypeError: packed weights that a `tree_map` cast, all at once.
+    """
+    _packed.sound(named)
+    return [leaf if is_packed(leaf) else jnp.asarray(leaf) for _, leaf in named]
+
+
+def completed(found: Any, name: str = "") -> Adapted:
+    """An `Adapted`, or one `Packed` leaf, with every `Packed` leaf a site: what no method took has an empty recipe."""
+    if is_packed(found):
+        found = Adapted({}, Frozen(found, {}, None, _sites.intern((), (), ())))
+    tree = _tree.flatten(found.frozen.base)
+    taken = {s.index for s in found.frozen.plan.sites}
+    more = []
+    for n, (path, leaf) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
+        if is_packed(leaf) and n not in taken:
+            where = Leaf(path or name, leaf.shape, jnp.dtype(leaf.dtype), leaf.roles)
+            more.append(Site(where, n, Method(), Recipe()))
+    if not more:
+        return found
+    old = found.frozen.plan
+    plan = _sites.intern((*old.sites, *more), old.methods, old.notes)
+    return Adapted(found.trainable, dataclasses.replace(found.frozen, plan=plan))
+
+
+def weights(adapted: Adapted, leaves: list[Any]) -> list[Weight]:
+    """The expression of every adapted weight over the base's leaves."""
+    get = factors_of(adapted)
+    sites = adapted.frozen.plan.sites
+    bases = held([(s.leaf.path, leaves[s.index]) for s in sites])
+    return [express(s.leaf, s.recipe, w0, get) for s, w0 in zip(sites, bases, strict=True)]
+
+
+def replaced(adapted: Adapted, values: list[Any]) -> Any:
+    """The base tree with one value for each site."""
+    leaves = _tree.leaves(adapted.frozen.base)
+    for site, value in zip(adapted.frozen.plan.sites, values, strict=True):
+        leaves[site.index] = value
+    return _tree.rebuilt(adapted.frozen.base, leaves)

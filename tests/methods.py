@@ -20,6 +20,11 @@ import jlora
 import zoo
 
 
+def anything(leaf: Any) -> bool:
+    """Of a formula that makes sense for every shape."""
+    return True
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
     """One method, and what the laws may expect of it.
@@ -48,7 +53,7 @@ class Row:
     on: str = "matrices"
     starts_at_base: bool = True
     merges_to_base: bool = True
-    fits: Callable[[Any], bool] = lambda leaf: True
+    fits: Callable[[Any], bool] = anything
     in_parts: bool = False
     dense_on: tuple[str, ...] = ()
     everywhere: bool = True
@@ -541,12 +546,13 @@ def in_turn(made: list[Any], each: int = 2) -> list[Any]:
 
 def adapted(row: Row, case: zoo.Case, params: Any) -> jlora.Adapted:
     """The model of a case under a method, which leaves out what its formula cannot take."""
-    axes = dict(case.axes or {})
+    axes, spec = dict(case.axes or {}), row.spec(case.target)
+    if row.fits is anything:
+        return jlora.adapt(params, spec, axes=axes)
     chosen = jlora.adapt(params, jlora.Full(target=case.target), axes=axes).frozen.plan.sites
     unfit = [s.leaf.path for s in chosen if not row.fits(s.leaf)]
     if len(unfit) == len(chosen):
         pytest.skip(f"{row.name} fits no weight of this model")
-    spec = row.spec(case.target)
     if unfit:
         spec = dataclasses.replace(spec, exclude=lambda path, leaf: path in unfit)
     return jlora.adapt(params, spec, axes=axes)

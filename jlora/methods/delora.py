@@ -18,7 +18,7 @@ from jlora._dtypes import widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods._fields import Rank, nonzero
-from jlora.methods.base import Dropping, check_sides, uniform, zeros
+from jlora.methods.base import Dropping, check_sides, of_the_weight, uniform, zeros
 from jlora.methods.starts import values
 
 LEAST = 1e-4  # of a length that something is divided by
@@ -64,7 +64,7 @@ class DeLoRA(Dropping):
         check_sides(leaf)
         unit = lambda name, init, roles: Function(directions, (Array(name, init, (r, *leaf.sizes(roles))),))
         words = (
-            Array("w", zeros, trained=False),  # `initial` fills it
+            Array("w", of_the_weight, trained=False),
             unit("a", uniform(1 / math.sqrt(leaf.size("ik"))), "ik"),
             Array("lam", constant(self.strength), ()),
             unit("b", zeros, "o"),

@@ -334,7 +334,9 @@ def test_the_factors_of_lora_are_those_stored():
 def test_a_budget_from_shapes_is_what_adapting_costs(tmp_path):
     """Counted before training, against what is then there: parameters, the optimizer's state, the saved arrays."""
     shapes = jax.eval_shape(params)
-    for spec in (LOW_RANK["adalora"], LOW_RANK["vera"], [jlora.BitFit(), jlora.LoRA(rank=2, target="kernel")]):
+    narrow = jlora.LoRA(rank=2, target="kernel", dtype="bfloat16")
+    both = jlora.DoRA(jlora.Sum(jlora.VeRA(rank=3, target="kernel"), narrow))  # each in the dtype of its method
+    for spec in (LOW_RANK["adalora"], LOW_RANK["vera"], both, [jlora.BitFit(), jlora.LoRA(rank=2, target="kernel")]):
         found = analysis.cost(shapes, spec, optimizer=optax.adam(1e-3), axes=AXES)
         adapted = jlora.adapt(params(), spec, axes=AXES)
         assert (found.trainable, found.trainable + found.base) == jlora.count(adapted)

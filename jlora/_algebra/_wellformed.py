@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -57,13 +57,13 @@ def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Arrays, made: A
         raise ValueError(f"{where}: {error}") from error.__cause__
 
 
-def check_constants(arrays: Arrays, dtype: Any) -> None:
+def check_constants(arrays: Arrays, dtype_of: Callable[[Array], np.dtype]) -> None:
     """Raises ValueError where a number that a factor begins with is zero, or none, in the dtype of the factors.
 
     A scale that is lost so is a dead adapter.
     """
     for array, _ in arrays.values():
-        value = _words.begins(array)
+        value, dtype = _words.begins(array), dtype_of(array)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             held = None if value is None else float(np.asarray(value).astype(dtype))
         if value and held is not None and not (np.isfinite(held) and held):

@@ -41,6 +41,7 @@ class Array:
       stacked: whether it carries the stack axes. One that does not enters a scan as a constant.
       scale: whether `jlora.scale` multiplies it: at zero the weight is the base.
       derived: whether `init` makes it bit for bit without a key: it is then no part of a saved adapter.
+      dtype: the name of its dtype where that is not the method's.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Array:
     stacked: bool = True
     scale: bool = False
     derived: bool = False
+    dtype: str | None = None
 
     @property
     def arrays(self) -> tuple["Array", ...]:
@@ -121,6 +123,7 @@ class Delta:
       rank_dropout: rates at which single values of a letter are dropped, `(("r", 0.1),)`.
       module_dropout: the rate at which all of it is dropped at once.
       s: the name of the factor that holds the scale; deltas of one scale may share it.
+      dtype: of that factor, where it is not the method's.
     """
 
     equation: str
@@ -132,6 +135,7 @@ class Delta:
     rank_dropout: tuple[tuple[str, float], ...] = ()
     module_dropout: float = 0.0
     s: str = "s"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         left, arrow, right = self.equation.partition("->")
@@ -235,7 +239,7 @@ def begins(array: Array) -> float | None:
 
 def scale_of(delta: Delta) -> Array:
     """The scalar factor of a delta: data and not metadata, so that alphas share one compiled program."""
-    return Array(delta.s, constant(delta.scale), (), trained=False, scale=True)
+    return Array(delta.s, constant(delta.scale), (), trained=False, scale=True, dtype=delta.dtype)
 
 
 def _check_covers(bound: "Bound", leaf: Leaf) -> None:

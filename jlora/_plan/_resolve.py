@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora import _answers
@@ -143,7 +142,7 @@ class Resolution:
         """Raises ValueError where equation and leaf, or factors that weights share, do not fit each other."""
         _wellformed.check(recipe, leaf)
         arrays = recipe.arrays(leaf)
-        _wellformed.check_constants(arrays, jnp.dtype(method.dtype))
+        _wellformed.check_constants(arrays, method.dtype_of)
         for place, (array, full) in arrays.items():
             if self.shapes.setdefault(place, (full, array.trained)) != (full, array.trained):
                 raise ValueError(

@@ -9,8 +9,6 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from jlora._algebra._words import Difference, Recipe
 from jlora._trees._leaf import Leaf
 from jlora.methods.base import Method
@@ -96,7 +94,7 @@ def describe_rank(site: Site) -> str:
 def derived(plan: Plan) -> dict[tuple[str, str], Any]:
     """`{(group, factor): make()}` of the frozen factors that need not be saved: they are made again."""
     return {
-        place: functools.partial(array.init, None, shape, jnp.dtype(site.method.dtype))
+        place: functools.partial(array.init, None, shape, site.method.dtype_of(array))
         for site in plan.sites
         for place, (array, shape) in site.recipe.arrays(site.leaf).items()
         if array.derived

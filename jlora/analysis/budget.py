@@ -149,7 +149,7 @@ def cost(
     for site, (method, recipe), (delta, _) in zip(plan.sites, given, flops, strict=True):
         new = {place: found for place, found in recipe.arrays(site.leaf).items() if place not in arrays}
         for place, (array, shape) in new.items():
-            arrays[place] = (array, jax.ShapeDtypeStruct(shape, jnp.dtype(method.dtype)))
+            arrays[place] = (array, jax.ShapeDtypeStruct(shape, method.dtype_of(array)))
             stored += 0 if array.derived else _size(arrays[place][1])
         trainable = sum(math.prod(shape) for array, shape in new.values() if array.trained)
         rows.append(Row(site.leaf.path, site.method.describe(), _sites.describe_rank(site), trainable, delta))
@@ -194,8 +194,8 @@ def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[tuple[float, floa
     base = [structs.get(n) for n in range(len(leaves))]
     made: dict[tuple[str, str], Any] = {}
     for site in plan.sites:
-        for place, (_, shape) in site.recipe.arrays(site.leaf).items():
-            made[place] = jax.ShapeDtypeStruct(shape, jnp.dtype(site.method.dtype))
+        for place, (array, shape) in site.recipe.arrays(site.leaf).items():
+            made[place] = jax.ShapeDtypeStruct(shape, site.method.dtype_of(array))
     found: list[tuple[float, float]] = []
 
     def look(base: Any, factors: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jlora._algebra._words import Delta, Recipe, constant
+from jlora._algebra._words import Array, Delta, Recipe, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods import _fields
@@ -130,9 +131,13 @@ class Method:
     ) -> dict[tuple[str, str], jax.Array]:
         """The initial arrays, `{(group, name): array}`; `weight` is there for methods that start from its values."""
         return {
-            place: array.init(keys(*place), shape, jnp.dtype(self.dtype))
+            place: array.init(keys(*place), shape, self.dtype_of(array))
             for place, (array, shape) in recipe.arrays(leaf).items()
         }
+
+    def dtype_of(self, array: Array) -> np.dtype:
+        """The dtype of a factor: its own where the recipe says one, else the method's."""
+        return jnp.dtype(array.dtype or self.dtype)
 
     def canonical(self) -> "Method":
         """The method without what is data once it is applied (alpha, the initialiser): it names the program."""

@@ -135,7 +135,7 @@ class DoRA(Method):
         inner, names = self._inside(leaf)
         if inner is None:
             return None
-        inner = renamed(inner, names, leaf.path)
+        inner = renamed(inner, names, leaf.path, self.inner.dtype)
         if not inner.additive:
             raise ValueError(
                 f"DoRA({self.inner.describe()}): the inner method must add to W0, not rescale or turn it, and what it "
@@ -149,8 +149,8 @@ class DoRA(Method):
             arrays += [dataclasses.replace(a, shape=shape) for a, shape in _words.bind(delta, one).stored()]
             arrays.append(_words.scale_of(delta))
         out = leaf.sizes("o")
-        n0 = Array("n0", of_the_weight, out, trained=False)
-        t = Array("t", constant(1.0), (), trained=False, scale=True)
+        n0 = Array("n0", of_the_weight, out, trained=False, dtype="float32")
+        t = Array("t", constant(1.0), (), trained=False, scale=True, dtype="float32")
         gain = Function(Gain(one, inner.deltas), (*arrays, n0, Array("m", of_the_weight, out), t), base=True)
         return Recipe(inner.deltas, Delta("O -> O", (gain,)))
 

@@ -51,10 +51,12 @@ class Sum(Method):
             object.__setattr__(self, name, chosen)
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
-        first, second = self.first.recipe(leaf), self.second.recipe(leaf)
+        first, second = (m.recipe(leaf) for m in (self.first, self.second))
+        first = first and renamed(first, {}, leaf.path, self.first.dtype)
+        second = second and renamed(second, {}, leaf.path, self.second.dtype)
         if first is None or second is None:
             return first or second
-        second = renamed(second, apart(first.arrays(leaf), second, leaf), leaf.path)
+        second = renamed(second, apart(first.arrays(leaf), second, leaf), leaf.path, self.second.dtype)
         for word in ("gain", "left", "right"):
             if getattr(first, word) and getattr(second, word):
                 raise ValueError(f"Sum: both methods have a {word}, and their order would matter")
@@ -112,11 +114,14 @@ def apart(given: Iterable[Place], second: Recipe, leaf: Leaf) -> dict[Place, str
     return names
 
 
-def renamed(recipe: Recipe, names: dict[Place, str], path: str) -> Recipe:
-    """A recipe whose factors have other names; `path` is the group of its own."""
+def renamed(recipe: Recipe, names: dict[Place, str], path: str, dtype: str) -> Recipe:
+    """A recipe inside another method's: its factors under other names, in the dtype of the method that they are of.
+
+    `path` is the group of its own.
+    """
 
     def array(a: Array) -> Array:
-        return dataclasses.replace(a, name=names.get((a.group or path, a.name), a.name))
+        return dataclasses.replace(a, name=names.get((a.group or path, a.name), a.name), dtype=a.dtype or dtype)
 
     def word(w: Word) -> Word:
         if isinstance(w, Array):
@@ -126,6 +131,7 @@ def renamed(recipe: Recipe, names: dict[Place, str], path: str) -> Recipe:
     def delta(d: Delta | None) -> Any:
         if d is None:
             return None
-        return dataclasses.replace(d, operands=tuple(map(word, d.operands)), s=names.get((path, d.s), d.s))
+        own = {"s": names.get((path, d.s), d.s), "dtype": d.dtype or dtype}
+        return dataclasses.replace(d, operands=tuple(map(word, d.operands)), **own)
 
     return Recipe(tuple(map(delta, recipe.deltas)), delta(recipe.gain), delta(recipe.left), delta(recipe.right))

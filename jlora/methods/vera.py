@@ -38,9 +38,19 @@ class Side:
         return a.reshape(*self.rows, *self.sizes)
 
 
-def shared(name: str, group: str, rows: tuple[int, ...], sizes: tuple[int, ...], init: Any, **kind: bool) -> Function:
+def shared(
+    name: str,
+    group: str,
+    rows: tuple[int, ...],
+    sizes: tuple[int, ...],
+    init: Any,
+    *,
+    trained: bool = True,
+    derived: bool = False,
+) -> Function:
     """A matrix that several weights share, seen through the axes of one of them."""
-    array = Array(name, init, (math.prod(rows), math.prod(sizes)), group=group, stacked=False, **kind)
+    shape = (math.prod(rows), math.prod(sizes))
+    array = Array(name, init, shape, trained, group, stacked=False, derived=derived)
     return Function(Side(rows, sizes), (array,))
 
 

@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ import numpy as np
 from flax import linen, nnx
 from jax.core import Tracer
 
+from jlora._types import PyTree, Shaped
+
 # The names by which libraries call arrays of a layer: what stands under one of them is no factor of an adapter.
 _WEIGHTS = {"kernel", "bias", "scale", "embedding", "weight", "w", "offset", "var", "mean"}
 
 
-def kind(x: Any) -> str:
+def kind(x: object) -> str:
     """What something is, in a few words."""
     if x is None:
         return "None"
@@ -26,12 +28,14 @@ def kind(x: Any) -> str:
     if isinstance(x, (list, tuple, dict, set)):
         return f"a {type(x).__name__} of {len(x)}"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"an array of shape {tuple(x.shape)}"
+        return f"an array of shape {tuple(cast(Shaped, x).shape)}"
     named = getattr(x, "__name__", None)
     return f"the function {named}" if named else f"{'an' if type(x).__name__[0] in 'AEIOU' else 'a'} {type(x).__name__}"
 
 
-def no_adapter(caller: str, x: Any, is_adapted: Callable[[Any], bool], is_frozen: Callable[[Any], bool]) -> str:
+def no_adapter(
+    caller: str, x: PyTree, is_adapted: Callable[[object], bool], is_frozen: Callable[[object], bool]
+) -> str:
     """Why `caller`, which takes an Adapted, cannot take `x`."""
     head = f"{caller} takes an Adapted, not {kind(x)}"
     if is_adapted(x):
@@ -51,7 +55,7 @@ def no_adapter(caller: str, x: Any, is_adapted: Callable[[Any], bool], is_frozen
     return f"{head}: jlora.adapt(params, spec) makes one, jlora.join(trainable, frozen) puts its halves together"
 
 
-def is_half(x: Any) -> bool:
+def is_half(x: object) -> bool:
     """Whether this looks like a trainable half, `{group: {factor: array}}`, and like no parameters of a library."""
     if not isinstance(x, Mapping) or not x:
         return False
@@ -62,7 +66,7 @@ def is_half(x: Any) -> bool:
     )  # fmt: skip
 
 
-def check_params(caller: str, params: Any) -> None:
+def check_params(caller: str, params: object) -> None:
     """Raises TypeError for what is taken for a tree of parameters and is none."""
     if isinstance(params, linen.Module):
         name = type(params).__name__
@@ -74,7 +78,7 @@ def check_params(caller: str, params: Any) -> None:
         raise TypeError(f"{caller}: params is {kind(params)}; give it the model's tree of parameters, such as a dict")
 
 
-def no_array(leaf: Any) -> str:
+def no_array(leaf: object) -> str:
     """What a leaf is that JAX cannot compute with, and what to write; empty for an array."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
@@ -88,17 +92,17 @@ def no_array(leaf: Any) -> str:
         )
 
 
-def is_gone(x: Any) -> bool:
+def is_gone(x: object) -> bool:
     """Whether an array was donated or deleted: it has a shape and no values."""
     return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted()
 
 
-def _no_tree(x: Any) -> bool:
+def _no_tree(x: PyTree) -> bool:
     """Whether JAX sees one leaf (a module of NNX can be called too, and is a tree)."""
     return jax.tree.structure(x) == jax.tree.structure(0)
 
 
-def check_function(caller: str, fn: Any) -> None:
+def check_function(caller: str, fn: object) -> None:
     """Raises TypeError unless `fn` is a function of parameters: a module computes with its own, or with none."""
     if isinstance(fn, linen.Module):
         raise TypeError(f"{caller} takes a function of parameters: write {caller}(model.apply), not a Linen module")
@@ -108,20 +112,20 @@ def check_function(caller: str, fn: Any) -> None:
         raise TypeError(f"{caller} takes a function first, such as model.apply, not {kind(fn)}")
 
 
-def check_optimizer(caller: str, tx: Any) -> None:
+def check_optimizer(caller: str, tx: object) -> None:
     """Raises TypeError unless `tx` is an optax transformation."""
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         hint = f"; write optax.adamw({tx!r})" if isinstance(tx, float) else ""
         raise TypeError(f"{caller} takes an optax transformation, such as optax.adamw(1e-3), not {kind(tx)}{hint}")
 
 
-def check_integer(said: str, x: Any, least: int, words: str, most: float = math.inf) -> None:
+def check_integer(said: str, x: object, least: int, words: str, most: float = math.inf) -> None:
     """Raises ValueError unless `x` is an integer from `least` to `most`; `said` is the call as written, `f(name`."""
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)) or not least <= x <= most:
         raise ValueError(f"{said}={x!r}): {words}")
 
 
-def check_number(said: str, x: Any, allowed: Callable[[float], bool], words: str) -> None:
+def check_number(said: str, x: float | np.ndarray | jax.Array, allowed: Callable[[float], bool], words: str) -> None:
     """Raises ValueError unless `x` is a real number, no NaN, that is allowed; a traced one is not looked at."""
     if isinstance(x, Tracer):
         return
@@ -131,7 +135,7 @@ def check_number(said: str, x: Any, allowed: Callable[[float], bool], words: str
         raise ValueError(f"{said}={x!r}): {words}")
 
 
-def check_axes(axes: Any) -> None:
+def check_axes(axes: object) -> None:
     """Raises TypeError unless `axes` is `{pattern: letters}`, or None."""
     if axes is None or isinstance(axes, Mapping) and all(isinstance(x, str) for pair in axes.items() for x in pair):
         return
@@ -149,7 +153,7 @@ class Mistaken:
     absent, and nothing is stored.
     """
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):  # the probes of copy, pickle, NumPy and IPython
             raise AttributeError(name)
         raise AttributeError(
@@ -158,14 +162,14 @@ class Mistaken:
             "adapted.frozen.base, its merged ones jlora.merge(adapted), its factors adapted.trainable"
         )
 
-    def __getitem__(self, name: Any) -> Any:
+    def __getitem__(self, name: object) -> NoReturn:
         raise TypeError(
             f"adapted[{name!r:.40}]: an Adapted is not indexed. jlora.lift(fn)(adapted, x) computes with it, where fn "
             "reads params[...]; plain weights are in adapted.frozen.base[...], merged ones in jlora.merge(adapted)"
             "[...], factors in adapted.trainable[path]; its halves are trainable, frozen = jlora.split(adapted)"
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> "Mistaken":
         # A tree of masks or labels in the form of an Adapted: optax asks whether it can be called, and then calls it.
         if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(self)):
             return self
@@ -175,7 +179,7 @@ class Mistaken:
             "static_args='adapted')"
         )
 
-    def _no_number(self, *_: Any) -> Any:
+    def _no_number(self, *_: object) -> NoReturn:
         raise TypeError(
             "an Adapted is no array: jlora.scale(adapted, x) weakens the update, jlora.lift(fn)(adapted, x) computes "
             "with it, and jax.tree.map over adapted.trainable reaches the factors (averages, sums, differences)"

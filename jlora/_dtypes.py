@@ -3,13 +3,14 @@
 What jlora adds to a model has dtypes of its own, and says in words of code which casts it makes.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jlora._types import DType
 
 
-def promoted(*dtypes: Any) -> Any:
+def promoted(*dtypes: DTypeLike) -> DType:
     """The dtype that has room for all of these."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
@@ -21,12 +22,12 @@ def alike(*arrays: jax.Array) -> list[jax.Array]:
     return [x.astype(dtype) for x in arrays]
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: DTypeLike) -> DTypeLike:
     """What sums of this dtype are made in: float32 or better."""
     return dtype if jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 4 else jnp.float32
 
 
-def widened(x: Any) -> jax.Array:
+def widened(x: ArrayLike) -> jax.Array:
     """An array in at least float32."""
     x = jnp.asarray(x)
     return x.astype(wide(x.dtype))

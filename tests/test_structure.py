@@ -23,7 +23,7 @@ FLOORS = {
     "_forward": ("_anew", "_dropout", "_rule", "_ops", "_dot", "_rows", "_conv"),
 }  # fmt: skip
 ROOMS = (
-    "_version", "_answers", "_keys", "_dtypes",  # what everybody says
+    "_version", "_types", "_answers", "_keys", "_dtypes",  # what everybody says
     *(f"_trees.{room}" for room in FLOORS["_trees"]),
     *(f"_algebra.{room}" for room in FLOORS["_algebra"]),
     "targets", "network", "methods",

@@ -7,33 +7,36 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
 import opt_einsum
 from jax import lax
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.typing import DTypeLike
 
 from jlora._algebra._mesh import _divisible, explicit_mesh, settled, sharding_of, specs_of
 from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
+from jlora._types import Dimensions, MeshAxes, Precision, Shape
+
+Path: TypeAlias = tuple[tuple[int, ...], ...]  # which operands meet at each step, as `opt_einsum` numbers them
 
 UNKNOWN = 1024  # rows that a plan counts on where `jax.export` leaves a size open
 
 
-def known(shape: Sequence[Any]) -> tuple[int, ...]:
+def known(shape: Sequence[object]) -> tuple[int, ...]:
     """A shape to count with: symbolic sizes (`jax.export`) cannot be compared, and stand for `UNKNOWN` rows."""
     return tuple(n if isinstance(n, int) else UNKNOWN for n in shape)
 
 
-def elements(shape: Sequence[Any]) -> int:
+def elements(shape: Sequence[object]) -> int:
     """How many elements an array has, as far as that is known."""
     return math.prod(known(shape))
 
 
-def plan(
-    labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels
-) -> tuple[tuple[tuple[int, ...], ...], float]:
+def plan(labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels) -> tuple[Path, float]:
     """The cheapest pairwise order and its FLOPs (a multiply-add counts two).
 
     Shapes may be symbolic in parts.
@@ -42,9 +45,7 @@ def plan(
 
 
 @functools.lru_cache(maxsize=4096)  # some kilobytes each
-def _plan(
-    labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels
-) -> tuple[tuple[tuple[int, ...], ...], float]:
+def _plan(labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels) -> tuple[Path, float]:
     """`plan`, remembered.
 
     Where three or more operands have labels, scales multiply the smallest array that a step makes, never an operand. A
@@ -63,7 +64,15 @@ def _plan(
     return tuple(path), float(info.opt_cost)
 
 
-def _with_scales(labels: Any, shapes: Any, out: Labels, scales: Any, wide: Any, path: Any, flops: float) -> Any:
+def _with_scales(
+    labels: tuple[Labels, ...],
+    shapes: tuple[Shape, ...],
+    out: Labels,
+    scales: list[int],
+    wide: list[int],
+    path: Path,
+    flops: float,
+) -> tuple[Path, float]:
     """The path of the operands `wide`, and after its smallest result a step for each scale."""
     length = {x: n for ls, shape in zip(labels, shapes, strict=True) for x, n in zip(ls, shape, strict=True)}
     live, made = [(n, labels[n]) for n in wide], []
@@ -79,6 +88,13 @@ def _with_scales(labels: Any, shapes: Any, out: Labels, scales: Any, wide: Any, 
     between = [(first + n, scale) for n, scale in enumerate(scales)]
     steps[narrowest + 1 : narrowest + 1] = between
     return tuple(opt_einsum.paths.ssa_to_linear(steps)), flops + len(scales) * size
+
+
+class How(TypedDict):
+    """How a dot sums: what `lax.dot_general` takes by these names."""
+
+    precision: Precision
+    preferred_element_type: DTypeLike | None
 
 
 def _spread(a: jax.Array, labels: Labels, out: Labels) -> jax.Array:
@@ -102,13 +118,13 @@ def _tall(la: Labels, a: tuple[int, ...], lb: Labels, b: tuple[int, ...], contra
     return shared if math.prod(a[:shared]) > 64 and small else 0
 
 
-def _by_rows(lead: int, dimensions: Any, how: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+def _by_rows(lead: int, dimensions: Dimensions, how: How, a: jax.Array, b: jax.Array) -> jax.Array:
     """A dot of two tall operands as one small dot a row, and their sum: XLA's CPU dot has a slow path for long sums."""
     (ca, cb), _ = dimensions
     rows = tuple(range(lead))
     rest = lambda axes: tuple(n for n in axes if n >= lead)
     dtype = how["preferred_element_type"] or promoted(a.dtype, b.dtype)
-    how = how | {"preferred_element_type": promoted(dtype, jnp.float32)}  # as one dot would sum
+    how = {**how, "preferred_element_type": promoted(dtype, jnp.float32)}  # as one dot would sum
     return jnp.sum(lax.dot_general(a, b, ((rest(ca), rest(cb)), (rows, rows)), **how), rows).astype(dtype)
 
 
@@ -117,9 +133,9 @@ def contract(
     labels: Sequence[Labels],
     out: Labels,
     *,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    out_sharding: Any = None,
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """Sums the product of labelled arrays over every label that `out` lacks; the result's axes are `out`.
 
@@ -157,18 +173,20 @@ class _Steps:
     """The steps of one contraction: each takes labelled arrays, and the labels that must be kept, and gives one."""
 
     out: Labels
-    mesh: Any
-    specs: dict[str, Any]
-    precision: Any
-    out_sharding: Any
+    mesh: AbstractMesh | None
+    specs: dict[str, MeshAxes]
+    precision: Precision
+    out_sharding: NamedSharding | None
 
-    def summed(self, one: Labelled, keep: set[str], element: Any) -> Labelled:
+    def summed(self, one: Labelled, keep: set[str], element: DTypeLike | None) -> Labelled:
         """One array, over the labels that nobody needs."""
         a, la = one
         gone = tuple(n for n, x in enumerate(la) if x not in keep)
         return jnp.sum(a, gone, dtype=element) if gone else a, tuple(x for x in la if x in keep)
 
-    def multiplied(self, one: Labelled, other: Labelled, keep: set[str], element: Any, final: bool) -> Labelled:
+    def multiplied(
+        self, one: Labelled, other: Labelled, keep: set[str], element: DTypeLike | None, final: bool
+    ) -> Labelled:
         """Two arrays that share no label to sum over."""
         (a, la), (b, lb) = one, other
         result = la + tuple(x for x in lb if x not in la)
@@ -180,7 +198,9 @@ class _Steps:
         dtype = promoted(a.dtype, b.dtype)  # a scale behind a sum that is not rounded yet
         return _spread(a.astype(dtype), la, result) * _spread(b.astype(dtype), lb, result), result
 
-    def dotted(self, one: Labelled, other: Labelled, keep: set[str], element: Any, final: bool) -> Labelled:
+    def dotted(
+        self, one: Labelled, other: Labelled, keep: set[str], element: DTypeLike | None, final: bool
+    ) -> Labelled:
         """Two arrays in a dot, in the order that leaves least to transpose."""
         (a, la), (b, lb) = one, other
         contracted = tuple(x for x in la if x in lb and x not in keep)
@@ -199,7 +219,7 @@ class _Steps:
             (index(la, contracted), index(lb, contracted)),
             (index(la, batch), index(lb, batch)),
         )
-        how = {"precision": self.precision, "preferred_element_type": element}
+        how: How = {"precision": self.precision, "preferred_element_type": element}
         lead = 0 if batch or self.mesh is not None else _tall(la, known(a.shape), lb, known(b.shape), contracted)
         if not lead:
             return lax.dot_general(a, b, dimensions, out_sharding=sharding, **how), result

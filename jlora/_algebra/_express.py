@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,16 @@ from jlora._algebra._words import Array, Base, Delta, Labels, Recipe, Word
 from jlora._dtypes import widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._packed import Packed
+from jlora._types import Key
 
 
 def express(
     leaf: Leaf,
     recipe: Recipe,
-    base: Any,
-    lookup: Callable[[str, str], Any],
+    base: jax.Array | Packed,
+    lookup: Callable[[str, str], jax.Array],
     *,
-    key: Any = None,
+    key: Key | None = None,
     origin: int = -1,
     path: str | None = None,
 ) -> Weight:
@@ -53,7 +54,7 @@ def express(
     return made.replace(key=key, key_labels=reader.stack, origin=origin)
 
 
-def _w0(leaf: Leaf, base: Any) -> Any:
+def _w0(leaf: Leaf, base: jax.Array | Packed) -> jax.Array | Lazy:
     """W0 as an array, or, of codes, as what makes it."""
     if not isinstance(base, Packed):
         return base
@@ -74,8 +75,8 @@ class _Reader:
     """Reads the equations of one leaf: words become operands, networks terms."""
 
     leaf: Leaf
-    w0: Any
-    lookup: Callable[[str, str], Any]
+    w0: jax.Array | Lazy
+    lookup: Callable[[str, str], jax.Array]
 
     @property
     def atoms(self) -> Labels:
@@ -122,12 +123,12 @@ class _Reader:
             fn = Fed(fn, len(got), self.w0.source.fn)
             got += [(a, self.stack) for a in self.w0.source.arrays]
         elif word.base:
-            got.append((lax.transpose(self.w0, _layer_last(self.leaf)), self.stack))
+            got.append((lax.transpose(cast(jax.Array, self.w0), _layer_last(self.leaf)), self.stack))
         stacks = tuple(front for _, front in got)
         front = self.stack if any(stacks) else ()
         return Operand(tuple(a for a, _ in got), fn, stacks, front + labels)
 
-    def _get(self, array: Array) -> tuple[Any, Labels]:
+    def _get(self, array: Array) -> tuple[jax.Array, Labels]:
         """A stored array, and the stack labels that it has in front."""
         value = self.lookup(array.group or self.leaf.path, array.name)
         return value, self.stack if array.stacked else ()

@@ -2,23 +2,24 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jlora._algebra._words import Labels
 from jlora._trees._packed import is_packed
+from jlora._types import AnyMesh, MeshAxes, Shaped, Value
 
 
-def varying(array: Any) -> frozenset[str]:
+def varying(array: Shaped) -> frozenset[str]:
     """The manual mesh axes that an array varies over inside shard_map."""
     kind = jax.typeof(array)
     manual = getattr(kind, "manual_axis_type", None)
     return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
 
 
-def explicit_mesh(arrays: Sequence[Any]) -> Any:
+def explicit_mesh(arrays: Sequence[Shaped]) -> AbstractMesh | None:
     """The mesh with explicit axes that some array lives on, or None."""
     for a in arrays:
         mesh = jax.typeof(a).sharding.mesh
@@ -27,7 +28,7 @@ def explicit_mesh(arrays: Sequence[Any]) -> Any:
     return None
 
 
-def typed(base: Any) -> Any:
+def typed(base: Value) -> Value | jax.ShapeDtypeStruct:
     """What a trace is to see of a weight: of one that is several arrays its shape, dtype and, where their mesh has
     explicit axes, how it is cut.
     """
@@ -38,15 +39,15 @@ def typed(base: Any) -> Any:
     return jax.ShapeDtypeStruct(base.shape, base.dtype, sharding=at)
 
 
-def spread(arrays: Sequence[Any]) -> bool:
+def spread(arrays: Sequence[Shaped]) -> bool:
     """Whether some array is known to live on a mesh of several devices, cut or not."""
     meshes = [jax.typeof(a).sharding.mesh for a in arrays]
     return any(mesh.shape[name] > 1 for mesh in meshes for name in mesh.axis_names if name not in mesh.manual_axes)
 
 
-def specs_of(arrays: Sequence[Any], labels: Sequence[Labels]) -> dict[str, Any]:
+def specs_of(arrays: Sequence[Shaped], labels: Sequence[Labels]) -> dict[str, MeshAxes]:
     """The mesh axes of each label, the first operand that shards it counting."""
-    specs: dict[str, Any] = {}
+    specs: dict[str, MeshAxes] = {}
     for a, ls in zip(arrays, labels, strict=True):
         spec = jax.typeof(a).sharding.spec
         for x, axis in zip(ls, tuple(spec) + (None,) * len(ls), strict=False):
@@ -55,8 +56,8 @@ def specs_of(arrays: Sequence[Any], labels: Sequence[Labels]) -> dict[str, Any]:
     return specs
 
 
-def sharding_of(mesh: Any, specs: dict[str, Any], labels: Labels) -> NamedSharding:
-    used: set[Any] = set()
+def sharding_of(mesh: AnyMesh, specs: Mapping[str, MeshAxes], labels: Labels) -> NamedSharding:
+    used: set[str | None] = set()
     axes = []
     for x in labels:
         axis = specs.get(x)
@@ -66,13 +67,13 @@ def sharding_of(mesh: Any, specs: dict[str, Any], labels: Labels) -> NamedShardi
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def settled(a: jax.Array, sharding: Any) -> jax.Array:
+def settled(a: jax.Array, sharding: NamedSharding) -> jax.Array:
     """An array of an explicit mesh, moved where it does not live there yet; one of no mesh stays."""
     at = jax.typeof(a).sharding
     return a if at == sharding or at.mesh.empty else jax.sharding.reshard(a, sharding)
 
 
-def placed(a: jax.Array, labels: Labels, entry: Mapping[str, Any], mesh: Any) -> jax.Array:
+def placed(a: jax.Array, labels: Labels, entry: Mapping[str, MeshAxes], mesh: AnyMesh) -> jax.Array:
     """An array of an explicit mesh, its axes of these labels moved where `entry` says; others stay, where they can."""
     own = (*labels, *(f" {n}" for n in range(len(labels), a.ndim)))
     known = dict(zip(own, (*jax.typeof(a).sharding.spec, *[None] * a.ndim), strict=False))
@@ -87,8 +88,8 @@ def automatic(f: Callable[..., jax.Array], arrays: Sequence[jax.Array], spec: Pa
     mesh = explicit_mesh(arrays)
     if mesh is None:
         return f(*arrays)
-    at: Any = jax.typeof(arrays[0]).sharding if spec is None else NamedSharding(mesh, spec)
-    inside: Any = jax.sharding.auto_axes(f, out_sharding=at)
+    at: NamedSharding = jax.typeof(arrays[0]).sharding if spec is None else NamedSharding(mesh, spec)
+    inside = cast(Callable[..., jax.Array], jax.sharding.auto_axes(f, out_sharding=at))
     return inside(*arrays)
 
 

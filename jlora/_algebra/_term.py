@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 
@@ -22,7 +22,7 @@ class Operand:
     """
 
     arrays: tuple[jax.Array, ...]
-    fn: Callable[..., Any] | None = _static()
+    fn: Callable[..., jax.Array] | None = _static()
     stacks: tuple[Labels, ...] = _static()
     labels: Labels = _static()
     sides: tuple[tuple[Labels, Sides], ...] = dataclasses.field(default=(), metadata={"static": True})
@@ -68,7 +68,7 @@ class Operand:
             return [self.labels.index(label) if label in self.labels else None for _ in self.arrays]
         return [s.index(label) if label in s else None for s in self.stacks]
 
-    def dropped(self, label: str, arrays: tuple[Any, ...]) -> "Operand":
+    def dropped(self, label: str, arrays: tuple[jax.Array, ...]) -> "Operand":
         """The same word after `label` was indexed away."""
         without = lambda ls: tuple(x for x in ls if x != label)
         stacks = tuple(map(without, self.stacks))

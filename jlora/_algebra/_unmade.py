@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora._algebra._mesh import explicit_mesh, placed, settled
 from jlora._algebra._term import Operand
 from jlora._algebra._words import Labels
+from jlora._types import AnyMesh, Cut, DType, MeshAxes, PyTree, Value
 
 KEPT = "jlora: made of W0, and kept"  # the name (`jax.ad_checkpoint.checkpoint_name`) of what is costly and small
+
+Cuts: TypeAlias = Callable[
+    [tuple[jax.Array, ...], int, int, Cut], tuple[tuple[jax.Array, ...], Callable[..., jax.Array]]
+]
 
 _static = lambda: dataclasses.field(metadata={"static": True})
 
@@ -24,16 +29,16 @@ _static = lambda: dataclasses.field(metadata={"static": True})
 class Recipe:
     """How a tuple of arrays becomes W0, as the model has moved it so far. Hashable: it names the program."""
 
-    fn: Callable[..., Any]
+    fn: Callable[..., jax.Array]
     stacks: tuple[Labels, ...]
     labels: Labels
     split: tuple[int, ...]
     order: tuple[int, ...]
     shape: tuple[int, ...]
-    dtypes: tuple[Any, ...]
+    dtypes: tuple[DType, ...]
     place: NamedSharding | None
 
-    def __call__(self, arrays: tuple[Any, ...]) -> jax.Array:
+    def __call__(self, arrays: tuple[jax.Array, ...]) -> jax.Array:
         own, scalars = arrays[: len(self.stacks)], arrays[len(self.stacks) :]
         with jax.named_scope("dequantize"):
             w = Operand(tuple(own), self.fn, self.stacks, self.labels).value()
@@ -61,11 +66,13 @@ class Lazy:
     source: Operand
     scalars: tuple[jax.Array, ...]
     labels: Labels = _static()
-    dtypes: tuple[Any, ...] = _static()
-    place: tuple[Any, tuple[tuple[str, Any], ...]] | None = dataclasses.field(default=None, metadata={"static": True})
+    dtypes: tuple[DType, ...] = _static()
+    place: tuple[AnyMesh, tuple[tuple[str, MeshAxes], ...]] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         return self.dtypes[-1]
 
     @property
@@ -90,13 +97,13 @@ class Lazy:
             at,
         )
 
-    def cast(self, dtype: Any) -> "Lazy":
+    def cast(self, dtype: DType) -> "Lazy":
         return self if dtype == self.dtype else dataclasses.replace(self, dtypes=(*self.dtypes, dtype))
 
     def scaled(self, c: jax.Array) -> "Lazy":
         return dataclasses.replace(self, scalars=(*self.scalars, c))
 
-    def placed(self, mesh: Any, entry: Mapping[str, Any]) -> "Lazy":
+    def placed(self, mesh: AnyMesh, entry: Mapping[str, MeshAxes]) -> "Lazy":
         """After the model moved it, its atoms to these mesh axes. Its arrays' stack axes go there now, its own when it
         is made.
         """
@@ -124,7 +131,7 @@ class Lazy:
     def _stacked(self, atom: str) -> bool:
         return any(atom in s for s in self.source.stacks)
 
-    def _own(self, atom: str) -> "tuple[int, Callable[..., Any]] | None":
+    def _own(self, atom: str) -> tuple[int, Cuts] | None:
         """The number of an axis that the function makes, and how the function cuts there; None where it cannot."""
         if atom not in self.source.labels or any(a not in self.labels for a in self.source.labels):
             return None
@@ -134,7 +141,7 @@ class Lazy:
             return None
         return n, cuts
 
-    def along(self, atom: str, f: Callable[[Any, int], Any], drop: bool) -> "Lazy":
+    def along(self, atom: str, f: Cut, drop: bool) -> "Lazy":
         """`f(array, axis)` on every array that carries `atom`; gone afterwards where `drop`."""
         source = self.source
         if self._stacked(atom):
@@ -158,17 +165,17 @@ class Fed:
     though it needs no activation: else XLA for CPUs makes the weights of all layers, and then what they are for.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[..., jax.Array]
     count: int
-    make: Callable[..., Any]
+    make: Callable[..., jax.Array]
 
-    def __call__(self, *arrays: Any) -> Any:
+    def __call__(self, *arrays: jax.Array) -> jax.Array:
         of_w0 = lambda *arrays: self.fn(*arrays[: self.count], self.make(*arrays[self.count :]))
         late = functools.partial(_late, of_w0)
         return jax.checkpoint(late, policy=jax.checkpoint_policies.save_only_these_names(KEPT))(*arrays)
 
 
-def _late(f: Callable[..., Any], *args: Any) -> Any:
+def _late(f: Callable[..., Value], *args: PyTree) -> Value:
     """`f(*args)`, where on CPU no part of `f` is computed before all of `args` are.
 
     XLA's CPU backend drops barriers before it decides what runs when; jaxlib 0.10 then makes the weights of all
@@ -183,7 +190,9 @@ def _late(f: Callable[..., Any], *args: Any) -> Any:
     return f(*args)
 
 
-def again(f: Callable[..., Any], recipe: Recipe, forward_mode: bool) -> Callable[..., Any]:
+def again(
+    f: Callable[[bool], Callable[..., Value]], recipe: Callable[[PyTree], PyTree], forward_mode: bool
+) -> Callable[..., Value]:
     """`g(arrays, *args) = f(forward_mode)(W0, *args)`, where the backward pass makes W0 anew from its arrays.
 
     So the residuals are the arrays and the arguments; a dense W0 is never among them, whatever a policy of
@@ -193,7 +202,7 @@ def again(f: Callable[..., Any], recipe: Recipe, forward_mode: bool) -> Callable
     gradient passes through the forward pass; `f(False)` gives the gradient.
     """
 
-    def g(arrays: Any, *args: Any) -> Any:
+    def g(arrays: PyTree, *args: PyTree) -> Value:
         arrays, args = lax.optimization_barrier((arrays, args))
         run = lambda arrays, *args: f(True)(recipe(arrays), *args)
         return run(arrays, *args) if forward_mode else _late(run, arrays, *args)
@@ -202,7 +211,7 @@ def again(f: Callable[..., Any], recipe: Recipe, forward_mode: bool) -> Callable
         return g
     custom = jax.custom_vjp(g)
 
-    def backward(residuals: Any, dy: Any) -> Any:
+    def backward(residuals: tuple[PyTree, tuple[PyTree, ...]], dy: PyTree) -> tuple[PyTree, ...]:
         arrays, args = residuals
         dy, arrays = lax.optimization_barrier((dy, arrays))
         pulled = lambda arrays, dy, *args: jax.vjp(functools.partial(f(False), recipe(arrays)), *args)[1](dy)

@@ -13,12 +13,13 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from jlora._algebra._contract import View, contract
 from jlora._algebra._mesh import automatic, explicit_mesh, placed
@@ -26,6 +27,10 @@ from jlora._algebra._term import Drop, Operand, Sides, Term
 from jlora._algebra._unmade import Lazy, again
 from jlora._algebra._words import Labels
 from jlora._dtypes import wide
+from jlora._types import AnyMesh, Cut, DType, Key, MeshAxes, PyTree, Value
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 _static = lambda: dataclasses.field(metadata={"static": True})
 
@@ -49,7 +54,7 @@ class Weight:
 
     base: "jax.Array | Lazy"
     terms: tuple[Term, ...]
-    key: Any
+    key: Key | None
     axes: tuple[Labels, ...] = _static()
     sizes: tuple[tuple[str, int], ...] = _static()
     plain: bool = _static()
@@ -71,7 +76,7 @@ class Weight:
         return tuple(math.prod(self.size[a] for a in group) for group in self.axes)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         return self.base.dtype
 
     # --- W0 ---------------------------------------------------------------------------------------------------
@@ -96,7 +101,13 @@ class Weight:
         """The same weight with W0 an array."""
         return self.replace(base=self.w0())
 
-    def given(self, f: Callable[[bool], Any], *args: Any, forward_mode: bool = False, held: Any = None) -> Any:
+    def given(
+        self,
+        f: Callable[[bool], Callable[..., Value]],
+        *args: PyTree,
+        forward_mode: bool = False,
+        held: Sequence[jax.Array] | None = None,
+    ) -> Value:
         """`f(forward_mode)(W0, *args)`; a W0 yet to be computed is no residual: the backward pass computes it again.
 
         `held` stands for the arrays of `self.held`.
@@ -121,7 +132,9 @@ class Weight:
         split = tuple(self.size[a] for a in self.atoms)
         return View(tuple(labels), split, tuple(self.atoms.index(a) for a in order), tuple(shape))
 
-    def operands(self, term: Term, w0: Any = None) -> tuple[list[Any], list[Labels]]:
+    def operands(
+        self, term: Term, w0: jax.Array | jax.ShapeDtypeStruct | None = None
+    ) -> tuple[list[jax.Array], list[Labels]]:
         """Values and labels; W0, where a product contains it, in its `view`, or what is given to stand for it."""
         values, labels = [], []
         for o in term.operands:
@@ -135,7 +148,7 @@ class Weight:
             labels.append(o.labels if view is None else view.labels)
         return values, labels
 
-    def matrix(self, term: Term, dtype: Any) -> jax.Array:
+    def matrix(self, term: Term, dtype: DTypeLike) -> jax.Array:
         """The dense dW of one product, its axes the atoms in their present order."""
         values, labels = self.operands(term)
         runs = [b for b in term.blocks if b[0]]
@@ -179,7 +192,7 @@ class Weight:
 
     # --- moves ------------------------------------------------------------------------------------------------
 
-    def replace(self, **changes: Any) -> "Weight":
+    def replace(self, **changes: object) -> "Weight":
         return dataclasses.replace(self, **changes)
 
     def flattened(self, term: Term) -> Term:
@@ -206,7 +219,7 @@ class Weight:
         terms = tuple(dataclasses.replace(t, operands=on(t.operands)) for t in self.terms)
         return self.replace(base=jax.tree.map(f, self.base), terms=terms, gain=on(self.gain))
 
-    def along(self, atom: str, base: Any, f: Callable[[jax.Array, int], jax.Array], drop: bool) -> "Weight":
+    def along(self, atom: str, base: jax.Array | Lazy | None, f: Cut, drop: bool) -> "Weight":
         """`f(array, axis)` on every array that carries `atom`, which is gone afterwards where `drop`.
 
         `base` is W0 after it; one yet to be computed is cut here.
@@ -225,13 +238,14 @@ class Weight:
             terms.append(dataclasses.replace(t, operands=tuple(map(word, t.operands)), blocks=blocks))
         key, key_labels = me.key, me.key_labels
         if atom in key_labels:
+            assert key is not None
             key = f(key, key_labels.index(atom))
             key_labels = tuple(x for x in key_labels if not (drop and x == atom))
         axes = tuple(tuple(a for a in g if not (drop and a == atom)) for g in me.axes)
         gain = tuple(map(word, me.gain))
         return me.replace(base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes, gain=gain)
 
-    def moved(self, base: Any, mesh: Any, entry: Mapping[str, Any]) -> "Weight":
+    def moved(self, base: jax.Array | Lazy, mesh: AnyMesh, entry: Mapping[str, MeshAxes]) -> "Weight":
         """After the model moved it, its atoms to these mesh axes: the stack axes of the factors go along.
 
         An axis behind a rank stays: the contraction that meets it brings it, in the dtype of the activation.
@@ -250,10 +264,10 @@ class Weight:
     def resized(self, atom: str, size: int) -> "Weight":
         return self.replace(sizes=tuple((a, size if a == atom else n) for a, n in self.sizes))
 
-    def transposed(self, base: Any, order: Sequence[int]) -> "Weight":
+    def transposed(self, base: jax.Array | Lazy, order: Sequence[int]) -> "Weight":
         return self.replace(base=base, axes=tuple(self.axes[n] for n in order))
 
-    def scaled(self, base: Any, c: jax.Array) -> "Weight":
+    def scaled(self, base: jax.Array | Lazy, c: jax.Array) -> "Weight":
         """Times a scalar. W0 takes it as the model does; so do products that contain W0."""
         scalar = Operand((jnp.asarray(c),), None, (), ())
         terms = tuple(
@@ -270,7 +284,7 @@ class Weight:
                 me = me.along(atom, me.base, lambda a, n: lax.index_in_dim(a, 0, n, keepdims=False), True)
         return me
 
-    def reshaped(self, base: Any, shape: tuple[int, ...]) -> "Weight | None":
+    def reshaped(self, base: jax.Array | Lazy, shape: tuple[int, ...]) -> "Weight | None":
         """After a reshape that splits or joins axes; None where labels cannot say it."""
         if 0 in shape:
             return None
@@ -340,6 +354,7 @@ class Weight:
         base = self.base if self.lazy is None else self.lazy.split(atom, outer, inner)
         key, labels = self.key, self.key_labels
         if atom in labels:  # a layer has a dropout key of its own
+            assert key is not None
             n = labels.index(atom)
             key, labels = key.reshape(*key.shape[:n], outer, size, *key.shape[n + 1 :]), after(labels)
         gain = tuple(map(word, self.gain))
@@ -380,6 +395,6 @@ class Weight:
         return me.replace(terms=tuple(terms))
 
 
-def is_weight(x: Any) -> bool:
+def is_weight(x: object) -> "TypeIs[Weight]":
     """Whether `x` is an expression and no array."""
     return isinstance(x, Weight)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -12,8 +12,9 @@ import numpy as np
 from jlora._algebra import _words
 from jlora._algebra._words import Array, Base, Delta, Function, Recipe, Word
 from jlora._trees._leaf import Leaf
+from jlora._types import DType, Place, Shape, Shaped
 
-Arrays: TypeAlias = Mapping[tuple[str, str], tuple[Array, tuple[int, ...]]]
+Arrays: TypeAlias = Mapping[Place, tuple[Array, Shape]]
 
 
 def check(recipe: Recipe, leaf: Leaf) -> None:
@@ -37,7 +38,7 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
             raise ValueError(f"{error} (in the equation {delta.equation!r})") from error.__cause__
 
 
-def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Arrays, made: Any) -> None:
+def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Arrays, made: object) -> None:
     """Raises ValueError unless `initial` made the arrays of the recipe, and its functions make what they should."""
     if not isinstance(made, Mapping):
         raise ValueError(f"{leaf.path!r}: initial returns {{(group, name): array}}, not {type(made).__name__}")
@@ -123,7 +124,7 @@ def _check_array(word: Array, labels: Sequence[str], shape: Sequence[int | None]
         raise ValueError(f"{word.name!r} has the shape {word.shape}, and its letters {_spoken(labels, shape)}")
 
 
-def check_functions(recipe: Recipe, leaf: Leaf, made: Mapping[tuple[str, str], Any]) -> None:
+def check_functions(recipe: Recipe, leaf: Leaf, made: Mapping[Place, jax.Array]) -> None:
     """Raises ValueError unless each Function of a recipe makes the axes of its letters of the arrays that were made."""
     functions = [(d, sides, w) for d, sides in recipe.networks for w in d.operands if isinstance(w, Function)]
     place = lambda array: made[array.group or leaf.path, array.name]
@@ -133,7 +134,7 @@ def check_functions(recipe: Recipe, leaf: Leaf, made: Mapping[tuple[str, str], A
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_functions(recipe: Recipe, leaf: Leaf, given: tuple[Any, ...]) -> None:
+def _check_functions(recipe: Recipe, leaf: Leaf, given: tuple[tuple[tuple[DType, Shape | None], ...], ...]) -> None:
     rest = iter(given)
     for bound in recipe.bound(leaf):
         for word, labels in bound.words:
@@ -147,10 +148,12 @@ def _check_functions(recipe: Recipe, leaf: Leaf, given: tuple[Any, ...]) -> None
                     raise ValueError(f"{error} (in the equation {bound.delta.equation!r})") from error.__cause__
 
 
-def _check_function(word: Function, given: Sequence[Any], labels: Sequence[str], shape: Sequence[int | None]) -> None:
+def _check_function(
+    word: Function, given: Sequence[Shaped], labels: Sequence[str], shape: Sequence[int | None]
+) -> None:
     shapes = ", ".join(str(x.shape) for x in given)
     try:
-        made: Any = jax.eval_shape(word.fn, *given)
+        made: object = jax.eval_shape(word.fn, *given)
     except Exception as error:  # whatever an author's function raises
         raise ValueError(f"a Function of arrays {shapes} fails: {type(error).__name__}: {error}") from error
     if not isinstance(made, jax.ShapeDtypeStruct):

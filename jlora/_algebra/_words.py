@@ -18,12 +18,14 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jlora._trees._leaf import Leaf
+from jlora._types import Key, Shape
 
 Labels: TypeAlias = tuple[str, ...]
 
@@ -45,7 +47,7 @@ class Array:
     """
 
     name: str
-    init: Callable[..., Any] = dataclasses.field(compare=False, repr=False)
+    init: Callable[..., jax.Array] = dataclasses.field(compare=False, repr=False)
     shape: tuple[int, ...] | None = None
     trained: bool = True
     group: str | None = None
@@ -69,7 +71,7 @@ class Function:
     Without arrays it is a constant, such as a fixed mask or pattern of signs.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[..., jax.Array]
     arrays: tuple[Array, ...]
     base: bool = False
 
@@ -222,12 +224,12 @@ class Recipe:
         return found
 
 
-def constant(value: float) -> Callable[..., Any]:
+def constant(value: float) -> Callable[..., jax.Array]:
     """An initialiser that fills."""
     return functools.partial(_constant, value)
 
 
-def _constant(value: float, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+def _constant(value: float, key: Key | None, shape: Shape, dtype: DTypeLike) -> jax.Array:
     return jnp.full(shape, value, dtype)
 
 

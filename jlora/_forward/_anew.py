@@ -6,7 +6,6 @@ make those of all layers before it needs the first, and keep them for the backwa
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jlora._algebra._contract import elements
 from jlora._algebra._term import Operand, Term
 from jlora._algebra._unmade import again
 from jlora._algebra._weight import Weight
+from jlora._types import PyTree, Shaped, Value
 
 
 def _made(o: Operand) -> int:
@@ -35,7 +35,7 @@ def _joined(t: Term) -> int:
     return total
 
 
-def bulky(w: Weight, x: Any) -> bool:
+def bulky(w: Weight, x: Shaped) -> bool:
     """Whether a dot of `w` with `x` makes an array that is larger than `x`, or as large as the weight, on its way."""
     whole = math.prod(w.shape)
     for term in w.terms:
@@ -50,7 +50,7 @@ def bulky(w: Weight, x: Any) -> bool:
     return False
 
 
-def anew(use: Callable[[Weight, Any, bool], Any], w: Weight, x: Any, forward_mode: bool) -> Any:
+def anew(use: Callable[[Weight, jax.Array, bool], Value], w: Weight, x: jax.Array, forward_mode: bool) -> Value:
     """`use(w, x, forward_mode)`; what it makes of the factors waits for `x`, and is no residual.
 
     W0 and the dropout key are frozen, and get no cotangent.
@@ -60,8 +60,8 @@ def anew(use: Callable[[Weight, Any, bool], Any], w: Weight, x: Any, forward_mod
     held = (w.base, w.key, [a for a, r in zip(leaves, real, strict=True) if not r])
     form = w.replace(base=None, key=None, terms=(), gain=())  # what a backward pass keeps holds no array
 
-    def call(mode: bool) -> Callable[..., Any]:
-        def f(held: Any, x: Any, factors: list[Any]) -> Any:
+    def call(mode: bool) -> Callable[..., Value]:
+        def f(held: PyTree, x: jax.Array, factors: list[jax.Array]) -> Value:
             base, key, others = held
             parts = {True: iter(factors), False: iter(others)}
             terms, gain = jax.tree.unflatten(treedef, [next(parts[r]) for r in real])
@@ -70,5 +70,5 @@ def anew(use: Callable[[Weight, Any, bool], Any], w: Weight, x: Any, forward_mod
         return f
 
     factors = [a for a, r in zip(leaves, real, strict=True) if r]
-    whole: Any = lambda held: held  # the arrays themselves
+    whole = lambda held: held  # the arrays themselves
     return again(call, whole, forward_mode)(held, x, factors)

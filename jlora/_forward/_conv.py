@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,28 @@ from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._forward._dropout import thinned
 from jlora._forward._ops import Note, Refusal, Use, check_real, product
+from jlora._types import DType, Precision, Shape
+
+
+class RaggedParams(TypedDict):
+    """What is read of the parameters of a `ragged_dot_general`, by JAX's own names."""
+
+    ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers
+    precision: Precision
+
+
+class ConvParams(TypedDict):
+    """The parameters of a `conv_general_dilated`, by JAX's own names."""
+
+    window_strides: Shape
+    padding: Sequence[tuple[int, int]]
+    lhs_dilation: Shape
+    rhs_dilation: Shape
+    dimension_numbers: lax.ConvDimensionNumbers
+    feature_group_count: int
+    batch_group_count: int
+    precision: Precision
+
 
 # --- ragged dots (mixtures of experts) ----------------------------------------------------------------------------
 
@@ -41,7 +63,7 @@ def ragged(
     w: Weight,
     x: jax.Array,
     group_sizes: jax.Array,
-    params: Mapping[str, Any],
+    params: RaggedParams,
     bind: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     forward_mode: bool,
     note: Note,
@@ -111,13 +133,13 @@ class Convolved:
       outs: those of its output channels.
     """
 
-    params: Mapping[str, Any]
+    params: ConvParams
     window: tuple[str | None, ...]
     ins: Labels = ()
     outs: Labels = ()
 
     @property
-    def numbers(self) -> Any:
+    def numbers(self) -> lax.ConvDimensionNumbers:
         return self.params["dimension_numbers"]
 
     @property
@@ -135,11 +157,19 @@ class Convolved:
         to_spec = [0] * (spatial + 2)
         for n, axis in enumerate(self.numbers.rhs_spec):
             to_spec[axis] = spatial + 1 if n == 0 else spatial if n == 1 else n - 2
-        keep = (
-            "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count",
-            "batch_group_count", "precision",
-        )  # fmt: skip
-        return lax.conv_general_dilated(x, lax.transpose(kernel, to_spec), **{k: self.params[k] for k in keep})
+        p = self.params
+        return lax.conv_general_dilated(
+            x,
+            lax.transpose(kernel, to_spec),
+            p["window_strides"],
+            p["padding"],
+            lhs_dilation=p["lhs_dilation"],
+            rhs_dilation=p["rhs_dilation"],
+            dimension_numbers=p["dimension_numbers"],
+            feature_group_count=p["feature_group_count"],
+            batch_group_count=p["batch_group_count"],
+            precision=p["precision"],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +201,7 @@ class Chain:
 def conv(
     w: Weight,
     x: jax.Array,
-    params: Mapping[str, Any],
+    params: ConvParams,
     bind: Callable[[jax.Array, jax.Array], jax.Array],
     forward_mode: bool,
     note: Note,
@@ -211,7 +241,7 @@ def conv(
     return y
 
 
-def _beside_base(w: Weight, term: Term, dtype: Any) -> tuple[list[jax.Array], list[Labels]]:
+def _beside_base(w: Weight, term: Term, dtype: DType) -> tuple[list[jax.Array], list[Labels]]:
     """The operands beside W0 of a term that it stands in, and their labels."""
     values, names = w.operands(term, jax.ShapeDtypeStruct(w.shape, w.dtype))
     rest = [n for n, o in enumerate(term.operands) if not o.is_base]

@@ -11,14 +11,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._algebra._contract import contract, elements
+from jlora._algebra._contract import How, contract, elements
 from jlora._algebra._mesh import explicit_mesh, settled, spread
 from jlora._algebra._term import Operand, Term
 from jlora._algebra._weight import Weight
@@ -27,6 +27,7 @@ from jlora._dtypes import promoted
 from jlora._forward._dropout import thinned
 from jlora._forward._ops import Note, Refusal, Use, check_real, label_sizes, product, same_varying
 from jlora._forward._rule import Dot, Product, Written, cost, rule
+from jlora._types import DType
 
 Groups = Sequence[Labels | None]  # of each axis, the atoms of the weight that it stands for; None for x's own
 
@@ -74,7 +75,7 @@ class Parts:
 
     xs: list[jax.Array]
     products: list[Product] = dataclasses.field(default_factory=list)
-    operands: list[Any] = dataclasses.field(default_factory=list)
+    operands: list[jax.Array] = dataclasses.field(default_factory=list)
     passed: list[jax.Array] = dataclasses.field(default_factory=list)
 
 
@@ -142,7 +143,7 @@ def _adapted(w: Weight, x: jax.Array, axes: Axes, written: Written, forward_mode
     return functools.reduce(lambda y, part: y + part.astype(y.dtype), parts.passed, y)
 
 
-def _parts(w: Weight, x: jax.Array, axes: Axes, written: Written, compute: Any, forward_mode: bool) -> Parts:
+def _parts(w: Weight, x: jax.Array, axes: Axes, written: Written, compute: DType, forward_mode: bool) -> Parts:
     """Every term of the weight as a product that meets the activation."""
     parts = Parts([x])
     for term in w.terms:
@@ -162,7 +163,7 @@ def _parts(w: Weight, x: jax.Array, axes: Axes, written: Written, compute: Any, 
     return parts
 
 
-def _meeting(w: Weight, term: Term, axes: Axes, branch: int) -> tuple[Product, list[Any]]:
+def _meeting(w: Weight, term: Term, axes: Axes, branch: int) -> tuple[Product, Sequence[jax.Array]]:
     """One term as a product of labelled operands and their values; dense where the dot cuts through a flat side."""
     values, names = w.operands(term, _shape_of_w0(w))
     made = _product(w, term, values, names, axes, branch)
@@ -175,7 +176,7 @@ def _meeting(w: Weight, term: Term, axes: Axes, branch: int) -> tuple[Product, l
 
 
 def _product(
-    w: Weight, term: Term, values: Sequence[Any], names: Sequence[Labels], axes: Axes, branch: int
+    w: Weight, term: Term, values: Sequence[jax.Array], names: Sequence[Labels], axes: Axes, branch: int
 ) -> Product | None:
     """How one term meets the activation; None where an axis of the dot cuts one of its blocks."""
     sizes = label_sizes(w, values, names)
@@ -233,7 +234,7 @@ def _shape_of_w0(w: Weight) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(w.shape, w.dtype)
 
 
-def _arrays(values: Sequence[Any]) -> list[jax.Array]:
+def _arrays(values: Sequence[jax.Array]) -> list[jax.Array]:
     """Without what only stands for W0."""
     return [v for v in values if not isinstance(v, jax.ShapeDtypeStruct)]
 
@@ -290,18 +291,24 @@ def _sides(p: Product) -> tuple[list[int], list[int], list[str]] | None:
 
 
 def _passed(
-    w: Weight, made: Product, x: jax.Array, values: Sequence[Any], written: Written, compute: Any, forward_mode: bool
+    w: Weight,
+    made: Product,
+    x: jax.Array,
+    values: Sequence[jax.Array],
+    written: Written,
+    compute: DType,
+    forward_mode: bool,
 ) -> jax.Array:
     """A product with W0 between its operands, as three in turn (`_through`)."""
     count = len(w.held)
     x, *arrays = same_varying([x.astype(compute), *w.held, *_arrays(values)])
-    how = {"precision": written.precision, "preferred_element_type": written.preferred_element_type}
+    how: How = {"precision": written.precision, "preferred_element_type": written.preferred_element_type}
     through = lambda mode: functools.partial(_through, made, forward_mode=mode, **how)
     return w.given(through, x, tuple(arrays[count:]), held=arrays[:count], forward_mode=forward_mode)
 
 
 def _through(
-    p: Product, base: jax.Array, x: jax.Array, values: Sequence[jax.Array], *, forward_mode: bool, **how: Any
+    p: Product, base: jax.Array, x: jax.Array, values: Sequence[jax.Array], *, forward_mode: bool, **how: Unpack[How]
 ) -> jax.Array:
     """A product that contains W0 with the rest on either side of it, as three in turn: `x L`, then W0, then `R`.
 

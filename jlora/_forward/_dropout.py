@@ -6,26 +6,31 @@ nothing else, so that `jit`, `remat` and the unrolling of a loop change no bit o
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from jlora._algebra._mesh import explicit_mesh, varying
 from jlora._algebra._term import Drop, Operand, Term
 from jlora._algebra._weight import Weight
+from jlora._algebra._words import Labels
+from jlora._types import Key
+
+X = TypeVar("X", jax.Array, None)
 
 
-def each(f: Callable[[jax.Array], Any], keys: jax.Array) -> Any:
+def each(f: Callable[[Key], jax.Array], keys: Key) -> jax.Array:
     """`f` of every key of a stack."""
     for _ in range(keys.ndim):
         f = jax.vmap(f)
     return f(keys)
 
 
-def fold(keys: jax.Array, data: Any) -> jax.Array:
+def fold(keys: jax.Array, data: ArrayLike) -> jax.Array:
     """`fold_in` for a stack of keys."""
     return each(lambda key: jax.random.fold_in(key, data), keys)
 
@@ -42,7 +47,7 @@ def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     return jnp.where(keep, kept, jnp.zeros_like(kept))  # zeros like x, a constant of the trace, would live elsewhere
 
 
-def thinned(w: Weight, term: Term, x: jax.Array | None) -> tuple[Any, Term]:
+def thinned(w: Weight, term: Term, x: X) -> tuple[X, Term]:
     """An activation and a product as this use meets them; neither changes without a key.
 
     Dropped ranks and products are zeros in a gate, one more operand: so they need no word in any contraction. Each
@@ -58,7 +63,7 @@ def thinned(w: Weight, term: Term, x: jax.Array | None) -> tuple[Any, Term]:
         keys,
     )
     sizes = term.sizes() if drop.letters else {}
-    gates: list[Any] = [
+    gates: list[tuple[Labels, jax.Array]] = [
         ((letter,), gate(n + 2, rate, (sizes[letter],))) for n, (letter, rate) in enumerate(drop.letters)
     ]
     if drop.module:

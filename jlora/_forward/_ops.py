@@ -7,7 +7,6 @@ cannot say it; the weight is then made dense. None of them knows what a jaxpr is
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jlora._algebra._mesh import varying
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._forward._rule import Dot, Product, Written, rule
+from jlora._types import Precision, Shaped
 
 
 class Refusal(Exception):
@@ -57,12 +57,12 @@ def label_sizes(w: Weight, values: Sequence[jax.Array], labels: Sequence[Labels]
     return sizes
 
 
-def check_real(x: Any) -> None:
+def check_real(x: Shaped) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise Refusal(f"an activation of dtype {x.dtype}")
 
 
-def same_varying(arrays: Sequence[Any]) -> list[Any]:
+def same_varying(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Inside shard_map: every array made varying over the mesh axes that any of them varies over."""
     axes = [varying(a) for a in arrays]
     union = frozenset().union(*axes)
@@ -79,7 +79,7 @@ def product(
     labels: Sequence[Labels],
     out: Labels,
     forward_mode: bool,
-    precision: Any = None,
+    precision: Precision = None,
 ) -> jax.Array:
     """`contract` of an activation with factors, under the custom rule."""
     sizes = {

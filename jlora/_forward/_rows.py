@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,17 @@ from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
 from jlora._forward._dropout import thinned
 from jlora._forward._ops import Note, Refusal, Use, product
+from jlora._types import DType, Shape
+
+
+class GatherParams(TypedDict):
+    """The parameters of a `gather`, by JAX's own names."""
+
+    dimension_numbers: lax.GatherDimensionNumbers
+    slice_sizes: Shape
+    indices_are_sorted: bool
+    unique_indices: bool
+    mode: lax.GatherScatterMode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Rows:
       axis: the weight's axis that they run along.
     """
 
-    params: Mapping[str, Any]
+    params: GatherParams
     indices: jax.Array
     axis: int
 
@@ -44,8 +55,16 @@ class Rows:
         """
         numbers = lax.GatherDimensionNumbers(tuple(range(self.count, self.count + a.ndim - 1)), (n,), (n,))
         sizes = tuple(1 if m == n else s for m, s in enumerate(a.shape))
-        keep = {k: self.params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
-        return lax.gather(a, self.indices, numbers, sizes, fill_value=0, **keep)
+        return lax.gather(
+            a,
+            self.indices,
+            numbers,
+            sizes,
+            indices_are_sorted=self.params["indices_are_sorted"],
+            unique_indices=self.params["unique_indices"],
+            mode=self.params["mode"],
+            fill_value=0,
+        )
 
     @property
     def fills(self) -> bool:
@@ -79,7 +98,7 @@ class Rows:
         index = digits[held[0]]
         for n, letter in enumerate(held[1:], 1):
             index = index * a.shape[n] + digits[letter]
-        params = {**self.params, "indices_are_sorted": False, "unique_indices": False}
+        params: GatherParams = {**self.params, "indices_are_sorted": False, "unique_indices": False}
         part = dataclasses.replace(self, indices=index, params=params)
         return part.of(a if len(held) == 1 else a.reshape(-1, *a.shape[len(held) :]), 0), others
 
@@ -90,7 +109,7 @@ class Rows:
         return lax.transpose(y, [order.index(n) for n in range(y.ndim)])
 
 
-def _read(w: Weight, indices: jax.Array, params: Mapping[str, Any]) -> Rows:
+def _read(w: Weight, indices: jax.Array, params: GatherParams) -> Rows:
     """The rows that a gather takes of a weight; Refusal where it takes anything else."""
     d = params["dimension_numbers"]
     if len(d.start_index_map) != 1 or d.collapsed_slice_dims != d.start_index_map or d.operand_batching_dims:
@@ -137,7 +156,7 @@ def _letters(term: Term, atom: str, width: int) -> Labels:
 def lookup(
     w: Weight,
     indices: jax.Array,
-    params: Mapping[str, Any],
+    params: GatherParams,
     bind: Callable[[jax.Array], jax.Array],
     forward_mode: bool,
     note: Note,
@@ -148,7 +167,7 @@ def lookup(
     (atom,) = w.axes[rows.axis]
     if w.lazy is not None and not w.lazy.can(atom, drop=rows.count == 0):
         w = w.solid()
-    base: Any = None
+    base: jax.Array | None = None
     if w.lazy is None:
         base = bind(w.w0())
     elif rows.count:
@@ -156,6 +175,7 @@ def lookup(
     if rows.count == 0:
         axes = tuple(g for n, g in enumerate(w.axes) if n != rows.axis)
         return w.along(atom, base, rows.of, drop=True).replace(axes=axes)
+    assert base is not None
     width = math.prod(s for n, s in enumerate(w.shape) if n != rows.axis)
     letters = [_letters(t, atom, width) for t in w.terms]
     y = base if w.plain else jnp.zeros_like(base)
@@ -174,7 +194,7 @@ def lookup(
 
 
 def _rows_of_term(
-    w: Weight, term: Term, rows: Rows, letters: Labels, dtype: Any, forward_mode: bool
+    w: Weight, term: Term, rows: Rows, letters: Labels, dtype: DType, forward_mode: bool
 ) -> tuple[jax.Array, float]:
     """The rows of one product, from those of its factors, and the FLOPs: the first factor that has rows leads."""
     batch = tuple(f"row{n}" for n in range(rows.count))

@@ -8,16 +8,23 @@ operand first, which is what makes it fast: the dot that JAX's transposition mak
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from jlora._algebra._contract import View, contract, plan
 from jlora._algebra._mesh import explicit_mesh, settled
 from jlora._algebra._words import Labels
+from jlora._types import Dimensions, DType, Precision, Shaped, Value
+
+Arrays: TypeAlias = tuple[jax.Array, ...]
+Residuals: TypeAlias = tuple[Arrays, jax.Array | None, Arrays]  # activations, W0 and operands
+Owed: TypeAlias = tuple[list[jax.Array | None], jax.Array | None, list[jax.Array]]  # gradients of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +58,10 @@ class Written:
     """A dot as the model wrote it: the parameters of its `dot_general`, and on which side the weight stands."""
 
     left: bool = False  # the weight is the dot's left operand
-    dimension_numbers: Any = None
-    precision: Any = None
-    preferred_element_type: Any = None
-    out_sharding: Any = None
+    dimension_numbers: Dimensions = (((), ()), ((), ()))
+    precision: Precision = None
+    preferred_element_type: DTypeLike | None = None
+    out_sharding: NamedSharding | None = None
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.dot_general(
@@ -79,11 +86,11 @@ class Dot:
     y: Labels
     products: tuple[Product, ...]
     written: Written
-    compute: Any  # the dtype that factors are cast to: the activation's
+    compute: DType  # the dtype that factors are cast to: the activation's
     merged: bool
 
 
-def matrix(product: Product, operands: Sequence[jax.Array], dtype: Any, precision: Any = None) -> jax.Array:
+def matrix(product: Product, operands: Sequence[jax.Array], dtype: DTypeLike, precision: Precision = None) -> jax.Array:
     """The dense dW of one network, in the weight's own axes."""
     operands = [a.astype(dtype) for a in operands]
     flat = contract(operands, product.operands, product.dense, precision=precision)
@@ -93,14 +100,15 @@ def matrix(product: Product, operands: Sequence[jax.Array], dtype: Any, precisio
     return flat if flat.shape == last else flat.reshape(last)
 
 
-def _with_base(product: Product, base: jax.Array, operands: Sequence[jax.Array]) -> list[jax.Array]:
+def _with_base(product: Product, base: jax.Array | None, operands: Sequence[jax.Array]) -> list[jax.Array]:
     full = list(operands)
     if product.view is not None:
+        assert base is not None
         full.insert(product.base, product.view.of(base))
     return full
 
 
-def _chunks(dot: Dot, operands: Sequence[jax.Array]) -> list[list[jax.Array]]:
+def _chunks(dot: Dot, operands: Sequence[Value]) -> list[list[Value]]:
     """The flat list of operands, cut by product."""
     rest, cut = list(operands), []
     for p in dot.products:
@@ -123,7 +131,7 @@ def _merge(dot: Dot, base: jax.Array, operands: Sequence[jax.Array]) -> jax.Arra
     return base
 
 
-def _delta(dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.Array]) -> jax.Array:
+def _delta(dot: Dot, xs: Sequence[jax.Array], base: jax.Array | None, operands: Sequence[jax.Array]) -> jax.Array:
     """x . dW, factored."""
     y = None
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
@@ -145,17 +153,17 @@ def _delta(dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.
     return y
 
 
-def _like(array: jax.Array) -> dict[str, Any]:
+def _like(array: jax.Array) -> NamedSharding | None:
     """Where the gradient of an array must live under an explicit mesh."""
-    return {"out_sharding": jax.typeof(array).sharding if explicit_mesh([array]) is not None else None}
+    return jax.typeof(array).sharding if explicit_mesh([array]) is not None else None
 
 
 def _gradients(
-    dot: Dot, xs: Sequence[jax.Array], base: Any, operands: Sequence[jax.Array], dy: jax.Array
-) -> tuple[list[Any], Any, list[jax.Array]]:
+    dot: Dot, xs: Sequence[jax.Array], base: jax.Array | None, operands: Sequence[jax.Array], dy: jax.Array
+) -> Owed:
     """What the products owe: the activations (unless W' pays for them), W0 and the operands."""
     run = functools.partial(contract, precision=dot.written.precision)
-    dxs: list[Any] = [None] * len(xs)
+    dxs: list[jax.Array | None] = [None] * len(xs)
     dbase = None
     grads: list[jax.Array] = []
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
@@ -165,18 +173,21 @@ def _gradients(
         shape = _shape([x, *full], [p.x, *p.operands], p.out)
         g = dy if shape == dy.shape else dy.reshape(shape)
         if not dot.merged:
-            like = _like(x) if p.x_shape == xs[p.branch].shape else {}
-            dxs[p.branch] = _sum(dxs[p.branch], run([g, *full], [p.out, *p.operands], p.x, **like), xs[p.branch])
+            like = _like(x) if p.x_shape == xs[p.branch].shape else None
+            dxs[p.branch] = _sum(
+                dxs[p.branch], run([g, *full], [p.out, *p.operands], p.x, out_sharding=like), xs[p.branch]
+            )
         place = 0
         for n, ls in enumerate(p.operands):
             rest = [m for m in range(len(full)) if m != n]
             target = base if n == p.base else ops[place]
+            assert target is not None
             part = run(
                 [x, g, *(full[m] for m in rest)],
                 [p.x, p.out, *(p.operands[m] for m in rest)],
                 ls,
                 preferred_element_type=target.dtype,
-                **(_like(target) if n != p.base else {}),
+                out_sharding=_like(target) if n != p.base else None,
             )
             if n == p.base:
                 assert p.view is not None
@@ -199,7 +210,7 @@ def _parts(dot: Dot, x: jax.Array) -> int:
     return max(n for n in range(1, max(rows // 512, 1) + 1) if x.shape[0] % n == 0)
 
 
-def _in_parts(dot: Dot, parts: int, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:
+def _in_parts(dot: Dot, parts: int, xs: Arrays, base: jax.Array | None, operands: Arrays, dy: jax.Array) -> Owed:
     """`_gradients` of a merged dot as a sum over runs of rows.
 
     Between two factors of a Kronecker product stands an array as wide as the activation; in parts only some rows of it
@@ -210,7 +221,7 @@ def _in_parts(dot: Dot, parts: int, xs: Any, base: Any, operands: Any, dy: jax.A
     products = tuple(dataclasses.replace(p, x_shape=less(p.x_shape), out_shape=less(p.out_shape)) for p in dot.products)
     part = dataclasses.replace(dot, products=products)
 
-    def add(total: list[jax.Array], rows: Any) -> tuple[list[jax.Array], None]:
+    def add(total: list[jax.Array], rows: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], None]:
         x, g = rows
         return [t + d for t, d in zip(total, _gradients(part, (x,), base, operands, g)[2], strict=True)], None
 
@@ -218,14 +229,14 @@ def _in_parts(dot: Dot, parts: int, xs: Any, base: Any, operands: Any, dy: jax.A
     return [None] * len(xs), None, total
 
 
-def _by_matrix(dot: Dot, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:
+def _by_matrix(dot: Dot, xs: Arrays, base: jax.Array | None, operands: Arrays, dy: jax.Array) -> Owed:
     """`_gradients` of a merged dot by way of dW's own: one dot of activation and cotangent serves all operands."""
     run = functools.partial(contract, precision=dot.written.precision)
-    assert dot.w is not None
+    assert dot.w is not None and base is not None
     g = run([xs[0], dy], [dot.x, dot.y], dot.w).astype(base.dtype)
     reads_base = any(p.base >= 0 for p in dot.products)
 
-    def change(base: Any, operands: Any) -> jax.Array:
+    def change(base: jax.Array | None, operands: Sequence[jax.Array]) -> jax.Array:
         cut = zip(dot.products, _chunks(dot, operands), strict=True)
         return sum(matrix(p, _with_base(p, base, ops), g.dtype, dot.written.precision) for p, ops in cut)  # type: ignore[return-value]
 
@@ -242,7 +253,7 @@ def _joined(dot: Dot) -> bool:
     return dot.merged and any(set(p.x) ^ set(p.out) <= set(ls) for p in dot.products for ls in p.operands)
 
 
-def _owed(dot: Dot, xs: Any, base: Any, operands: Any, dy: jax.Array) -> Any:
+def _owed(dot: Dot, xs: Arrays, base: jax.Array | None, operands: Arrays, dy: jax.Array) -> Owed:
     """`_gradients`, by the way that is cheapest."""
     whole = functools.partial(_gradients, dot)
     if _joined(dot):
@@ -257,12 +268,12 @@ def _shape(arrays: Sequence[jax.Array], labels: Sequence[Labels], out: Labels) -
     return tuple(size[n] for n in out)
 
 
-def _sum(total: Any, part: jax.Array, like: jax.Array) -> jax.Array:
+def _sum(total: jax.Array | None, part: jax.Array, like: jax.Array) -> jax.Array:
     part = (part if part.shape == like.shape else part.reshape(like.shape)).astype(like.dtype)
     return part if total is None else total + part
 
 
-def _value(dot: Dot, xs: Any, base: Any, operands: Any) -> jax.Array:
+def _value(dot: Dot, xs: Arrays, base: jax.Array | None, operands: Arrays) -> jax.Array:
     """The dot. Work on the products is jitted apart, so that equal layers share one trace and one lowered function."""
     with jax.named_scope("delta"):
         change = _MERGE(dot, base, operands) if dot.merged else _DELTA(dot, xs, base, operands)
@@ -270,6 +281,7 @@ def _value(dot: Dot, xs: Any, base: Any, operands: Any) -> jax.Array:
         return _base_dot(dot, xs[0], change)
     if dot.w is None:
         return change
+    assert base is not None
     y = _base_dot(dot, xs[0], base)
     return y + _home(change.astype(y.dtype), y)
 
@@ -279,31 +291,32 @@ def _home(d: jax.Array, a: jax.Array) -> jax.Array:
     return settled(d, jax.typeof(a).sharding) if explicit_mesh([a]) is not None else d
 
 
-def _forward(dot: Dot, xs: Any, base: Any, operands: Any) -> Any:
+def _forward(dot: Dot, xs: Arrays, base: jax.Array | None, operands: Arrays) -> tuple[jax.Array, Residuals]:
     """Residuals are the activation, W0 and the factors alone: rebuilding what is narrow, and W', costs less than
     keeping it, and under a scan a kept W' would be a second copy of the model.
     """
     return _value(dot, xs, base, operands), (xs, base, operands)
 
 
-def _backward(dot: Dot, residuals: Any, dy: jax.Array) -> Any:
+def _backward(dot: Dot, residuals: Residuals, dy: jax.Array) -> tuple[Arrays, jax.Array | None, Arrays]:
     xs, base, operands = residuals
     dy = dy.astype(dot.compute)
     with jax.named_scope("delta"):
         dxs, dbase, grads = _OWED(dot, xs, base, operands, dy)
     if dot.w is not None:
+        assert base is not None
         # factors first: x is free before dx is made; and W' anew, or the forward pass's would be kept for it
         dy, grads, operands = lax.optimization_barrier((dy, grads, operands))
         with jax.named_scope("delta"):
             w = _MERGE(dot, base, operands) if dot.merged else base
         run = functools.partial(contract, precision=dot.written.precision)
-        dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, **_like(xs[0]))
+        dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, out_sharding=_like(xs[0]))
         dxs[0] = _sum(dxs[0], dx, xs[0])
         # dead code unless somebody asks: W0 is frozen
-        dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, **_like(base))
+        dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, out_sharding=_like(base))
         dbase = _sum(dbase, dw, base)
     dxs = [jnp.zeros_like(x) if d is None else _home(d, x) for x, d in zip(xs, dxs, strict=True)]
-    return type(xs)(dxs), None if dbase is None else _home(dbase, base), type(operands)(grads)
+    return type(xs)(dxs), None if dbase is None or base is None else _home(dbase, base), type(operands)(grads)
 
 
 # What JAX remembers of these is keyed by the static `Dot`, and `jax.clear_caches` frees it.
@@ -312,12 +325,12 @@ _custom = jax.custom_vjp(_value, nondiff_argnums=(0,))
 _custom.defvjp(_forward, _backward)
 
 
-def rule(dot: Dot, forward_mode: bool = False) -> Any:
+def rule(dot: Dot, forward_mode: bool = False) -> Callable[[Arrays, jax.Array | None, Arrays], jax.Array]:
     """`f(xs, base, operands) -> y` for one adapted dot, as a custom rule unless `forward_mode`."""
     return functools.partial(_value if forward_mode else _custom, dot)
 
 
-def cost(dot: Dot, xs: Sequence[Any], base: Any, operands: Sequence[Any]) -> tuple[float, float]:
+def cost(dot: Dot, xs: Sequence[Shaped], base: Shaped | None, operands: Sequence[Shaped]) -> tuple[float, float]:
     """FLOPs of the products' forward pass, factored and contracted to matrices."""
     factored = dense = 0.0
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):

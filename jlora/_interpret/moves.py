@@ -26,6 +26,7 @@ def _moved(me: Interpreter, eqn: Any, values: Sequence[Any]) -> list[Any]:
     if not any(is_weight(v) and v.lazy is not None for v in values):
         return me.bind(eqn, [v.base if is_weight(v) else v for v in values])
     (w,) = (v for v in values if is_weight(v))
+    assert w.lazy is not None
     return [w.lazy.cast(out.aval.dtype) for out in eqn.outvars]
 
 

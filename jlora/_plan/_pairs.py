@@ -6,14 +6,18 @@ carries r alone is a gate between them. No name is looked at.
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jlora._algebra import _words
-from jlora._algebra._words import Array, Bound, Difference, Function, Labels
+from jlora._algebra._words import Array, Bound, Difference, Function, Labels, Word
 from jlora._plan._sites import Plan, Site
+from jlora._types import Place
+
+Get: TypeAlias = Callable[[str, str], jax.Array]  # the array of a group and a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +33,22 @@ class Member:
       fn: what is made of the two.
     """
 
-    place: tuple[str, str]
+    place: Place
     array: Array
     stack: int
     width: int
-    start: tuple[str, str] | None = None
-    fn: Any = None
+    start: Place | None = None
+    fn: Callable[..., jax.Array] | None = None
 
-    def rest(self, get: Any) -> Any:
+    def rest(self, get: Get) -> jax.Array:
         """Its values where every rank is switched off: zeros, or the start."""
         return jnp.zeros_like(get(*self.place)) if self.start is None else get(*self.start)
 
-    def operand(self, get: Any) -> Any:
+    def operand(self, get: Get) -> jax.Array:
         """Its values as the equation sees them: stack axes, then the ranks of the product, then the side."""
         if self.start is None:
             return get(*self.place)
+        assert self.fn is not None
         f = self.fn
         for _ in range(self.stack):
             f = jax.vmap(f)
@@ -73,7 +78,7 @@ class Pair:
     path: str
     rank: int
     layers: int
-    scale: tuple[str, str]
+    scale: Place
     scale_stack: int
 
     @property
@@ -154,7 +159,7 @@ def _side(bound: Bound, labels: Labels, letter: str) -> str:
     return "".join(roles) if len(roles) == 1 and set(labels) - {letter} <= held else ""
 
 
-def _member(site: Site, word: Any, labels: Labels, letter: str, bound: Bound) -> Member | None:
+def _member(site: Site, word: Word, labels: Labels, letter: str, bound: Bound) -> Member | None:
     start = fn = None
     if isinstance(word, Array):
         array, first = word, labels[0] == letter

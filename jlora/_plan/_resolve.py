@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from jlora.methods.base import Method
 
 def resolve(
     tree: _tree.Named,
-    spec: Any,
+    spec: object,
     axes: dict[str, str] | None,
     allow_untied: bool,
     traced: _select.Traced | None = None,

@@ -6,11 +6,13 @@ import math
 import threading
 import weakref
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+
+import jax
 
 from jlora._algebra._words import Difference, Recipe
 from jlora._trees._leaf import Leaf
+from jlora._types import Place, Shape
 from jlora.methods.base import Method
 
 
@@ -37,9 +39,9 @@ class Plan:
     notes: tuple[str, ...]
 
     @functools.cached_property
-    def shapes(self) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
+    def shapes(self) -> dict[Place, tuple[Shape, bool]]:
         """`{(group, factor): (shape, trained)}` of every array."""
-        found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
+        found: dict[Place, tuple[Shape, bool]] = {}
         for site in self.sites:
             for place, (array, shape) in site.recipe.arrays(site.leaf).items():
                 found[place] = (shape, array.trained)
@@ -52,15 +54,15 @@ class Plan:
         ranks = ", ".join(dict.fromkeys(describe_rank(s) for s in self.sites))
         return f"Plan({len(self.sites)} weights, {methods[:80]}, rank {ranks[:40]}, #{digest:08x})"
 
-    def __deepcopy__(self, memo: Any) -> "Plan":
+    def __deepcopy__(self, memo: object) -> "Plan":
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[..., "Plan"], tuple[object, ...]]:
         return intern, (self.sites, self.methods, self.notes)
 
 
 _lock = threading.Lock()
-_interned: "weakref.WeakValueDictionary[Any, Plan]" = weakref.WeakValueDictionary()
+_interned: "weakref.WeakValueDictionary[tuple[object, ...], Plan]" = weakref.WeakValueDictionary()
 
 
 def intern(sites: tuple[Site, ...], methods: tuple[Method, ...], notes: tuple[str, ...]) -> Plan:
@@ -70,7 +72,7 @@ def intern(sites: tuple[Site, ...], methods: tuple[Method, ...], notes: tuple[st
         return _interned.setdefault(content, Plan(*content))
 
 
-def rules(spec: "Method | Sequence[Any]") -> tuple[Method, ...]:
+def rules(spec: object) -> tuple[Method, ...]:
     """A spec as a flat tuple of methods."""
     if isinstance(spec, Method):
         return (spec,)
@@ -91,7 +93,7 @@ def describe_rank(site: Site) -> str:
     return "+".join(map(str, ranks)) or "-"
 
 
-def derived(plan: Plan) -> dict[tuple[str, str], Any]:
+def derived(plan: Plan) -> dict[Place, Callable[[], jax.Array]]:
     """`{(group, factor): make()}` of the frozen factors that need not be saved: they are made again."""
     return {
         place: functools.partial(array.init, None, shape, site.method.dtype_of(array))

@@ -10,9 +10,9 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jlora._trees import _axis_names, _layouts, _table, _tree
 from jlora._trees._leaf import Leaf
@@ -261,6 +261,6 @@ def added(weight: Leaf, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def is_trainable_dtype(dtype: Any) -> bool:
+def is_trainable_dtype(dtype: DTypeLike) -> bool:
     """Whether a weight of this dtype can be adapted: a real floating point type."""
     return jnp.issubdtype(dtype, jnp.floating)

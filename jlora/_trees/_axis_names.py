@@ -5,16 +5,17 @@ from the classes of NNX layers. Names of mesh axes ("fsdp", "tensor") say nothin
 """
 
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from flax import nnx
 
 from jlora._trees import _conventions as words
+from jlora._types import PyTree
 
 _KEYS = ("out_sharding", "sharding_names", "sharding", "names")  # flax from 0.10 to 0.12
 
 
-def of(box: Any) -> tuple[str | None, ...] | None:
+def of(box: PyTree) -> tuple[str | None, ...] | None:
     """The names that a box or an `nnx.Variable` carries, one an axis; None where it carries none."""
     held = (
         box.get_metadata() if callable(getattr(box, "get_metadata", None)) else {"names": getattr(box, "names", None)}
@@ -23,7 +24,7 @@ def of(box: Any) -> tuple[str | None, ...] | None:
     return names and tuple(n if isinstance(n, str) else None for n in names)
 
 
-def of_layers(module: Any) -> dict[tuple[Any, ...], tuple[str, ...]]:
+def of_layers(module: object) -> dict[tuple[str | int, ...], tuple[str, ...]]:
     """`{steps: names}` of the kernels that the layers of an NNX module hold, by what their classes say."""
     if not isinstance(module, nnx.Module):
         return {}
@@ -36,16 +37,16 @@ def of_layers(module: Any) -> dict[tuple[Any, ...], tuple[str, ...]]:
     }
 
 
-def _many(size: Any) -> int:
+def _many(size: int | Sequence[int]) -> int:
     return 1 if isinstance(size, int) else len(size)
 
 
-def _window(layer: Any) -> tuple[str, ...]:
+def _window(layer: nnx.Conv | nnx.ConvTranspose) -> tuple[str, ...]:
     return ("window",) * _many(layer.kernel_size)
 
 
 # flax/nnx/nn/linear.py: what `kernel_shape` is made of
-_LAYERS: tuple[tuple[type, Any], ...] = (
+_LAYERS: tuple[tuple[type, Callable[[PyTree], tuple[str, ...]]], ...] = (
     (nnx.Linear, lambda layer: ("conv_in", "conv_out")),
     (nnx.LinearGeneral, lambda layer: ("conv_in",) * _many(layer.axis) + ("conv_out",) * _many(layer.out_features)),
     (nnx.Conv, lambda layer: (*_window(layer), "conv_in", "conv_out")),

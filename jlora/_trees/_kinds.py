@@ -15,11 +15,12 @@ import collections
 import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from jlora._trees import _names
 from jlora._trees._axes import is_trainable_dtype
 from jlora._trees._tree import Named, shape_dtype
+from jlora._types import PyTree
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 Traced: TypeAlias = Mapping[str, tuple[str, str]]
@@ -126,7 +127,7 @@ def owner(path: str) -> str:
     return next((name for name in reversed(named) if name), path)
 
 
-def kinds(paths: Sequence[str], leaves: Sequence[Any], traced: Traced | None = None) -> list[str]:
+def kinds(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None = None) -> list[str]:
     """One word for each leaf of a tree (see above); what is no real floating point array is `other`.
 
     `traced` is what a trace found, `{path: (use, letters)}`, a use being `lookup`, `dot` (a convolution too),

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from jlora._dtypes import widened
 
@@ -16,7 +16,7 @@ class Leaf:
 
     path: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
     roles: str
 
     @property
@@ -47,7 +47,7 @@ class Leaf:
         kept = self.axes("iok")
         return Leaf(self.path, tuple(self.shape[n] for n in kept), self.dtype, "".join(self.roles[n] for n in kept))
 
-    def matrix(self, array: Any) -> jax.Array:
+    def matrix(self, array: ArrayLike) -> jax.Array:
         """An array in the weight's own axes as matrices `(stack..., in, out)`, in at least float32.
 
         Example:

@@ -1,12 +1,18 @@
 """A leaf that is several arrays: what the library asks of it, whatever is in them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from jax.typing import DTypeLike
+
+from jlora._types import DType, MeshAxes, PyTree, Value
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 class Packed:
@@ -26,14 +32,14 @@ class Packed:
         raise NotImplementedError
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         raise NotImplementedError
 
     @property
     def roles(self) -> str:
         raise NotImplementedError
 
-    def parts(self) -> tuple[tuple[Any, ...], Callable[..., jax.Array]]:
+    def parts(self) -> tuple[tuple[jax.Array, ...], Callable[..., jax.Array]]:
         """The arrays, each with the weight's stack axes in front, and how they make the weight of one layer.
 
         The function is hashable, so that equal layers are one program. It takes the arrays of one layer and gives the
@@ -49,10 +55,10 @@ class Packed:
         """For each array, the axis of the weight that each of its axes stands for, None for one of its own."""
         raise NotImplementedError
 
-    def spec(self) -> tuple[Any, ...]:
+    def spec(self) -> tuple[MeshAxes, ...]:
         """The mesh axes of each axis of the weight as the types of its arrays tell them: those that are explicit."""
         arrays, _ = self.parts()
-        own: list[Any] = [None] * self.ndim
+        own: list[MeshAxes] = [None] * self.ndim
         for n, entry in zip(self.axes()[0], jax.typeof(arrays[0]).sharding.spec, strict=False):
             if n is not None:
                 own[n] = entry
@@ -89,12 +95,12 @@ class Packed:
     def __jax_array__(self) -> jax.Array:
         return self.dequantize()
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a quantised weight has no array to share: its values are computed; leave copy out")
         return np.asarray(self.dequantize(), dtype)
 
-    def __getitem__(self, index: Any) -> jax.Array:
+    def __getitem__(self, index: PyTree) -> jax.Array:
         return self.dequantize()[index]
 
     def __iter__(self) -> Iterator[jax.Array]:
@@ -108,27 +114,27 @@ class Packed:
         """Flax's word for what a box holds."""
         return self.dequantize()
 
-    def replace_boxed(self, value: Any) -> Any:
+    def replace_boxed(self, value: Value) -> Value:
         """Flax's word for a box with another value: what is computed from a weight is no weight in codes."""
         return value
 
-    def add_axis(self, index: int, params: Any) -> "Packed":
+    def add_axis(self, index: int, params: object) -> "Packed":
         """Flax's word for a stack (`nn.scan`, `nn.vmap`), whose axes are read off the arrays."""
         return self
 
-    def remove_axis(self, index: int, params: Any) -> "Packed":
+    def remove_axis(self, index: int, params: object) -> "Packed":
         return self
 
 
 meta.AxisMetadata.register(Packed)
 
 
-def is_packed(x: Any) -> bool:
+def is_packed(x: object) -> "TypeIs[Packed]":
     """Whether a leaf is several arrays."""
     return isinstance(x, Packed)
 
 
-def sound(named: Iterable[tuple[str, Any]]) -> None:
+def sound(named: Iterable[tuple[str, PyTree]]) -> None:
     """Raises TypeError unless the arrays of every `Packed` among leaves with their paths are what they should be."""
     found = [(path, leaf, leaf.wrong()) for path, leaf in named if is_packed(leaf)]
     bad = [f"\n  {repr(path) if path else 'one'} of shape {leaf.shape}: {why}" for path, leaf, why in found if why]
@@ -140,7 +146,7 @@ def sound(named: Iterable[tuple[str, Any]]) -> None:
         )
 
 
-def dense(leaf: Any) -> Any:
+def dense(leaf: PyTree) -> PyTree:
     """A leaf as one array; a leaf without values, or one that is an array, as it is."""
     if not is_packed(leaf):
         return leaf

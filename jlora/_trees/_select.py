@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from jlora._trees import _tree
 
@@ -10,7 +10,7 @@ Traced: TypeAlias = Mapping[str, tuple[str, str]]
 _PRESETS = ("attention", "linear", "embeddings", "head", "biases", "norms", "everything")
 
 
-def parts(target: Any, said: str = "target") -> tuple[Any, ...]:
+def parts(target: object, said: str = "target") -> tuple["str | Callable[..., object]", ...]:
     """A target as a flat tuple of patterns and callables.
 
     Raises:
@@ -36,7 +36,7 @@ def parts(target: Any, said: str = "target") -> tuple[Any, ...]:
     )
 
 
-def taken(target: Any, tree: _tree.Named, traced: Traced | None = None) -> list[bool]:
+def taken(target: object, tree: _tree.Named, traced: Traced | None = None) -> list[bool]:
     """For each leaf, whether a target takes it; a pattern that is no regular expression takes none.
 
     A target of `jlora.targets` sees the whole tree, and what a trace does with each leaf, `{path: (use, letters)}`.
@@ -45,7 +45,7 @@ def taken(target: Any, tree: _tree.Named, traced: Traced | None = None) -> list[
     return [any(column[n] for column in columns) for n in range(len(tree.paths))]
 
 
-def _column(part: Any, tree: _tree.Named, traced: Traced | None) -> list[bool]:
+def _column(part: "str | Callable[..., object]", tree: _tree.Named, traced: Traced | None) -> list[bool]:
     if isinstance(part, str):
         try:
             pattern = re.compile(part)
@@ -59,7 +59,7 @@ def _column(part: Any, tree: _tree.Named, traced: Traced | None) -> list[bool]:
 
 
 def select(
-    who: str, target: Any, exclude: Any, tree: _tree.Named, traced: Traced | None = None
+    who: str, target: object, exclude: object, tree: _tree.Named, traced: Traced | None = None
 ) -> tuple[list[bool], list[str]]:
     """For each leaf whether it is adapted, and what is wrong with the target, in words that begin with `who`.
 
@@ -96,7 +96,7 @@ def unmatched(axes: "dict[str, str] | None", tree: _tree.Named) -> dict[str, str
     return {p: f"axes={{{p!r}: ...}} matches no leaf{_instead(p, tree)}" for p, it in wrong.items() if it}
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """A target in an error message: a name or a repr, at most 200 characters of it."""
     name = getattr(value, "__name__", None)
     if isinstance(value, (list, tuple)):
@@ -108,7 +108,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:120]}... ({len(text):,} characters)"
 
 
-def _instead(part: Any, tree: _tree.Named) -> str:
+def _instead(part: object, tree: _tree.Named) -> str:
     """What to write instead of a pattern or callable without a match."""
     said = ""
     if not isinstance(part, str):
@@ -157,7 +157,7 @@ def _clip(path: str) -> str:
     return path if len(path) <= 200 else f"{path[:120]}..."
 
 
-def vectors(who: str, target: Any, tree: _tree.Named, taken: Sequence[int], left: Sequence[int]) -> str:
+def vectors(who: str, target: object, tree: _tree.Named, taken: Sequence[int], left: Sequence[int]) -> str:
     """What to write where patterns took vectors (`taken`) beside the matrices (`left`) that a method can adapt.
 
     peft's `["query", "value"]` names modules, whose matrices it means; a pattern is searched in the path of a leaf.
@@ -181,7 +181,7 @@ def vectors(who: str, target: Any, tree: _tree.Named, taken: Sequence[int], left
     return f"{said}: a pattern is searched in the path of each leaf; write {', or '.join(lines)}"
 
 
-def _sharpened(part: Any, tree: _tree.Named, taken: Sequence[int], left: Sequence[int]) -> Any:
+def _sharpened(part: object, tree: _tree.Named, taken: Sequence[int], left: Sequence[int]) -> str | None:
     """A pattern that takes the same matrices and no vector: the old one and the name of the leaf after it."""
     if not isinstance(part, str):
         return None

@@ -10,7 +10,7 @@ import functools
 import heapq
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -19,28 +19,29 @@ from flax.core import meta
 
 from jlora._trees import _axis_names
 from jlora._trees._packed import is_packed
+from jlora._types import DType, PyTree, Shape, TreeDef
 
-Target: TypeAlias = "str | Sequence[str] | Callable[[str, Any], bool]"
+Target: TypeAlias = "str | Sequence[str] | Callable[[str, PyTree], bool]"
 
 
-def is_box(x: Any) -> bool:
+def is_box(x: object) -> bool:
     """Whether `x` wraps a leaf: its attribute steps are no part of a path."""
     return isinstance(x, (nnx.Variable, meta.AxisMetadata)) and not is_packed(x)
 
 
-def escape(name: Any) -> str:
+def escape(name: object) -> str:
     """One step of a path: `/` becomes `%2F`, `%` becomes `%25`."""
     return str(name).replace("%", "%25").replace("/", "%2F")
 
 
-def _step(entry: Any) -> str:
+def _step(entry: object) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
             return escape(getattr(entry, attribute))
     return escape(entry)
 
 
-def spelled(steps: Sequence[Any]) -> str:
+def spelled(steps: Sequence[object]) -> str:
     """The path of JAX's own steps to a leaf, without a box's attribute at its end (an `nnx.Variable`'s `.value`)."""
     attribute = jax.tree_util.GetAttrKey("value")
     return "/".join(map(_step, steps[:-1] if steps and steps[-1] == attribute else steps))
@@ -54,13 +55,13 @@ class Named:
     """
 
     paths: tuple[str, ...]
-    leaves: tuple[Any, ...]
+    leaves: tuple[PyTree, ...]
     owners: tuple[int, ...]
-    treedef: Any
+    treedef: TreeDef
     axis_names: tuple[tuple[str | None, ...] | None, ...]
 
 
-def flatten(tree: Any) -> Named:
+def flatten(tree: PyTree) -> Named:
     """Flattens in JAX's own order, naming each leaf by the user's names alone.
 
     A `Packed` weight is one leaf.
@@ -72,7 +73,7 @@ def flatten(tree: Any) -> Named:
     paths, leaves, owners, names = [], [], [], []
     layers = {"/".join(map(escape, steps)): words for steps, words in _axis_names.of_layers(tree).items()}
 
-    def walk(node: Any, prefix: tuple[str, ...], inside: bool) -> None:
+    def walk(node: PyTree, prefix: tuple[str, ...], inside: bool) -> None:
         below = lambda x: is_box(x) and x is not node
         try:
             one = lambda x: below(x) or is_packed(x)
@@ -100,12 +101,12 @@ def flatten(tree: Any) -> Named:
     return Named(tuple(paths), tuple(leaves), tuple(owners), treedef, tuple(names))
 
 
-def leaves(tree: Any) -> list[Any]:
+def leaves(tree: PyTree) -> list[PyTree]:
     """The leaves in JAX's own order; a `Packed` weight is one."""
     return jax.tree.leaves(tree, is_leaf=is_packed)
 
 
-def rebuilt(tree: Any, leaves: Sequence[Any]) -> Any:
+def rebuilt(tree: PyTree, leaves: Sequence[PyTree]) -> PyTree:
     """The same tree with other leaves."""
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_packed), leaves)
 
@@ -124,7 +125,7 @@ def _trigrams(text: str) -> frozenset[str]:
     return frozenset(padded[n : n + 3] for n in range(len(padded) - 2))
 
 
-def nearest(target: Any, paths: Sequence[str], count: int = 5) -> list[str]:
+def nearest(target: object, paths: Sequence[str], count: int = 5) -> list[str]:
     """The paths that look most like a pattern without a match, for its error message.
 
     Likeness is the share of common runs of three characters, at the ends of both and of at most 200 characters: names
@@ -142,7 +143,7 @@ def nearest(target: Any, paths: Sequence[str], count: int = 5) -> list[str]:
     return heapq.nlargest(count, paths, key=likeness)
 
 
-def shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
+def shape_dtype(leaf: PyTree) -> tuple[Shape, DType]:
     """Shape and dtype of an array-like leaf without reading its values."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return tuple(leaf.shape), leaf.dtype

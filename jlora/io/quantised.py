@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -109,8 +109,9 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
     sound(zip(tree.paths, tree.leaves, strict=True))
     arrays, leaves = {}, {}
     for leaf_path, leaf in zip(tree.paths, tree.leaves, strict=True):
-        how = described(leaf.codec, leaf.kernel) if is_packed(leaf) else None
-        parts = leaf.arrays if is_packed(leaf) else {"": leaf}
+        packed = cast(Quantized, leaf) if is_packed(leaf) else None
+        how = described(packed.codec, packed.kernel) if packed is not None else None
+        parts = packed.arrays if packed is not None else {"": leaf}
         records = {}
         for name, part in parts.items():
             place = _arrays.stored_name("base", leaf_path, name)

@@ -1,0 +1,54 @@
+"""What passes between the rooms, by name: the types that the signatures are written in."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+
+Value = TypeVar("Value")
+
+PyTree: TypeAlias = Any
+"""A tree of whatever the user has: parameters, masks, states; a leaf is the smallest."""
+
+TreeDef: TypeAlias = Hashable
+"""The form of a tree, as `jax.tree.structure` gives it."""
+
+Key: TypeAlias = jax.Array
+"""A typed PRNG key, or several along leading axes."""
+
+Shape: TypeAlias = tuple[int, ...]
+
+DType: TypeAlias = np.dtype
+"""Of an array that is there; what a user may write for one is a `jax.typing.DTypeLike`."""
+
+Place: TypeAlias = tuple[str, str]
+"""Where a factor stands: its group (the path of a weight, or a name that several share), and its name."""
+
+Factors: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
+"""Half of an adapter: `{group: {name: array}}`."""
+
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
+"""The mesh axes that one axis of an array is cut over: an entry of a `PartitionSpec`."""
+
+Precision: TypeAlias = lax.PrecisionLike
+
+Dimensions: TypeAlias = lax.DotDimensionNumbers
+"""Of a dot: the contracted axes of both sides, then their batch axes."""
+
+Cut: TypeAlias = Callable[[jax.Array, int], jax.Array]
+"""What is done to an array along one of its axes."""
+
+
+class Shaped(Protocol):
+    """An array, or what says as much of one: its shape and its dtype."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...

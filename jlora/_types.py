@@ -27,8 +27,17 @@ DType: TypeAlias = np.dtype
 Place: TypeAlias = tuple[str, str]
 """Where a factor stands: its group (the path of a weight, or a name that several share), and its name."""
 
-Factors: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
+Half: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
 """Half of an adapter: `{group: {name: array}}`."""
+
+Keys: TypeAlias = Callable[[str, str], Key]
+"""The key of each factor, by its group and name."""
+
+W0: TypeAlias = jax.Array | jax.ShapeDtypeStruct
+"""The frozen weight in its own axes, or its shape where there are no values."""
+
+Init: TypeAlias = Callable[..., jax.Array]
+"""How a factor begins: `init(key, shape, dtype)`, such as those of `jax.nn.initializers`."""
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 

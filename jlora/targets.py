@@ -1,28 +1,31 @@
 """Which weights to adapt, as callables `(path, leaf) -> bool`.
 
-Any of them can be a method's `target` or `exclude`; so can a regular expression, searched in the path, or a list. Each
+Each can be a method's `target` or `exclude`; so can a regular expression, searched in the path, or a list. Each
 asks what a leaf is for (`_kinds`). Given a whole tree, as `adapt` and `quantize` do, it looks at what stands beside a
 leaf too: a classifier that is called `Dense_0` is known by the tree around it, not by its path.
 """
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TypeAlias
 
 from jlora._trees import _kinds
 from jlora._trees._axes import is_trainable_dtype
 from jlora._trees._tree import shape_dtype
+from jlora._types import PyTree
+
+Test: TypeAlias = Callable[[str, PyTree], bool]
 
 
-def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Callable[[str, Any], bool]], Any]:
+def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Test], Test]:
     """Makes a target of some kinds, and of the leaves of norms with one of some names; the function has its words."""
 
-    def decorate(function: Callable[[str, Any], bool]) -> Any:
+    def decorate(function: Test) -> Test:
         @functools.wraps(function)
-        def target(path: str, leaf: Any) -> bool:
+        def target(path: str, leaf: PyTree) -> bool:
             return among((path,), (leaf,))[0]
 
-        def among(paths: Sequence[str], leaves: Sequence[Any], traced: _kinds.Traced | None = None) -> list[bool]:
+        def among(paths: Sequence[str], leaves: Sequence[PyTree], traced: _kinds.Traced | None = None) -> list[bool]:
             kinds = _kinds.kinds(paths, leaves, traced)
             return [
                 kind in wanted or kind == "norm" and bool(named) and _kinds.leaf_name(path) in named
@@ -36,7 +39,7 @@ def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Callable[[str, A
 
 
 @_of("query", "value", "qkv")
-def attention(path: str, leaf: Any) -> bool:
+def attention(path: str, leaf: PyTree) -> bool:
     """Query and value projections (and fused ones that hold them): the LoRA paper's choice.
 
     Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, section 7.1.
@@ -52,7 +55,7 @@ def attention(path: str, leaf: Any) -> bool:
 
 
 @_of(*_kinds.MATRICES)
-def linear(path: str, leaf: Any) -> bool:
+def linear(path: str, leaf: PyTree) -> bool:
     """Every matrix or convolution but tables that are looked up and the output head: QLoRA's choice.
 
     Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023.
@@ -68,7 +71,7 @@ def linear(path: str, leaf: Any) -> bool:
 
 
 @_of("embedding")
-def embeddings(path: str, leaf: Any) -> bool:
+def embeddings(path: str, leaf: PyTree) -> bool:
     """Tables that are looked up by the ids of tokens, types or classes; those of positions are none.
 
     Example:
@@ -82,7 +85,7 @@ def embeddings(path: str, leaf: Any) -> bool:
 
 
 @_of("head")
-def head(path: str, leaf: Any) -> bool:
+def head(path: str, leaf: PyTree) -> bool:
     """The last projection, onto a vocabulary or classes. A table that is both ends of a model is an embedding.
 
     Example:
@@ -96,7 +99,7 @@ def head(path: str, leaf: Any) -> bool:
 
 
 @_of("bias", named=("bias", "beta", "b", "offset"))
-def biases(path: str, leaf: Any) -> bool:
+def biases(path: str, leaf: PyTree) -> bool:
     """Every bias, those of norms among them: what BitFit trains.
 
     Ben Zaken et al, `BitFit <https://arxiv.org/abs/2106.10199>`_, 2021.
@@ -110,7 +113,7 @@ def biases(path: str, leaf: Any) -> bool:
 
 
 @_of("norm")
-def norms(path: str, leaf: Any) -> bool:
+def norms(path: str, leaf: PyTree) -> bool:
     """Scales and biases of normalisation layers.
 
     Example:
@@ -123,7 +126,7 @@ def norms(path: str, leaf: Any) -> bool:
     raise NotImplementedError
 
 
-def everything(path: str, leaf: Any) -> bool:
+def everything(path: str, leaf: PyTree) -> bool:
     """Every floating-point leaf: what a subspace of all parameters moves.
 
     Li et al, `Measuring the Intrinsic Dimension of Objective Landscapes <https://arxiv.org/abs/1804.08838>`_, 2018.

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jlora._trees._leaf import Leaf
-from jlora._types import Key, Shape
+from jlora._types import Init, Key, Shape
 
 Labels: TypeAlias = tuple[str, ...]
 
@@ -47,7 +47,7 @@ class Array:
     """
 
     name: str
-    init: Callable[..., jax.Array] = dataclasses.field(compare=False, repr=False)
+    init: Init = dataclasses.field(compare=False, repr=False)
     shape: tuple[int, ...] | None = None
     trained: bool = True
     group: str | None = None
@@ -224,7 +224,7 @@ class Recipe:
         return found
 
 
-def constant(value: float) -> Callable[..., jax.Array]:
+def constant(value: float) -> Init:
     """An initialiser that fills."""
     return functools.partial(_constant, value)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from jlora import _answers
 from jlora._plan._sites import Plan
-from jlora._types import Factors
+from jlora._types import Half
 
 
 def check_half(name: str, half: object) -> None:
@@ -15,7 +15,7 @@ def check_half(name: str, half: object) -> None:
         raise ValueError(f"{name}: {gone[0][0]!r}: {gone[0][1]!r} is None, not an array")
 
 
-def check_one(caller: str, plan: Plan, trainable: Factors, factors: Factors) -> None:
+def check_one(caller: str, plan: Plan, trainable: Half, factors: Half) -> None:
     """Raises ValueError where the factors have other shapes than the plan's: with one axis more they are a stack."""
     check_half(f"{caller}: trainable", trainable)
     check_half(f"{caller}: frozen.factors", factors)
@@ -31,7 +31,7 @@ def check_one(caller: str, plan: Plan, trainable: Factors, factors: Factors) -> 
             raise ValueError(f"{caller}: {said}, and the plan {shape}; {ranks}")
 
 
-def check_trainable(trainable: Factors, plan: Plan) -> None:
+def check_trainable(trainable: Half, plan: Plan) -> None:
     """Raises if groups, names or shapes are not the plan's; all of them are named at once."""
     want = {place for place, (_, trained) in plan.shapes.items() if trained}
     check_half("trainable", trainable)
@@ -47,7 +47,7 @@ def check_trainable(trainable: Factors, plan: Plan) -> None:
         raise ValueError("these trainable factors do not fit the plan:\n  " + "\n  ".join(bad[:8]) + more)
 
 
-def _misshapen(plan: Plan, half: Factors, trained: bool) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+def _misshapen(plan: Plan, half: Half, trained: bool) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Of each array of another shape than the plan's: that in words, the shape it has, and the plan's.
 
     What has no shape, such as the mark of a masked optimizer, is passed over.

@@ -12,16 +12,20 @@ Salmon et al, `Parallel Random Numbers: As Easy as 1, 2, 3 <https://doi.org/10.1
 """
 
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jlora._types import PyTree, Shape
 
 NAME = "threefry2x32"  # what a file says of how its factors were drawn
 
-Key: TypeAlias = tuple[Any, Any]  # two uint32
+Key: TypeAlias = tuple[ArrayLike, ArrayLike]  # two uint32
+Words: TypeAlias = tuple[jax.Array, jax.Array]  # two uint32 an element
 
 ROTATIONS = np.array([[13, 15, 26, 6], [17, 29, 16, 24]], np.uint32)
 
@@ -32,10 +36,10 @@ def key(seed: int) -> Key:
 
 
 @jax.jit
-def block(key: Key, high: jax.Array, low: jax.Array) -> Key:
+def block(key: Key, high: jax.Array, low: jax.Array) -> Words:
     """Threefry of counters (high, low): two words for each."""
 
-    def rounds(n: Any, state: Any) -> Any:
+    def rounds(n: int, state: PyTree) -> PyTree:
         x, y, (first, second, third), (now, then) = state
         for i in range(4):
             x = x + y
@@ -50,13 +54,13 @@ def block(key: Key, high: jax.Array, low: jax.Array) -> Key:
     return lax.platform_dependent(*state, cpu=run(False), default=run(True))[:2]
 
 
-def fold_in(key: Key, n: Any) -> Key:
+def fold_in(key: Key, n: ArrayLike) -> Key:
     """Another key for every whole number; the n-th of a split, too."""
     n = jnp.asarray(n).astype(jnp.uint32)
     return block(key, 0 * n, n)
 
 
-def words(key: Key, shape: tuple[int, ...]) -> Key:
+def words(key: Key, shape: Shape) -> Words:
     """Two random words an element."""
     size = math.prod(shape)
     if size > 2**32:
@@ -65,13 +69,13 @@ def words(key: Key, shape: tuple[int, ...]) -> Key:
     return block(key, jnp.zeros_like(low), low)
 
 
-def bits(key: Key, shape: tuple[int, ...]) -> jax.Array:
+def bits(key: Key, shape: Shape) -> jax.Array:
     """uint32."""
     x, y = words(key, shape)
     return x ^ y
 
 
-def unit(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def unit(key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """Multiples of 2^-m in [0, 1), m the bits of the dtype's mantissa; float32 where the dtype is narrower."""
     m = jnp.finfo(dtype).nmant
     if m == 52:
@@ -82,7 +86,7 @@ def unit(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return k.astype(jnp.float32) * 2.0**-m
 
 
-def uniform(key: Key, shape: tuple[int, ...], dtype: Any, bound: float) -> jax.Array:
+def uniform(key: Key, shape: Shape, dtype: DTypeLike, bound: float) -> jax.Array:
     """U(-bound, bound)."""
     u = unit(key, shape, dtype)
     if u.dtype == dtype:
@@ -94,14 +98,14 @@ def uniform(key: Key, shape: tuple[int, ...], dtype: Any, bound: float) -> jax.A
     return jnp.maximum(narrow(narrow(u * width).astype(u.dtype) - b), narrow(jnp.asarray(-b)))
 
 
-def normal(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def normal(key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """N(0, 1), in float32 or float64."""
     least = np.nextafter(np.asarray(-1.0, dtype), np.asarray(0.0, dtype))
     u = jnp.maximum(2 * unit(key, shape, dtype) + least, least)
     return jnp.multiply(np.asarray(math.sqrt(2), dtype), lax.erf_inv(u))
 
 
-def signs(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def signs(key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """+-1 with equal chances."""
     return jnp.where(bits(key, shape) >> np.uint32(31) == 0, 1, -1).astype(dtype)
 

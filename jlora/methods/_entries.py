@@ -9,20 +9,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jlora._trees._leaf import Leaf
+from jlora._types import Key, Shape
 from jlora.methods import _draws
 from jlora.methods.base import check_sides
 
 DIGITS = 4
 
 
-def held(numbers: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def held(numbers: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Numbers (..., n) below 2^31 as digits (..., n, 4), the lowest first; in float32 where the dtype is too narrow."""
     digits = jnp.stack([(numbers >> 8 * k) & 255 for k in range(DIGITS)], -1)
     return digits.astype(dtype if jnp.finfo(dtype).nmant >= 7 else jnp.float32)
@@ -44,7 +45,7 @@ def seeded(seed: int, of: int) -> Callable[..., jax.Array]:
     return functools.partial(_seeded, seed, of)
 
 
-def _seeded(seed: int, of: int, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _seeded(seed: int, of: int, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
     return held(_draws.entries(_draws.key(seed), shape[-2], of), dtype)
 
 
@@ -54,7 +55,7 @@ class Random:
 
     of: int
 
-    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
         *stack, n, _ = shape
         draw = lambda words: held(_draws.entries((words[0], words[1]), n, self.of), dtype)
         for _ in stack:

@@ -13,18 +13,19 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
 class Holds:
     """What must hold of a field beside its type: `Annotated[int, Holds(test, "a rank is ...")]`."""
 
-    test: Callable[[Any], bool]
+    test: Callable[..., bool]
     words: str
 
 
@@ -32,15 +33,15 @@ class Holds:
 class Reads:
     """What makes a field of what was given, in place of its type's own reading; it raises ValueError in words."""
 
-    read: Callable[[Any], Any]
+    read: Callable[[object], object]
 
 
-def _dtype(value: Any) -> str:
+def _dtype(value: object) -> str:
     words = f"no dtype of floating point numbers: write 'float32' or 'bfloat16', not {value!r:.60}"
     if value is None or isinstance(value, (jax.Array, np.ndarray)):
         raise ValueError(words)
     try:
-        dtype = jnp.dtype(value)
+        dtype = jnp.dtype(cast(DTypeLike, value))
     except TypeError:
         raise ValueError(words) from None
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -69,7 +70,7 @@ def nonzero(what: str) -> Holds:
 def names(every: str) -> Reads:
     """Some of these letters, in their order, each once: a string of them, or a tuple, list or set."""
 
-    def read(value: Any) -> tuple[str, ...]:
+    def read(value: object) -> tuple[str, ...]:
         given = list(value) if isinstance(value, (str, tuple, list, set, frozenset)) else [None]
         if not all(isinstance(x, str) and x in set(every) for x in given):
             raise ValueError(f"write some of {', '.join(map(repr, every))}, as a tuple")
@@ -86,8 +87,8 @@ Dtype: TypeAlias = Annotated[str, Reads(_dtype)]
 
 
 @functools.cache
-def hints(cls: type) -> Mapping[str, Any]:
-    """The type of each field; Any where it is written as a string that cannot be looked up where the class stands."""
+def hints(cls: type) -> Mapping[str, object]:
+    """The type of each field; one that takes anything where its string cannot be looked up where the class stands."""
     found = {}
     for owner in reversed(cls.__mro__):
         names = vars(sys.modules.get(owner.__module__, types.ModuleType("")))
@@ -101,7 +102,7 @@ def hints(cls: type) -> Mapping[str, Any]:
     return {f.name: found.get(f.name, f.type) for f in dataclasses.fields(cls)}
 
 
-def settle(method: Any, but: Sequence[str]) -> None:
+def settle(method: object, but: Sequence[str]) -> None:
     """Checks the fields of a frozen dataclass, and spells each as its type says; all bad ones are named at once."""
     name, bad = type(method).__name__, []
     for field, hint in hints(type(method)).items():
@@ -118,7 +119,7 @@ def settle(method: Any, but: Sequence[str]) -> None:
         raise ValueError("\n".join(bad))
 
 
-def settled(value: Any, hint: Any) -> Any:
+def settled(value: object, hint: object) -> object:
     """A value as a type hint says it; ValueError in words where it is something else. Unknown hints take anything."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -145,7 +146,7 @@ def settled(value: Any, hint: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _annotated(value: Any, hint: Any, extras: Sequence[Any]) -> Any:
+def _annotated(value: object, hint: object, extras: Sequence[object]) -> object:
     for extra in extras:
         if isinstance(extra, Reads):
             return extra.read(value)
@@ -160,7 +161,7 @@ def _annotated(value: Any, hint: Any, extras: Sequence[Any]) -> Any:
     return value
 
 
-def _tuple(value: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+def _tuple(value: object, args: Sequence[object]) -> tuple[object, ...]:
     endless = args[-1] is Ellipsis
     example = "several" if endless else str(len(args))
     try:
@@ -178,24 +179,24 @@ def _tuple(value: Any, args: Sequence[Any]) -> tuple[Any, ...]:
         raise ValueError(wanted) from None
 
 
-def _bool(value: Any) -> bool:
+def _bool(value: object) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise ValueError("write True or False")
 
 
-def _int(value: Any) -> int:
+def _int(value: object) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise ValueError("an integer")
     return operator.index(value)
 
 
-def _float(value: Any) -> float:
+def _float(value: object) -> float:
     number = isinstance(value, (numbers.Real, np.floating, np.integer)) and not isinstance(value, (bool, np.bool_))
     if not number and not isinstance(value, np.generic) or isinstance(value, (np.bool_, np.complexfloating, np.str_)):
         raise ValueError("a number")
     try:
-        value = float(value)
+        value = float(cast(float, value))
     except (OverflowError, ValueError, TypeError):
         raise ValueError("a number") from None
     if not math.isfinite(value):
@@ -203,15 +204,21 @@ def _float(value: Any) -> float:
     return value + 0.0  # -0.0 is 0.0: equal numbers are spelled alike
 
 
-def _none(value: Any) -> None:
+def _none(value: object) -> None:
     if value is not None:
         raise ValueError("None")
 
 
-def _str(value: Any) -> str:
+def _str(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("a string")
     return str(value)
 
 
-_READERS: dict[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str, types.NoneType: _none}
+_READERS: dict[object, Callable[[object], object]] = {
+    bool: _bool,
+    int: _int,
+    float: _float,
+    str: _str,
+    types.NoneType: _none,
+}

@@ -3,20 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jlora._algebra._words import Array, Delta, Recipe, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import W0, Init, Key, Keys, Place, Shape
 from jlora.methods import _fields
 from jlora.methods._fields import Alpha, Dtype, Rank, Rate
-
-Init: TypeAlias = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-
 
 #: Of the factor that makes a delta exactly zero at the start.
 zeros: Init = constant(0.0)
@@ -32,23 +30,23 @@ def normal(std: float) -> Init:
     return functools.partial(_normal, std)
 
 
-def of_the_weight(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def of_the_weight(key: Key | None, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """Room for what a method's `initial` makes of the weight, whatever the key."""
     return jnp.zeros(shape, dtype)
 
 
-def _uniform(bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _uniform(bound: float, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _normal(std: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _normal(std: float, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
     # a barrier, or a compiler multiplies two constants first: what `jit` draws is then not what is drawn without
     return std * jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype))
 
 
 def filled(
-    arrays: Mapping[tuple[str, str], jax.Array], begun: Mapping[str, jax.Array], dtype: Any
-) -> dict[tuple[str, str], jax.Array]:
+    arrays: Mapping[Place, jax.Array], begun: Mapping[str, jax.Array], dtype: DTypeLike
+) -> dict[Place, jax.Array]:
     """Initial arrays, those that have a name in `begun` with its values: a copy, in the axes of the array."""
     # copies: a trained array shares no buffer with a frozen one, nor with what the start was made from
     of = lambda name, old: jnp.array(begun[name], dtype, copy=True).reshape(old.shape) if name in begun else old
@@ -126,9 +124,7 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} says no recipe(leaf): a method is a subclass that has one")
 
-    def initial(
-        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[tuple[str, str], jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
         """The initial arrays, `{(group, name): array}`; `weight` is there for methods that start from its values."""
         return {
             place: array.init(keys(*place), shape, self.dtype_of(array))

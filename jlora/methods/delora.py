@@ -6,8 +6,7 @@ Bini, Girrbach and Akata, `Decoupling Angles and Strength in Low-rank Adaptation
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jlora._algebra._words import Array, Delta, Function, Recipe, constant
 from jlora._dtypes import widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import W0, Keys, Place
 from jlora.methods._fields import Rank, nonzero
 from jlora.methods.base import Dropping, check_sides, of_the_weight, uniform, zeros
 from jlora.methods.starts import values
@@ -71,9 +71,7 @@ class DeLoRA(Dropping):
         )
         return Recipe((self.dropped(Delta("I, r I, , r O -> I O", words, (("r", r),), 1 / r)),))
 
-    def initial(
-        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[tuple[str, str], jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
         if isinstance(weight, jax.ShapeDtypeStruct):
             raise ValueError(f"DeLoRA on {leaf.path!r} starts from the norms of the weight, and it has no values")
         arrays = super().initial(leaf, recipe, keys, weight)

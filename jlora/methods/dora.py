@@ -4,8 +4,8 @@ Liu et al, `DoRA: Weight-Decomposed Low-Rank Adaptation <https://arxiv.org/abs/2
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,16 @@ from jlora._algebra import _words
 from jlora._algebra._contract import contract
 from jlora._algebra._mesh import automatic
 from jlora._algebra._unmade import KEPT
-from jlora._algebra._words import Array, Delta, Function, Labels, Recipe, constant
+from jlora._algebra._words import Array, Bound, Delta, Function, Labels, Recipe, constant
 from jlora._dtypes import alike
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import W0, Keys, Place
 from jlora.methods.base import Method, of_the_weight
-from jlora.methods.sum import Place, apart, renamed
+from jlora.methods.sum import apart, renamed
+
+# The operands of a delta, its scale among them; their labels; and its equation.
+Valued: TypeAlias = tuple[list[jax.Array], list[Labels], Bound]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Gain:
         values, tree = jax.tree.flatten([made for made, *_ in terms])
 
         def exact(square: jax.Array, w0: jax.Array, n0: jax.Array, *values: jax.Array) -> jax.Array:
-            here = [(made, *rest) for made, (_, *rest) in zip(tree.unflatten(values), terms, strict=True)]
+            here = [(made, names, bound) for made, (_, names, bound) in zip(tree.unflatten(values), terms, strict=True)]
             direct = lambda: jnp.sum((w0 + sum(map(self._dense, here))) ** 2, self.leaf.axes("ik"))
             return lax.cond(jnp.any(square < 0.01 * n0), direct, lambda: square)
 
@@ -61,7 +65,7 @@ class Gain:
         t, m, norm = alike(t, m, norm)
         return 1 + t * (m / jnp.where(norm > 0, norm, 1.0) - 1)
 
-    def _terms(self, arrays: list[jax.Array]) -> Any:
+    def _terms(self, arrays: list[jax.Array]) -> Iterator[Valued]:
         """(operands, their labels, blocks) of each delta, its scale among the operands."""
         for delta in self.deltas:
             bound = _words.bind(delta, self.leaf)
@@ -72,12 +76,13 @@ class Gain:
             yield [*values, arrays[0]], [*bound.labels, ()], bound
             arrays = arrays[1:]
 
-    def _over(self, term: Any, out: Labels, w0: Any = None, other: Any = None) -> jax.Array:
+    def _over(self, term: Valued, out: Labels, w0: jax.Array | None = None, other: Valued | None = None) -> jax.Array:
         """The sum over input axes of dW times W0, or times another dW."""
         values, names, bound = term
         made = {atom: labels for atoms, labels in bound.blocks for atom in atoms}
         result = tuple(dict.fromkeys(x for atom in out for x in made[atom]))
-        if w0 is not None:
+        if other is None:
+            assert w0 is not None
             axes = _words.atoms(self.leaf)
             w0 = lax.transpose(w0, [axes.index(a) for a in bound.order]).reshape(bound.shape(bound.made))
             square = contract([w0, *values], [bound.made, *names], result)
@@ -88,7 +93,7 @@ class Gain:
             square = jnp.sum(self._dense(term) * self._dense(other), self.leaf.axes("ik"))
         return square.reshape(self.leaf.sizes("o"))
 
-    def _dense(self, term: Any) -> jax.Array:
+    def _dense(self, term: Valued) -> jax.Array:
         values, names, bound = term
         dense = contract(values, names, bound.made).reshape(bound.shape(bound.order))
         return lax.transpose(dense, [bound.order.index(a) for a in _words.atoms(self.leaf)])
@@ -154,9 +159,7 @@ class DoRA(Method):
         gain = Function(Gain(one, inner.deltas), (*arrays, n0, Array("m", of_the_weight, out), t), base=True)
         return Recipe(inner.deltas, Delta("O -> O", (gain,)))
 
-    def initial(
-        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[tuple[str, str], jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
         if isinstance(weight, jax.ShapeDtypeStruct):
             raise ValueError(f"DoRA on {leaf.path!r} starts from the values of the weight, and it has none")
         inner, names = self._inside(leaf)

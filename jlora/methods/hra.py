@@ -6,13 +6,14 @@ Yuan, Liu and Xu, `Bridging The Gap between Low-rank and Orthogonal Adaptation v
 
 import dataclasses
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from jlora import targets
 from jlora._algebra._mesh import automatic, explicit_mesh
@@ -20,6 +21,7 @@ from jlora._algebra._words import Array, Delta, Function, Recipe
 from jlora._dtypes import alike, widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import Key, Shape
 from jlora.methods._fields import Holds
 from jlora.methods.base import Method, check_sides, uniform
 
@@ -31,7 +33,7 @@ class InPairs:
     bound: float
     axis: int
 
-    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
         half = (*shape[: self.axis], shape[self.axis] // 2, *shape[self.axis + 1 :])
         return jnp.repeat(uniform(self.bound)(key, half, dtype), 2, self.axis)
 

@@ -7,7 +7,7 @@ Liu et al, `Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than 
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -16,10 +16,11 @@ from jlora._dtypes import alike
 from jlora._trees._axes import is_trainable_dtype
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target, shape_dtype
+from jlora._types import PyTree
 from jlora.methods.base import Method
 
 
-def keys_and_values(path: str, leaf: Any) -> bool:
+def keys_and_values(path: str, leaf: PyTree) -> bool:
     """Key and value projections: two of the three places of the paper (the third is the input of the FFN's last)."""
     shape, dtype = shape_dtype(leaf)
     named = re.search(r"(^|[/_.])(key|value|k|v|k_proj|v_proj)/(kernel|w|weight)$", path) is not None

@@ -8,18 +8,20 @@ Aghajanyan, Zettlemoyer and Gupta, `Intrinsic Dimensionality Explains the Effect
 import dataclasses
 import math
 import zlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jlora import targets
 from jlora._algebra._words import Array, Delta, Function, Recipe, constant
 from jlora._dtypes import alike, widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import Key, Shape
 from jlora.methods._fields import Seed, at_least
 from jlora.methods._projections import PROJECTIONS
 from jlora.methods.base import Method, zeros
@@ -39,7 +41,7 @@ class Place:
     path: str
     seed: int
 
-    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def __call__(self, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
         digest = zlib.crc32(f"{self.seed}/{self.path}".encode())
         layers = np.arange(math.prod(shape[:-1])).reshape(shape[:-1])
         numbers = np.broadcast_to(digest >> 16, layers.shape), np.broadcast_to(digest & 0xFFFF, layers.shape), layers

@@ -8,8 +8,6 @@ Wang et al, `KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language M
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -17,6 +15,7 @@ from jlora import targets
 from jlora._algebra._words import Array, Delta, Recipe
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import W0, Keys, Place
 from jlora.methods._fields import Rank
 from jlora.methods.base import LowRank, filled, normal, of_the_weight, uniform, zeros
 from jlora.methods.starts import singular
@@ -82,9 +81,7 @@ class KaSA(LowRank):
         noise = Delta("t I, t O -> I O", (v, u), (("t", self.lost),), -1.0, s="s_noise")
         return dataclasses.replace(made, deltas=(*made.deltas, noise))
 
-    def initial(
-        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[tuple[str, str], jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
         arrays = super().initial(leaf, recipe, keys, weight)
         if self.lost == 0:
             return arrays

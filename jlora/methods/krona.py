@@ -5,15 +5,17 @@ Edalati et al, `KronA: Parameter Efficient Tuning with Kronecker Adapter <https:
 
 import dataclasses
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jlora import targets
 from jlora._algebra._words import Array, Delta, Function, Recipe
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import Key, Shape
 from jlora.methods._fields import at_least, nonzero
 from jlora.methods.base import Method, uniform, zeros
 
@@ -50,7 +52,7 @@ class ScaledEye:
         return x * jnp.eye(self.n, dtype=x.dtype)
 
 
-def eye(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def eye(key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """The identity, one for every layer of a stack."""
     return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
 

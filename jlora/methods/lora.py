@@ -7,8 +7,7 @@ Kalajdzievski, `A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,9 @@ from jlora._algebra._words import Array, Delta, Difference, Function, Recipe
 from jlora._dtypes import alike
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import W0, Init, Keys
 from jlora.methods._fields import Alpha, Holds, Rank
-from jlora.methods.base import Dropping, Init, check_sides, filled, normal, uniform, zeros
+from jlora.methods.base import Dropping, check_sides, filled, normal, uniform, zeros
 from jlora.methods.starts import OLoRA, Orthogonal, PiSSA, Start
 
 Range = Annotated[tuple[int, int], Holds(lambda r: True, "a range (start, stop) of whole numbers")]
@@ -161,9 +161,7 @@ class LoRA(Dropping):
             rank, operands = 2 * self.rank, (Difference(Moved("x0"), (a, a0)), Difference(Moved("x"), (b, b0)))
         return Delta("r I, r O -> I O", operands, (("r", rank),), self.scale, ("r",))
 
-    def initial(
-        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[tuple[str, str], jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[tuple[str, str], jax.Array]:
         arrays = super().initial(leaf, recipe, keys, weight)
         if self.start is None:
             return arrays

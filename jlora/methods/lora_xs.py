@@ -5,15 +5,14 @@ Bałazy et al, `LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Para
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta
+from jlora._algebra._words import Array, Delta, Recipe
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import W0, Keys, Place
 from jlora.methods.base import LowRank, check_low_rank, filled, of_the_weight, zeros
 from jlora.methods.starts import singular
 
@@ -45,8 +44,6 @@ class LoRAXS(LowRank):
         sizes = (("r", self.rank), ("t", self.rank))
         return Delta("r I, r t, t O -> I O", (a, Array("r", zeros), b), sizes, self.scale)
 
-    def initial(
-        self, leaf: Leaf, recipe: Any, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[tuple[str, str], jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
         u, s, v = (x[..., : self.rank, :] for x in singular(weight, leaf))
         return filled(super().initial(leaf, recipe, keys, weight), {"a": s * u, "b": v}, self.dtype)

@@ -5,15 +5,14 @@ Rüdiger and Raschka, `MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta
+from jlora._algebra._words import Array, Delta, Recipe
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import W0, Keys, Place
 from jlora.methods.base import LowRank, check_low_rank, filled, of_the_weight, zeros
 from jlora.methods.starts import singular
 
@@ -47,8 +46,6 @@ class MiCA(LowRank):
         b = Array("b", of_the_weight, trained=False)  # `initial` fills it
         return Delta("r I, r O -> I O", (Array("a", zeros), b), (("r", self.rank),), self.scale, ("r",))
 
-    def initial(
-        self, leaf: Leaf, recipe: Any, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[tuple[str, str], jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
         _, _, v = singular(weight, leaf)
         return filled(super().initial(leaf, recipe, keys, weight), {"b": v[..., -self.rank :, :]}, self.dtype)

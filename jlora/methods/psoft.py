@@ -5,8 +5,7 @@ Wu, Hu, Min and Wang, `Efficient Orthogonal Fine-Tuning with Principal Subspace 
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jlora import targets
 from jlora._algebra._words import Array, Delta, Function, Recipe, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import W0, Keys, Place
 from jlora.methods._fields import Holds
 from jlora.methods.base import Dropping, check_low_rank, filled, of_the_weight, zeros
 from jlora.methods.oft import Cayley
@@ -74,8 +74,6 @@ class PSOFT(Dropping):
         turn = Function(Turn(n), (Array("q", zeros, (n * (n - 1) // 2,)), *vectors))
         return Recipe((self.dropped(Delta("r I, r t, t O -> I O", (a, turn, b), (("r", n), ("t", n)))),))
 
-    def initial(
-        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[tuple[str, str], jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
         u, s, v = (x[..., : self.rank, :] for x in singular(weight, leaf))
         return filled(super().initial(leaf, recipe, keys, weight), {"a": u, "b": s * v}, self.dtype)

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jax.core import Tracer
 from jlora import _answers
 from jlora._dtypes import alike, widened
 from jlora._trees._leaf import Leaf
+from jlora._types import W0, Key, PyTree, Value
 from jlora.methods.base import check_low_rank
 
 Factors = tuple[jax.Array, jax.Array]
@@ -46,7 +47,7 @@ def best(matrix: jax.Array, rank: int, scale: float) -> Factors:
     return root * flipped(u[..., :rank]), root * vh[..., :rank, :]
 
 
-def values(weight: Any, leaf: Leaf) -> jax.Array:
+def values(weight: W0, leaf: Leaf) -> jax.Array:
     """A weight as matrices, for a start that reads it."""
     if isinstance(weight, jax.ShapeDtypeStruct):
         raise ValueError(
@@ -57,13 +58,13 @@ def values(weight: Any, leaf: Leaf) -> jax.Array:
     return leaf.matrix(weight)
 
 
-def singular(weight: Any, leaf: Leaf) -> tuple[jax.Array, jax.Array, jax.Array]:
+def singular(weight: W0, leaf: Leaf) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U (stack..., m, in), S (stack..., m, 1) and V (stack..., m, out) of a weight, largest first, m = min(in, out)."""
     u, s, v = jnp.linalg.svd(values(weight, leaf), full_matrices=False)
     return flipped(u), s[..., None], v
 
 
-def _known(data: Mapping[str, Any], leaf: Leaf, what: str) -> Any:
+def _known(data: Mapping[str, Value], leaf: Leaf, what: str) -> Value:
     if not isinstance(data, Mapping):
         raise ValueError(f"a start takes {{path: {what}}}, a dictionary, not {_answers.kind(data)}")
     if leaf.path not in data:
@@ -72,7 +73,7 @@ def _known(data: Mapping[str, Any], leaf: Leaf, what: str) -> Any:
     return data[leaf.path]
 
 
-def _moment(moments: Mapping[str, Any], leaf: Leaf) -> jax.Array:
+def _moment(moments: Mapping[str, jax.Array], leaf: Leaf) -> jax.Array:
     """X^T X of the inputs of a weight."""
     moment = jnp.asarray(_known(moments, leaf, "second moment"))
     want = (*leaf.stack, leaf.size("ik"), leaf.size("ik"))
@@ -81,7 +82,7 @@ def _moment(moments: Mapping[str, Any], leaf: Leaf) -> jax.Array:
     return moment
 
 
-def _check_finite(arrays: Any, leaf: Leaf, what: str) -> None:
+def _check_finite(arrays: PyTree, leaf: Leaf, what: str) -> None:
     """A decomposition of NaN is NaN: an adapter that is none from the start. Traced values cannot be looked at."""
     for x in jax.tree.leaves(arrays):
         if not isinstance(x, Tracer) and not bool(jnp.isfinite(jnp.asarray(x)).all()):
@@ -110,7 +111,7 @@ class Start:
 
     paired: ClassVar[bool] = True
 
-    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
         """`a (stack..., r, in)` and `b (stack..., r, out)`, both sides flat.
 
         Args:
@@ -144,7 +145,7 @@ class PiSSA(Start):
       <https://arxiv.org/abs/2404.02948>`_, 2024.
     """
 
-    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
         check_low_rank(leaf, rank)
         return best(values(weight, leaf), rank, scale)
 
@@ -167,7 +168,7 @@ class OLoRA(Start):
       <https://arxiv.org/abs/2406.01775>`_, 2024.
     """
 
-    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
         check_low_rank(leaf, rank)
         q, r = jnp.linalg.qr(flipped(values(weight, leaf)))
         return r[..., :rank, :], flipped(q[..., :rank])
@@ -193,7 +194,7 @@ class Orthogonal(Start):
       <https://datta0.github.io/posts/rethink-lora-init/>`_.
     """
 
-    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
         if rank % 2:
             raise ValueError(f"init='orthogonal' on {leaf.path!r} halves the rank {rank}; write an even one")
         keys = jax.random.split(key, 3)
@@ -231,14 +232,14 @@ class GA(Start):
       2024.
     """
 
-    gradients: Mapping[str, Any] = dataclasses.field(repr=False)
+    gradients: Mapping[str, jax.Array] = dataclasses.field(repr=False)
     gamma: float = 16.0
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
             raise ValueError(f"GA(gamma={self.gamma}): the start is divided by its root; write a positive number")
 
-    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
         least = min(leaf.size("ik"), leaf.size("o"))
         if 2 * rank > least:
             raise ValueError(
@@ -275,9 +276,9 @@ class EVA(Start):
     """
 
     paired: ClassVar[bool] = False
-    moments: Mapping[str, Any] = dataclasses.field(repr=False)
+    moments: Mapping[str, jax.Array] = dataclasses.field(repr=False)
 
-    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
         moment = _moment(self.moments, leaf)
         if rank > moment.shape[-1]:
             raise ValueError(
@@ -318,7 +319,7 @@ class CorDA(Start):
       <https://arxiv.org/abs/2406.05223>`_, 2024.
     """
 
-    moments: Mapping[str, Any] = dataclasses.field(repr=False)
+    moments: Mapping[str, jax.Array] = dataclasses.field(repr=False)
     mode: Literal["ipm", "kpm"] = "ipm"
 
     def __post_init__(self) -> None:
@@ -327,7 +328,7 @@ class CorDA(Start):
                 f"CorDA(mode={self.mode!r}): write 'ipm' (instruction-previewed) or 'kpm' (knowledge-preserving)"
             )
 
-    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
         check_low_rank(leaf, rank)
         moment, w = alike(widened(_moment(self.moments, leaf)), widened(values(weight, leaf)))
         times = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -360,9 +361,9 @@ class Given(Start):
     """
 
     paired: ClassVar[bool] = False
-    pairs: Mapping[str, tuple[Any, Any]] = dataclasses.field(repr=False)
+    pairs: Mapping[str, tuple[jax.Array, jax.Array]] = dataclasses.field(repr=False)
 
-    def factors(self, leaf: Leaf, weight: Any, rank: int, scale: float, key: Any) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
         pair = _known(self.pairs, leaf, "pair (a, b)")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"Given for {leaf.path!r} takes a pair (a, b) of arrays, not {_answers.kind(pair)}")

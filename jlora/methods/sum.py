@@ -2,16 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 
 from jlora._algebra._words import Array, Delta, Function, Recipe, Word
 from jlora._trees._leaf import Leaf
+from jlora._types import W0, Keys, Place
 from jlora.methods.base import Method
-
-Place = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +70,7 @@ class Sum(Method):
             first.right or second.right,
         )
 
-    def initial(
-        self, leaf: Leaf, recipe: Recipe, keys: Callable[[str, str], Any], weight: Any
-    ) -> dict[Place, jax.Array]:
+    def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
         first, second = self.first.recipe(leaf), self.second.recipe(leaf)
         arrays = {} if first is None else self.first.initial(leaf, first, keys, weight)
         if second is None:
@@ -95,7 +91,7 @@ class Sum(Method):
         return f"{self.first.describe()} + {self.second.describe()}"
 
 
-def _said(method: Method, name: str) -> Any:
+def _said(method: Method, name: str) -> object:
     """A target that somebody wrote, None where it is the method's default."""
     default = next(f.default for f in dataclasses.fields(method) if f.name == name)
     value = getattr(method, name)
@@ -128,10 +124,9 @@ def renamed(recipe: Recipe, names: dict[Place, str], path: str, dtype: str) -> R
             return array(w)
         return dataclasses.replace(w, arrays=tuple(map(array, w.arrays))) if isinstance(w, Function) else w
 
-    def delta(d: Delta | None) -> Any:
-        if d is None:
-            return None
+    def delta(d: Delta) -> Delta:
         own = {"s": names.get((path, d.s), d.s), "dtype": d.dtype or dtype}
         return dataclasses.replace(d, operands=tuple(map(word, d.operands)), **own)
 
-    return Recipe(tuple(map(delta, recipe.deltas)), delta(recipe.gain), delta(recipe.left), delta(recipe.right))
+    others = (None if d is None else delta(d) for d in (recipe.gain, recipe.left, recipe.right))
+    return Recipe(tuple(map(delta, recipe.deltas)), *others)

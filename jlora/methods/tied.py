@@ -14,8 +14,9 @@ from jlora import targets
 from jlora._algebra._words import Array, Delta, Recipe, Word, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import Init
 from jlora.methods._fields import Holds, Rank, names
-from jlora.methods.base import Dropping, Init, check_sides, uniform, zeros
+from jlora.methods.base import Dropping, check_sides, uniform, zeros
 from jlora.methods.vera import shared
 
 

@@ -6,21 +6,23 @@ Kopiczko et al, `VeRA: Vector-based Random Matrix Adaptation <https://arxiv.org/
 import dataclasses
 import functools
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 from jax import lax
+from jax.typing import DTypeLike
 
 from jlora import targets
 from jlora._algebra._words import Array, Delta, Function, Recipe, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
+from jlora._types import Init, Key, Shape
 from jlora.methods import _draws
 from jlora.methods._fields import Rank, Seed, nonzero
 from jlora.methods.base import Dropping, zeros
 
 
-def draw(seed: int, which: int, bound: float, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def draw(seed: int, which: int, bound: float, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """A (r, n) matrix of U(-bound, bound), drawn column by column: a narrower one is the leading slice of a wider."""
     root = _draws.fold_in(_draws.key(seed), which)
     column = lambda n: _draws.uniform(_draws.fold_in(root, n), shape[:1], dtype, bound)
@@ -43,7 +45,7 @@ def shared(
     group: str,
     rows: tuple[int, ...],
     sizes: tuple[int, ...],
-    init: Any,
+    init: Init,
     *,
     trained: bool = True,
     derived: bool = False,

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from jlora import network
 from methods import CHOSEN, METHODS, assert_close, away_from_start, cotangents, each_row
 
 WIDE, INNER, HEADS, WORDS, LAYERS = 16, 24, 4, 32, 2
@@ -117,14 +118,37 @@ MODELS = {
 }  # fmt: skip
 
 
+def leaves(name):
+    """The kernels of a model as a method sees them."""
+    _, params, _, _, axes = MODELS[name]
+    whole = dict(axes) | {".": "io"}
+    for path, kernel in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        if kernel.ndim > 1:
+            roles = next(letters for pattern, letters in whole.items() if re.search(pattern, path))
+            yield network.Leaf(path, kernel.shape, kernel.dtype, roles)
+
+
+def on_heads(row):
+    """Whether the method reads the several axes of attention's kernels as one, cut into letters of its own."""
+    if row.on == "vectors" or not all(map(row.fits, leaves("attention"))):
+        return False
+    bound = [bound for leaf in leaves("attention") for bound in row.spec("kernel").recipe(leaf).bound(leaf)]
+    return any(len(made) > 1 for b in bound for _, made in b.blocks)
+
+
 def rows():
     for row in METHODS:
-        if row.models and "linen/mlp" not in row.models:  # for shapes that none of these has
-            continue
         for name, (_, params, *_) in MODELS.items():
             has_bias = "up" in params
-            if (row.on != "vectors" or has_bias) and (row.everywhere or name == "mlp"):
-                for kind in ("Auto", "Explicit"):
+            if row.everywhere or name == "mlp" and all(map(row.fits, leaves(name))):
+                kinds = ("Auto", "Explicit")
+            elif name == "attention" and on_heads(row):
+                kinds = ("Explicit",)
+            else:
+                continue
+            if row.on != "vectors" or has_bias:
+                for kind in kinds:
                     slow = row is not METHODS[0] and (row.name not in CHOSEN or (name, kind) != ("mlp", "Explicit"))
                     marks = (pytest.mark.slow,) if slow else ()
                     yield pytest.param(row, name, kind, id=f"{row.name}-{name}-{kind}", marks=marks)
@@ -448,4 +472,20 @@ def test_merge_on_an_explicit_mesh(row):
     put = lambda a, like: jax.device_put(a, like.sharding)
     got = jlora.merge(jlora.join(jax.tree.map(put, trainable, held.trainable), held.frozen))
     assert jax.tree.map(lambda a: a.sharding.spec, got) == places
+    assert_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in METHODS if on_heads(row)])
+def test_merge_of_heads_that_are_cut(row):
+    """A side that is flat in the equation is several axes of the weight, and the merged weight is cut as they are."""
+    _, trainable, frozen, places, _ = setting(row, "attention")
+    merged = jax.jit(lambda t, frozen: jlora.merge(jlora.join(t, frozen)))
+    want = merged(trainable, frozen)
+    mesh = mesh_of("Explicit")
+    with jax.set_mesh(mesh):
+        base, everywhere = place(mesh, frozen.base, places), NamedSharding(mesh, P())
+        sharded = jlora.Frozen(base, jax.device_put(frozen.factors, everywhere), None, frozen.plan)
+        got = merged(jax.device_put(trainable, everywhere), sharded)
+    assert jax.tree.all(jax.tree.map(lambda a, w0: a.sharding.is_equivalent_to(w0.sharding, a.ndim), got, base))
     assert_close(got, want)

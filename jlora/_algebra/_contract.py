@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.typing import DTypeLike
 
-from jlora._algebra._mesh import _divisible, explicit_mesh, settled, sharding_of, specs_of
+from jlora._algebra._mesh import explicit_mesh, reshaped, settled, sharding_of, specs_of
 from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
 from jlora._types import Dimensions, MeshAxes, Precision, Shape
@@ -238,9 +238,9 @@ class View:
     shape: tuple[int, ...]
 
     def of(self, a: jax.Array) -> jax.Array:
-        return _divisible(lax.transpose(a.reshape(self.split), self.order), self.shape).reshape(self.shape)
+        return reshaped(lax.transpose(reshaped(a, self.split), self.order), self.shape)
 
     def back(self, a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The inverse of `of`."""
-        a = a.reshape([self.split[n] for n in self.order])
-        return lax.transpose(a, [self.order.index(n) for n in range(len(self.order))]).reshape(shape)
+        a = reshaped(a, [self.split[n] for n in self.order])
+        return reshaped(lax.transpose(a, [self.order.index(n) for n in range(len(self.order))]), shape)

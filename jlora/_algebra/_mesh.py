@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import jax
+from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jlora._algebra._words import Labels
@@ -93,20 +94,41 @@ def automatic(f: Callable[..., jax.Array], arrays: Sequence[jax.Array], spec: Pa
     return inside(*arrays)
 
 
-def _divisible(a: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """An array of an explicit mesh, gathered along axes that it is cut in and cannot be when it has this shape.
+def reshaped(a: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """`a` in another shape; of an explicit mesh, cut afterwards where it can be, for JAX asks where it is to live.
 
-    An axis that becomes several stays cut if the first of them can be cut so.
+    Axes that stay keep their cut. Of axes that become others together, the first one's cut, which is into runs of what
+    they hold, becomes that of the first of the others where the size divides; any other is gathered.
     """
+    shape = tuple(shape)
     mesh = explicit_mesh([a])
-    if mesh is None:
-        return a
-    todo, kept = list(shape), []
-    for size, entry in zip(a.shape, jax.typeof(a).sharding.spec, strict=True):
-        first = todo[0] if todo else 1
+    if a.shape == shape or mesh is None:
+        return a if a.shape == shape else a.reshape(shape)
+    old: list[MeshAxes] = [None] * a.ndim
+    new: list[MeshAxes] = [None] * len(shape)
+    entries: tuple[MeshAxes, ...] = (*jax.typeof(a).sharding.spec, *old)
+    for before, after in _together(a.shape, shape) if 0 not in shape else ():
+        entry = entries[before[0]]
         names = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
-        kept.append(entry if first % math.prod(mesh.shape[name] for name in names) == 0 else None)
-        made = 1
-        while todo and made < size:
-            made *= todo.pop(0)
-    return settled(a, NamedSharding(mesh, PartitionSpec(*kept)))
+        if shape[after[0]] % math.prod(mesh.shape[name] for name in names) == 0:
+            old[before[0]] = new[after[0]] = entry
+    a = settled(a, NamedSharding(mesh, PartitionSpec(*old)))
+    return lax.reshape(a, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*new)))
+
+
+def _together(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The axes of a reshape in the shortest runs that hold equally much before and after; axes of size one are none."""
+    rest, todo = ([n for n, size in enumerate(shape) if size != 1] for shape in (old, new))
+    runs = list[tuple[list[int], list[int]]]()
+    while rest:
+        before, after = [rest.pop(0)], [todo.pop(0)]
+        held, made = old[before[0]], new[after[0]]
+        while held != made:
+            if held < made:
+                before.append(rest.pop(0))
+                held *= old[before[-1]]
+            else:
+                after.append(todo.pop(0))
+                made *= new[after[-1]]
+        runs.append((before, after))
+    return runs

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import jax
 
+from jlora._algebra._mesh import reshaped
 from jlora._algebra._words import Blocks, Labels
 
 _static = lambda: dataclasses.field(metadata={"static": True})
@@ -60,7 +61,7 @@ class Operand:
         value = self.value()
         shape = (*value.shape[:n], *(size for _, size in made), *value.shape[n + len(atoms) :])
         labels = (*self.labels[:n], *(x for x, _ in made), *self.labels[n + len(atoms) :])
-        return Operand((value.reshape(shape),), None, (), labels)
+        return Operand((reshaped(value, shape),), None, (), labels)
 
     def axes(self, label: str) -> list[int | None]:
         """Where each array carries a label."""

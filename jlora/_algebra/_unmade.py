@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._algebra._mesh import explicit_mesh, placed, settled
+from jlora._algebra._mesh import explicit_mesh, placed, reshaped, settled
 from jlora._algebra._term import Operand
 from jlora._algebra._words import Labels
 from jlora._types import AnyMesh, Cut, DType, MeshAxes, PyTree, Value
@@ -44,7 +44,7 @@ class Recipe:
             w = Operand(tuple(own), self.fn, self.stacks, self.labels).value()
             for dtype in self.dtypes:
                 w = w.astype(dtype)
-            w = lax.transpose(w.reshape(self.split), self.order).reshape(self.shape)
+            w = reshaped(lax.transpose(reshaped(w, self.split), self.order), self.shape)
             for c in scalars:
                 w = w * c.astype(w.dtype)
         return w if self.place is None else settled(w, self.place)
@@ -119,7 +119,9 @@ class Lazy:
         after = lambda labels: tuple(x for a in labels for x in ((a, inner) if a == atom else (a,)))
         source = self.source
         if self._stacked(atom):
-            cut = lambda a, n: a if n is None else a.reshape(*a.shape[:n], outer, -1, *a.shape[n + 1 :])
+            cut = lambda a, n: (
+                a if n is None else reshaped(a, (*a.shape[:n], outer, a.shape[n] // outer, *a.shape[n + 1 :]))
+            )
             arrays = tuple(map(cut, source.arrays, source.axes(atom)))
             source = Operand(arrays, source.fn, tuple(map(after, source.stacks)), after(source.labels))
         return dataclasses.replace(self, source=source, labels=after(self.labels))

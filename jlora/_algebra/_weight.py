@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jlora._algebra._contract import View, contract
-from jlora._algebra._mesh import automatic, explicit_mesh, placed
+from jlora._algebra._mesh import automatic, explicit_mesh, placed, reshaped
 from jlora._algebra._term import Drop, Operand, Sides, Term
 from jlora._algebra._unmade import Lazy, again
 from jlora._algebra._words import Labels
@@ -174,7 +174,7 @@ class Weight:
         dtype = wide(self.dtype)
         total = jnp.zeros(self.shape, dtype)
         for term in self.terms:
-            total = total + self.matrix(term, dtype).reshape(self.shape)
+            total = total + reshaped(self.matrix(term, dtype), self.shape)
         return total if self.plain else total - self.w0().astype(dtype)
 
     def dense(self) -> jax.Array:
@@ -185,7 +185,7 @@ class Weight:
         total = self.w0().astype(dtype) if self.plain else None
         with jax.named_scope("delta"):
             for term in self.terms:
-                part = self.matrix(term, dtype).reshape(self.shape)
+                part = reshaped(self.matrix(term, dtype), self.shape)
                 total = part if total is None else total + part
         assert total is not None
         return total.astype(self.dtype)
@@ -332,7 +332,7 @@ class Weight:
                 return o
             o = o.forced()
             n, a = o.labels.index(atom), o.arrays[0]
-            array = a.reshape(*a.shape[:n], outer, size, *a.shape[n + 1 :])
+            array = reshaped(a, (*a.shape[:n], outer, size, *a.shape[n + 1 :]))
             return Operand((array,), None, (), (*o.labels[:n], atom, inner, *o.labels[n + 1 :]))
 
         terms = []

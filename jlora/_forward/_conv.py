@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._algebra._contract import elements
+from jlora._algebra._mesh import reshaped
 from jlora._algebra._term import Term
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
@@ -233,7 +234,7 @@ def conv(
             continue
         with jax.named_scope("delta"):
             dy, cost = _conv_term(w, t, xt, here, forward_mode)
-        y = dy if y is None else y + dy.reshape(y.shape).astype(y.dtype)
+        y = dy if y is None else y + reshaped(dy, y.shape).astype(y.dtype)
         flops += cost
     assert y is not None
     dense = 2.0 * elements(y.shape) * math.prod(w.shape) / w.shape[out_axis]
@@ -260,7 +261,7 @@ def _rescaled(
         raise Refusal("a convolution with a gain that lacks an output axis")
     channels = convolved.numbers.out_spec[1]
     labels, split = _channels("y", y, channels, outs, size)
-    return product(split, labels, values, names, labels, forward_mode).reshape(y.shape)
+    return reshaped(product(split, labels, values, names, labels, forward_mode), y.shape)
 
 
 def _channels(
@@ -269,7 +270,7 @@ def _channels(
     """An activation with its channel axis as these labels (behind the groups, where there are any), and all labels."""
     axes = [f"{name}{n}" for n in range(x.ndim)]
     front = () if groups is None else (groups,)
-    split = x.reshape(*x.shape[:axis], *front, *(size[m] for m in labels), *x.shape[axis + 1 :])
+    split = reshaped(x, (*x.shape[:axis], *front, *(size[m] for m in labels), *x.shape[axis + 1 :]))
     return (*axes[:axis], *(("group",) if front else ()), *labels, *axes[axis + 1 :]), split
 
 
@@ -321,7 +322,8 @@ def _before(chain: Chain, x: jax.Array, convolved: Convolved, forward_mode: bool
     out = (*labels[:place], *chain.inner, *labels[place + len(convolved.ins) :])
     values, names = [chain.values[n] for n in chain.before], [chain.names[n] for n in chain.before]
     h = product(split, labels, values, names, out, forward_mode, convolved.params["precision"])
-    return h.reshape(*h.shape[:axis], -1, *h.shape[place + len(chain.inner) :])
+    channels = convolved.groups * chain.total(chain.inner)
+    return reshaped(h, (*h.shape[:axis], channels, *h.shape[place + len(chain.inner) :]))
 
 
 def _window(chain: Chain, x: jax.Array, convolved: Convolved) -> tuple[jax.Array, float]:
@@ -330,10 +332,10 @@ def _window(chain: Chain, x: jax.Array, convolved: Convolved) -> tuple[jax.Array
     n_in, n_out = chain.total(chain.inner), chain.total(chain.middle)
     order = [labels.index(m) for m in (*convolved.labels, *chain.inner, *chain.middle)]
     window = [chain.size[k] if k else 1 for k in convolved.window]
-    kernel = lax.transpose(core, order).reshape(*window, n_in, n_out)
+    kernel = reshaped(lax.transpose(core, order), (*window, n_in, n_out))
     if groups > 1:
         kernel = jnp.broadcast_to(kernel[..., None, :], (*kernel.shape[:-1], groups, n_out))
-        kernel = kernel.reshape(*kernel.shape[:-2], groups * n_out)
+        kernel = reshaped(kernel, (*kernel.shape[:-2], groups * n_out))
     h = convolved(x, kernel)
     return h, 2.0 * elements(h.shape) * n_in * math.prod(window)
 
@@ -352,7 +354,7 @@ def _after(chain: Chain, h: jax.Array, convolved: Convolved, forward_mode: bool)
         for n, (a, ls) in enumerate(zip(values, names, strict=True)):
             if cut in ls:
                 k = ls.index(cut)
-                values[n] = a.reshape(*a.shape[:k], groups, chain.size[cut] // groups, *a.shape[k + 1 :])
+                values[n] = reshaped(a, (*a.shape[:k], groups, chain.size[cut] // groups, *a.shape[k + 1 :]))
                 names[n] = (*ls[:k], "group", *ls[k:])
     place = labels.index("group") + 1
     out = (*labels[:place], *outs, *labels[place + len(chain.middle) :])

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._algebra._contract import How, contract, elements
-from jlora._algebra._mesh import explicit_mesh, settled, spread
+from jlora._algebra._mesh import explicit_mesh, reshaped, settled, spread
 from jlora._algebra._term import Operand, Term
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
@@ -322,7 +322,7 @@ def _through(
     left = [label for label in own if label not in (*met, *facing)]
     made = (*(label for label in met if label in outputs), *left)
     w0 = p.view.of(base).astype(x.dtype) if p.view is not None else base
-    x = x.reshape(p.x_shape)
+    x = reshaped(x, p.x_shape)
     meet = lambda x, labels, which, out: (
         product(x, labels, [values[n].astype(x.dtype) for n in which], [names[n] for n in which], out, forward_mode)
         if which
@@ -332,7 +332,7 @@ def _through(
         x = meet(x, p.x, before, met)
     y = contract([x, w0], [met, own], made, **how)
     with jax.named_scope("delta"):
-        return meet(y, made, after, p.out).reshape(p.out_shape)
+        return reshaped(meet(y, made, after, p.out), p.out_shape)
 
 
 # --- gains --------------------------------------------------------------------------------------------------------
@@ -343,11 +343,11 @@ def _along(w: Weight, o: Operand, groups: Sequence[Labels | None], like: jax.Arr
     parts = [g or () for g in groups]
     atoms = tuple(a for g in parts for a in g)
     value = lax.transpose(o.value(), [o.labels.index(a) for a in atoms if a in o.labels])
-    value = value.reshape([w.size[a] if a in o.labels else 1 for a in atoms])
+    value = reshaped(value, [w.size[a] if a in o.labels else 1 for a in atoms])
     held = [bool(set(g) & set(o.labels)) for g in parts]
     full = [w.size[a] if h else 1 for g, h in zip(parts, held, strict=True) for a in g]
     joined = [math.prod(w.size[a] for a in g) if h else 1 for g, h in zip(parts, held, strict=True)]
-    return jnp.broadcast_to(value, full).reshape(joined).astype(like.dtype)
+    return reshaped(jnp.broadcast_to(value, full), joined).astype(like.dtype)
 
 
 def _gained(w: Weight, gain: Sequence[Operand], groups: Sequence[Labels | None], x: jax.Array) -> jax.Array:

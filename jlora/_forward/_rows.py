@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._algebra._contract import elements
+from jlora._algebra._mesh import reshaped
 from jlora._algebra._term import Term
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
@@ -216,5 +217,5 @@ def _rows_of_term(
     made = tuple(m for _, ms in runs for m in ms)
     with jax.named_scope("delta"):
         dy = product(x, x_labels, picked, labels, (*batch, *made), forward_mode)
-    dy = dy.reshape(*dy.shape[: rows.count], *(s for n, s in enumerate(w.shape) if n != rows.axis))
+    dy = reshaped(dy, (*dy.shape[: rows.count], *(s for n, s in enumerate(w.shape) if n != rows.axis)))
     return rows.placed(dy), 2.0 * elements(dy.shape) * (x.shape[-1] if x.ndim > rows.count else 1)

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jlora._algebra._contract import View, contract, plan
-from jlora._algebra._mesh import explicit_mesh, settled
+from jlora._algebra._mesh import explicit_mesh, reshaped, settled
 from jlora._algebra._words import Labels
 from jlora._types import Dimensions, DType, Precision, Shaped, Value
 
@@ -95,9 +95,9 @@ def matrix(product: Product, operands: Sequence[jax.Array], dtype: DTypeLike, pr
     operands = [a.astype(dtype) for a in operands]
     flat = contract(operands, product.operands, product.dense, precision=precision)
     first, order, last = product.dense_shape
-    flat = flat if flat.shape == first else flat.reshape(first)
+    flat = reshaped(flat, first)
     flat = lax.transpose(flat, order) if order != tuple(range(len(order))) else flat
-    return flat if flat.shape == last else flat.reshape(last)
+    return reshaped(flat, last)
 
 
 def _with_base(product: Product, base: jax.Array | None, operands: Sequence[jax.Array]) -> list[jax.Array]:
@@ -135,8 +135,7 @@ def _delta(dot: Dot, xs: Sequence[jax.Array], base: jax.Array | None, operands: 
     """x . dW, factored."""
     y = None
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-        x = xs[p.branch].astype(dot.compute)
-        x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
+        x = reshaped(xs[p.branch].astype(dot.compute), p.x_shape)
         full = [a.astype(dot.compute) for a in _with_base(p, base, ops)]
         whole = _shape([x, *full], [p.x, *p.operands], p.out) == p.out_shape
         dy = contract(
@@ -147,7 +146,7 @@ def _delta(dot: Dot, xs: Sequence[jax.Array], base: jax.Array | None, operands: 
             preferred_element_type=dot.written.preferred_element_type,
             out_sharding=dot.written.out_sharding if whole else None,
         )
-        dy = dy if dy.shape == p.out_shape else dy.reshape(p.out_shape)
+        dy = reshaped(dy, p.out_shape)
         y = dy if y is None else y + dy
     assert y is not None
     return y
@@ -167,11 +166,10 @@ def _gradients(
     dbase = None
     grads: list[jax.Array] = []
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
-        x = xs[p.branch].astype(dot.compute)
-        x = x if x.shape == p.x_shape else x.reshape(p.x_shape)
+        x = reshaped(xs[p.branch].astype(dot.compute), p.x_shape)
         full = [a.astype(dy.dtype) for a in _with_base(p, base, ops)]
         shape = _shape([x, *full], [p.x, *p.operands], p.out)
-        g = dy if shape == dy.shape else dy.reshape(shape)
+        g = reshaped(dy, shape)
         if not dot.merged:
             like = _like(x) if p.x_shape == xs[p.branch].shape else None
             dxs[p.branch] = _sum(
@@ -269,7 +267,7 @@ def _shape(arrays: Sequence[jax.Array], labels: Sequence[Labels], out: Labels) -
 
 
 def _sum(total: jax.Array | None, part: jax.Array, like: jax.Array) -> jax.Array:
-    part = (part if part.shape == like.shape else part.reshape(like.shape)).astype(like.dtype)
+    part = reshaped(part, like.shape).astype(like.dtype)
     return part if total is None else total + part
 
 

@@ -12,9 +12,12 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora import targets
+from jlora._algebra._mesh import reshaped
 from jlora._algebra._words import Array, Delta, Function, Recipe, Word
+from jlora._dtypes import widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods._fields import Rank, at_least
@@ -43,8 +46,9 @@ class Blocks:
     r: int
 
     def __call__(self, w0: jax.Array) -> jax.Array:
-        matrix = self.leaf.matrix(w0)
-        return matrix.reshape(matrix.shape[0] // self.r, self.r, matrix.shape[1] // self.r, self.r)
+        leaf, r = self.leaf, self.r
+        w0 = lax.transpose(widened(w0), (*leaf.axes("ik"), *leaf.axes("o")))
+        return reshaped(w0, (leaf.size("ik") // r, r, leaf.size("o") // r, r))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

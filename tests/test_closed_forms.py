@@ -146,6 +146,16 @@ KINDS = {
     "convolution_2d": Kind({"kernel": "kkio"}, {"kernel": (3, 2, 2, 5)}, (1, 4, 3, 2), convolution, windows),
     "convolution_3d": Kind({"kernel": "kkkio"}, {"kernel": (2, 1, 3, 2, 4)}, (1, 3, 2, 4, 2), convolution, windows),
 }
+# What some variants alone are about.
+WIDER = {
+    "eight": Kind(
+        {"kernel": "io"},
+        {"kernel": (8, 3)},
+        (2, 8),
+        lambda p, x: x @ p["kernel"],
+        lambda p, x: np.einsum("ni,io->no", x, p["kernel"]),
+    ),
+}
 
 
 # What the papers say ----------------------------------------------------------------------
@@ -276,6 +286,7 @@ VARIANTS = {
     "boft_rotation": (
         jlora.BOFT(block=5, gain=False, target="kernel"), forms.boft, ["scan", "out_of_heads", "convolution_2d"]
     ),
+    "boft_halves_of_two": (jlora.BOFT(block=4, target="kernel"), forms.boft, ["eight"]),
     "ia3_in": (jlora.IA3(side="in", target="kernel"), forms.ia3_in, ["matrix", "out_of_heads", "convolution_2d"]),
     "dora_adalora": (
         jlora.DoRA(jlora.AdaLoRA(rank=2, alpha=3, target="kernel")),
@@ -351,7 +362,9 @@ def marks(row: Row) -> Any:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param((row, KINDS[name]), id=f"{row.name}-{name}", marks=marks(row)) for row, name in PAIRS],
+    params=[
+        pytest.param((row, (KINDS | WIDER)[name]), id=f"{row.name}-{name}", marks=marks(row)) for row, name in PAIRS
+    ],
 )
 def made(request):
     """jlora's and the paper's."""

@@ -549,6 +549,9 @@ DECAY = {  # method: the factors whose zero is no zero update
     "ia3": (jlora.IA3(target="kernel"), {"l"}),
     "ssf": (jlora.SSF(target="query"), {"gamma"}),
     "oft": (jlora.OFT(block=2, target="kernel"), {}),
+    "boft": (jlora.BOFT(block=2, target="kernel"), {"g"}),
+    "hra": (jlora.HRA(rank=2, target="kernel"), {}),
+    "road": (jlora.RoAd(target="kernel"), {"alpha"}),
     "vera": (jlora.VeRA(rank=2, target="kernel"), {}),
     "tied": (jlora.TiedLoRA(rank=2, target="kernel"), {}),
     "adalora": (jlora.AdaLoRA(rank=2, target="kernel"), {}),
@@ -562,7 +565,7 @@ DECAY = {  # method: the factors whose zero is no zero update
 def test_what_decay_may_pull_to_zero(name):
     """Merged with each trained factor at zero in turn, the weight is the base exactly where the mask says so."""
     spec, against = DECAY[name]
-    params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (6, 4)), "bias": jnp.arange(4.0)}}
+    params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (8, 4)), "bias": jnp.arange(4.0)}}
     adapted = jlora.adapt(params, spec)
     mask = jlora.optim.decay_mask(adapted)(adapted.trainable)
     for group, named in mask.items():

@@ -1,5 +1,6 @@
 """Which factors weight decay may pull towards zero."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora._algebra._words import Array, Delta, Function
+from jlora._algebra._express import express
+from jlora._algebra._words import Array, Delta, Function, Recipe, bind, constant
 from jlora._plan._sites import Site
 from jlora.adapted import Adapted, check_any, is_adapted
 from jlora.optim._halves import Halves, Places
@@ -18,10 +20,11 @@ def decay_mask(adapted: Any) -> Callable[[Any], Any]:
     """For `optax.adamw(..., mask=decay_mask(adapted))`: True where zero is the factor of no change.
 
     Decay towards zero is a pull towards the pretrained weight where a zero in the factor makes its update zero: a and b
-    of LoRA, lam of AdaLoRA, OFT's angles, SSF's beta, a whole leaf under `Full`. Elsewhere it pulls away from the
-    pretrained weight: DoRA's m, IA3's l, SSF's gamma (W would shrink to zero), and a and b of a pair (PiSSA, OLoRA,
-    LoRA-GA), whose zero is -a0 b0. That is read off the equations: a factor may be decayed if each network of an update
-    that it stands in vanishes with it, and each gain or rotation that stands on it alone is then the identity.
+    of LoRA, lam of AdaLoRA, the angles of OFT, BOFT and RoAd, SSF's beta, a whole leaf under `Full`. Elsewhere it pulls
+    away from the pretrained weight: DoRA's m, IA3's l, SSF's gamma (W would shrink to zero), and a and b of a pair
+    (PiSSA, OLoRA, LoRA-GA), whose zero is -a0 b0. That is read off the equations: a factor may be decayed if each
+    network of an update that it stands in vanishes with it, and each gain or rotation that stands on it alone is then
+    the identity.
 
     Args:
       adapted: the `Adapted` that is trained; values of trained factors are not read.
@@ -84,15 +87,35 @@ def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
     updates = [words for delta in site.recipe.deltas if (words := _words(delta, x))]
     if updates:  # a gain that reads it as well (DoRA's norm) reads what is then no update
         return all(any(_vanishes(site, word, x, adapted) for word in words) for words in updates)
-    for delta, _ in site.recipe.networks:
-        for word in _words(delta, x):
-            if isinstance(word, Array):
-                return False
-            value = _at_zero(site, word, x, adapted)
-            one = np.ones(()) if delta is site.recipe.gain else np.eye(value.shape[-1])
-            if not np.allclose(value, one, atol=1e-6):
-                return False
-    return True
+    networks = {"gain": site.recipe.gain, "left": site.recipe.left, "right": site.recipe.right}
+    stands = {side: words for side, delta in networks.items() if delta is not None and (words := _words(delta, x))}
+    if any(isinstance(word, Array) for words in stands.values() for word in words):
+        return False
+    return all(_idle(site, side, x, adapted) for side in stands)
+
+
+def _idle(site: Site, side: str, x: Array, adapted: Adapted) -> bool:
+    """Whether a gain or a rotation, its operands multiplied, leaves a weight as it is where this factor is zero.
+
+    Of a chain of rotations each operand is the identity in a shape of its own, and none says it alone.
+    """
+    leaf, network = site.leaf.layer, getattr(site.recipe, side)
+    other = {"left": "o", "right": "ik", "gain": ""}[side]  # one column, or one row, shows it
+    shape = tuple(1 if role in other else n for n, role in zip(leaf.shape, leaf.roles, strict=True))
+    leaf = dataclasses.replace(leaf, shape=shape)
+    bound = bind(network, leaf, {"left": "II", "right": "OO", "gain": "IO"}[side])
+    held: dict[str, jax.Array] = {}  # as arrays of no mesh: what a function gives, or the array itself
+    words: list[Any] = []
+    for n, (word, labels) in enumerate(bound.words):
+        if isinstance(word, Function):
+            held[str(n)] = jnp.asarray(np.asarray(_at_zero(site, word, x, adapted)))
+        elif isinstance(word, Array):
+            held[str(n)] = jnp.asarray(np.asarray(_value(site, word, bound.shape(labels), x, adapted)))
+        words.append(Array(str(n), constant(0.0)) if str(n) in held else word)
+    recipe = Recipe(**{side: dataclasses.replace(network, operands=tuple(words))})
+    w0 = jnp.asarray(np.random.default_rng(0).standard_normal(leaf.shape), jnp.float32)
+    made = express(leaf, recipe, w0, lambda _, name: held[name]).dense()
+    return np.allclose(made, w0, atol=1e-5)
 
 
 def _vanishes(site: Site, word: Any, x: Array, adapted: Adapted) -> bool:
@@ -101,18 +124,18 @@ def _vanishes(site: Site, word: Any, x: Array, adapted: Adapted) -> bool:
 
 def _at_zero(site: Site, word: Function, x: Array, adapted: Adapted) -> Any:
     """A function of factors where this one is zero: frozen ones as they are, other trained ones at one."""
-    stack = len(site.leaf.stack)
-
-    def value(array: Array) -> jax.Array:
-        if (array.group, array.name) == (x.group, x.name):
-            return jnp.zeros(array.shape or (), jnp.float32)
-        if array.trained:
-            return jnp.ones(array.shape or (), jnp.float32)
-        held = adapted.frozen.factors[array.group or site.leaf.path][array.name]
-        if isinstance(held, (Tracer, jax.ShapeDtypeStruct)):
-            return jnp.ones(array.shape or (), held.dtype)
-        return held[(0,) * stack] if array.stacked else held
-
-    arrays = [value(array) for array in word.arrays]
+    arrays = [_value(site, array, array.shape or (), x, adapted) for array in word.arrays]
     kept = tuple(n for n, role in zip(site.leaf.shape, site.leaf.roles, strict=True) if role != "s")
     return word.fn(*arrays, *((jnp.ones(kept, jnp.float32),) if word.base else ()))
+
+
+def _value(site: Site, array: Array, shape: tuple[int, ...], x: Array, adapted: Adapted) -> jax.Array:
+    """A factor of one layer: zero where it is this one, at one where it is another that is trained, else as it is."""
+    if (array.group, array.name) == (x.group, x.name):
+        return jnp.zeros(shape, jnp.float32)
+    if array.trained:
+        return jnp.ones(shape, jnp.float32)
+    held = adapted.frozen.factors[array.group or site.leaf.path][array.name]
+    if isinstance(held, (Tracer, jax.ShapeDtypeStruct)):
+        return jnp.ones(shape, held.dtype)
+    return held[(0,) * len(site.leaf.stack)] if array.stacked else held

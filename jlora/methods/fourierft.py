@@ -9,36 +9,44 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jlora import targets
 from jlora._algebra._mesh import automatic
 from jlora._algebra._words import Array, Delta, Function, Recipe
-from jlora._dtypes import widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods import _entries
 from jlora.methods._fields import Holds, Seed, nonzero
 from jlora.methods.base import Method, zeros
 
-
-def inverse(s: jax.Array) -> jax.Array:
-    """Re F^-1(S), in a loop of one turn: XLA's transform for CPUs fails where what follows has its axes turned."""
-    return lax.scan(lambda _, s: (None, jnp.fft.ifft2(s).real), None, s[None])[1][0]
+LARGEST = 2**20  # a side from here on has angles that 32 bits do not hold
 
 
 @dataclasses.dataclass(frozen=True)
-class Inverse:
-    """Re F^-1(S) in a weight's own axes, of matrices (in, out)."""
+class Waves:
+    """Of each entry the wave along one side of the weight, cosine and sine, (2, n, sizes...), divided by the side.
 
-    matrix: tuple[int, int]
+    With S real, Re F^-1(S) is a sum over entries (u, v) of c / (in out) times cos a cos b - sin a sin b, where
+    a = 2 pi u i / in and b = 2 pi v o / out. The minus is on the input side. An angle is counted in whole steps of the
+    circle, so that it is as exact for large u i as for small.
+    """
+
     sizes: tuple[int, ...]
+    d_out: int  # an entry is numbered u d_out + v
+    into: bool
 
-    def __call__(self, c: jax.Array, entries: jax.Array) -> jax.Array:
-        return automatic(self._made, (c, entries))
+    def __call__(self, entries: jax.Array) -> jax.Array:
+        return automatic(self._made, (entries,))
 
-    def _made(self, c: jax.Array, entries: jax.Array) -> jax.Array:
-        return inverse(_entries.scattered(widened(c), entries, self.matrix)).reshape(self.sizes)
+    def _made(self, entries: jax.Array) -> jax.Array:
+        number, d = _entries.read(entries).astype(jnp.uint32), math.prod(self.sizes)
+        u = (number // self.d_out if self.into else number % self.d_out)[:, None]
+        i = jnp.arange(d, dtype=jnp.uint32)[None, :]
+        # u i mod d, of i = 256 h + l: no product here reaches 2^32
+        steps = ((u * (i // 256) % d) * 256 + u * (i % 256)) % d
+        angle = steps.astype(jnp.float32) * (2 * math.pi / d)
+        sine = -jnp.sin(angle) if self.into else jnp.sin(angle)
+        return (jnp.stack([jnp.cos(angle), sine]) / d).reshape(2, -1, *self.sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +54,10 @@ class FourierFT(Method):
     """dW = s Re F^-1(S) of any rank, from n numbers c: what S (in, out) holds at n entries, and it is zero elsewhere.
 
     The entries are drawn from a seed, once for all weights of a shape, and are no part of a saved adapter: they are
-    drawn again, and saved where others, such as peft's, were put in their place. A fast Fourier transform makes dW
-    dense at each use, some in out log(in out) operations: there is no cheaper contraction once n is above a small
-    rank. c starts at zero, so that the start is the base; the authors' code draws it from N(0, 1).
+    drawn again, and saved where others, such as peft's, were put in their place. Each entry is a wave along the input
+    times one along the output, twice: dW is a product of rank 2 n of cosines and sines that are made at each use, and
+    costs what a LoRA of that rank does, or 2 n in out where dW is made. There is no fast Fourier transform. c starts at
+    zero, so that the start is the base; the authors' code draws it from N(0, 1).
 
     Attributes:
       n: the number of entries, at most in out.
@@ -71,14 +80,15 @@ class FourierFT(Method):
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         _entries.check(leaf, self.n, f"n is {self.n}")
-        matrix = leaf.size("ik"), leaf.size("o")
-        group = f"fourierft/{self.seed}/{self.n}/{matrix[0]} {matrix[1]}"
-        init = _entries.seeded(self.seed, math.prod(matrix))
-        shape = self.n, _entries.DIGITS
+        d_in, d_out = leaf.size("ik"), leaf.size("o")
+        if max(d_in, d_out) >= LARGEST:
+            raise ValueError(f"sides of (in, out) = {(d_in, d_out)} are no longer than {LARGEST - 1}; exclude it")
+        group = f"fourierft/{self.seed}/{self.n}/{d_in} {d_out}"
+        init, shape = _entries.seeded(self.seed, d_in * d_out), (self.n, _entries.DIGITS)
         entries = Array("entries", init, shape, trained=False, group=group, stacked=False, derived=True)
-        made = Inverse(matrix, leaf.sizes("ik") + leaf.sizes("o"))
-        function = Function(made, (Array("c", zeros, (self.n,)), entries))
-        return Recipe((Delta("I O -> I O", (function,), scale=self.scale),))
+        waves = lambda roles: Function(Waves(leaf.sizes(roles), d_out, roles == "ik"), (entries,))
+        words = waves("ik"), Array("c", zeros), waves("o")
+        return Recipe((Delta("t k I, k, t k O -> I O", words, (("t", 2), ("k", self.n)), self.scale),))
 
     def canonical(self) -> "FourierFT":
         return dataclasses.replace(self, scale=1.0)

@@ -319,6 +319,7 @@ METHODS = (
         partial(closed_forms.fourierft, s=30),
         lambda leaf: math.prod(leaf.stack) * 7,
         fits=lambda leaf: bool(leaf.axes("ik")) and bool(leaf.axes("o")),
+        dense_on=("linen/ragged_experts",),  # c of each expert between waves that all share
         everywhere=False,
     ),
     Row(

@@ -24,7 +24,7 @@ LARGEST = 2**20  # a side from here on has angles that 32 bits do not hold
 
 @dataclasses.dataclass(frozen=True)
 class Waves:
-    """Of each entry the wave along one side of the weight, cosine and sine, (2, n, sizes...), divided by the side.
+    """Of the n entries the waves along one side of the weight, cosines, then sines, (2 n, sizes...), over the side.
 
     With S real, Re F^-1(S) is a sum over entries (u, v) of c / (in out) times cos a cos b - sin a sin b, where
     a = 2 pi u i / in and b = 2 pi v o / out. The minus is on the input side. An angle is counted in whole steps of the
@@ -46,7 +46,12 @@ class Waves:
         steps = ((u * (i // 256) % d) * 256 + u * (i % 256)) % d
         angle = steps.astype(jnp.float32) * (2 * math.pi / d)
         sine = -jnp.sin(angle) if self.into else jnp.sin(angle)
-        return (jnp.stack([jnp.cos(angle), sine]) / d).reshape(2, -1, *self.sizes)
+        return (jnp.concatenate([jnp.cos(angle), sine]) / d).reshape(-1, *self.sizes)
+
+
+def twice(c: jax.Array) -> jax.Array:
+    """c for the cosines, and again for the sines."""
+    return jnp.concatenate([c, c])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +92,8 @@ class FourierFT(Method):
         init, shape = _entries.seeded(self.seed, d_in * d_out), (self.n, _entries.DIGITS)
         entries = Array("entries", init, shape, trained=False, group=group, stacked=False, derived=True)
         waves = lambda roles: Function(Waves(leaf.sizes(roles), d_out, roles == "ik"), (entries,))
-        words = waves("ik"), Array("c", zeros), waves("o")
-        return Recipe((Delta("t k I, k, t k O -> I O", words, (("t", 2), ("k", self.n)), self.scale),))
+        words = waves("ik"), Function(twice, (Array("c", zeros, (self.n,)),)), waves("o")
+        return Recipe((Delta("r I, r, r O -> I O", words, (("r", 2 * self.n),), self.scale),))
 
     def canonical(self) -> "FourierFT":
         return dataclasses.replace(self, scale=1.0)

@@ -1,22 +1,24 @@
 """From an adapter back to plain parameters, and what that costs in the weight's own precision."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from jlora import _answers, _read
 from jlora._algebra._weight import Weight
 from jlora._trees import _packed, _table, _tree
 from jlora._trees._packed import is_packed
+from jlora._types import PyTree
 from jlora.adapted import Adapted, check_adapted, check_any, is_adapted
 
 
-def merge(adapted: Adapted) -> Any:
+def merge(adapted: Adapted) -> PyTree:
     """Plain parameters again: the same structure, shapes and dtypes as the base.
 
     Deltas are added in float32, then cast. Pure and jittable; looks at no value. A quantised weight becomes the array
@@ -65,7 +67,7 @@ class MergeReport:
         return _table.render(("path", "survives", "relative error"), rows, right=(1, 2))
 
 
-def outside(caller: str, tree: Any) -> None:
+def outside(caller: str, tree: PyTree) -> None:
     """TypeError where values are read and there are none, since the call is traced."""
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
         raise TypeError(
@@ -122,11 +124,11 @@ def merge_report(adapted: Adapted) -> MergeReport:
 class Unmerged(NamedTuple):
     """`params`, and for each weight the relative `drift`: how far merging again lands from the merged weight."""
 
-    params: Any
+    params: PyTree
     drift: dict[str, float]
 
 
-def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
+def unmerge(merged: PyTree, adapted: Adapted) -> Unmerged:
     """Subtracts an adapter from merged parameters, for when the base is no longer at hand.
 
     Where it is, use it: `adapted.frozen.base` is exact, this is not. Subtraction happens in float32, then casts.
@@ -169,11 +171,11 @@ def unmerge(merged: Any, adapted: Adapted) -> Unmerged:
     return Unmerged(jax.tree.unflatten(treedef, leaves), drift)
 
 
-def _is_real(dtype: Any) -> bool:
+def _is_real(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
 
 
-def scale(adapted: Adapted, x: Any) -> Adapted:
+def scale(adapted: Adapted, x: float | np.ndarray | jax.Array) -> Adapted:
     """The adapter weakened, strengthened or switched off: every delta times `x` (0 is the base, 1 the adapter).
 
     `x` is a scalar and may be traced: the scales are data, so nothing recompiles.

@@ -1,7 +1,7 @@
 """NNX modules as they stand: what Flax asks of an `Adapted`, and what a module does to itself while it is called."""
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 from flax import nnx
@@ -10,6 +10,7 @@ from flax.nnx import graphlib
 from jlora import _read
 from jlora._algebra._mesh import typed
 from jlora._trees import _tree
+from jlora._types import Fill, PyTree, Value
 from jlora.adapted import Adapted
 
 SPLIT = """\
@@ -37,7 +38,7 @@ def _no_node(adapted: Adapted) -> NoReturn:
 graphlib.register_pytree_node_type(Adapted, _no_node, lambda nodes, aux: None)  # type: ignore[arg-type]
 
 
-def _variables(trees: list[Any]) -> list[tuple[str, nnx.Variable, Any]]:
+def _variables(trees: Sequence[PyTree]) -> list[tuple[str, nnx.Variable, PyTree]]:
     """Path, variable and value of every NNX variable in freshly made trees."""
     is_variable = lambda x: isinstance(x, nnx.Variable)
     found = []
@@ -48,21 +49,19 @@ def _variables(trees: list[Any]) -> list[tuple[str, nnx.Variable, Any]]:
     return found
 
 
-def watched(
-    fn: Callable[..., Any], fill: Callable[[list[Any]], tuple[Any, Any]]
-) -> tuple[Callable[..., Any], Callable[[list[Any]], tuple[Any, Any]], Callable[[], bool]]:
+def watched(fn: Callable[..., Value], fill: Fill) -> tuple[Callable[..., Value], Fill, Callable[[], bool]]:
     """`fn`, `fill`, and whether the call of `fn` has set a variable of a module that `fill` put in.
 
     The module is a copy, made of the adapter's base, and what is set in it is lost.
     """
-    held: list[tuple[str, nnx.Variable, Any]] = []
+    held: list[tuple[str, nnx.Variable, PyTree]] = []
     touched: list[str] = []
 
-    def filled(trees: list[Any]) -> tuple[Any, Any]:
+    def filled(trees: Sequence[PyTree]) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
         held[:] = _variables(trees)
         return fill(trees)
 
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def called(*args: PyTree, **kwargs: PyTree) -> Value:
         out = fn(*args, **kwargs)
         touched[:] = [path for path, variable, value in held if variable.get_raw_value() is not value]
         return out
@@ -70,7 +69,7 @@ def watched(
     return called, filled, lambda: bool(touched)
 
 
-def check_stateless(fn: Callable[..., Any], found: list[Adapted], fill: Callable[[list[Any]], tuple[Any, Any]]) -> None:
+def check_stateless(fn: Callable[..., PyTree], found: list[Adapted], fill: Fill) -> None:
     """Raises where the call computes new values for variables of the module, such as counts of its generators.
 
     NNX's transforms set every variable of a module, most of them to what it was: a trace tells these apart.
@@ -84,7 +83,7 @@ def check_stateless(fn: Callable[..., Any], found: list[Adapted], fill: Callable
     flat = [(k, n) for k, each in enumerate(leaves) for n, x in enumerate(each) if hasattr(x, "dtype")]
     named: list[tuple[str, str, int | None]] = []
 
-    def traced(*arrays: jax.Array) -> list[Any]:
+    def traced(*arrays: jax.Array) -> list[PyTree]:
         filled = [list(each) for each in leaves]
         place = {}
         for number, ((k, n), x) in enumerate(zip(flat, arrays, strict=True)):

@@ -1,9 +1,9 @@
 """Reading an adapter: its factors, its weights as expressions, its base with other values in their places."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from jlora._algebra._express import express
@@ -13,15 +13,16 @@ from jlora._plan import _sites
 from jlora._plan._sites import Site
 from jlora._trees import _packed, _tree
 from jlora._trees._leaf import Leaf
-from jlora._trees._packed import is_packed
+from jlora._trees._packed import Packed, is_packed
+from jlora._types import PyTree
 from jlora.adapted import Adapted, Frozen
 from jlora.methods.base import Method
 
 
-def factors_of(adapted: Adapted) -> Any:
+def factors_of(adapted: Adapted) -> Callable[[str, str], jax.Array]:
     """`(group, factor) -> array`, trainable or frozen."""
 
-    def get(group: str, name: str) -> Any:
+    def get(group: str, name: str) -> jax.Array:
         for side in (adapted.trainable, adapted.frozen.factors):
             if name in side.get(group, {}):
                 return side[group][name]
@@ -30,7 +31,7 @@ def factors_of(adapted: Adapted) -> Any:
     return get
 
 
-def held(named: Sequence[tuple[str, Any]]) -> list[Any]:
+def held(named: Sequence[tuple[str, PyTree]]) -> list[jax.Array | Packed]:
     """Leaves, given with their paths, as expressions take them: arrays, and `Packed` as they are.
 
     Raises:
@@ -40,7 +41,7 @@ def held(named: Sequence[tuple[str, Any]]) -> list[Any]:
     return [leaf if is_packed(leaf) else jnp.asarray(leaf) for _, leaf in named]
 
 
-def completed(found: Any, name: str = "") -> Adapted:
+def completed(found: Adapted | Packed, name: str = "") -> Adapted:
     """An `Adapted`, or one `Packed` leaf, with every `Packed` leaf a site: what no method took has an empty recipe."""
     if is_packed(found):
         found = Adapted({}, Frozen(found, {}, None, _sites.intern((), (), ())))
@@ -58,7 +59,7 @@ def completed(found: Any, name: str = "") -> Adapted:
     return Adapted(found.trainable, dataclasses.replace(found.frozen, plan=plan))
 
 
-def weights(adapted: Adapted, leaves: list[Any]) -> list[Weight]:
+def weights(adapted: Adapted, leaves: list[PyTree]) -> list[Weight]:
     """The expression of every adapted weight over the base's leaves."""
     get = factors_of(adapted)
     sites = adapted.frozen.plan.sites
@@ -66,7 +67,7 @@ def weights(adapted: Adapted, leaves: list[Any]) -> list[Weight]:
     return [express(s.leaf, s.recipe, w0, get) for s, w0 in zip(sites, bases, strict=True)]
 
 
-def replaced(adapted: Adapted, values: list[Any]) -> Any:
+def replaced(adapted: Adapted, values: Sequence[PyTree]) -> PyTree:
     """The base tree with one value for each site."""
     leaves = _tree.leaves(adapted.frozen.base)
     for site, value in zip(adapted.frozen.plan.sites, values, strict=True):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora._plan import _fits
+from jlora._types import PyTree
 from jlora.adapted import Adapted, Frozen, check_any, is_adapted
 
 
@@ -51,7 +52,7 @@ def stack(adapters: Sequence[Adapted]) -> Stacked:
       >>> grads["query/kernel"]["b"].shape
       (2, 2, 4)
     """
-    every: list[Any] = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
+    every: list[PyTree] = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
     strange = [type(a).__name__ for a in every if not (is_adapted(a) and isinstance(a.frozen, Frozen))]
     if strange or not isinstance(adapters, (list, tuple)):
         kinds = ", ".join(strange or [type(adapters).__name__])
@@ -134,7 +135,7 @@ def unstack(adapted: Adapted) -> list[Adapted]:
     return [one(n) for n in range(sizes.pop())]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: PyTree, other: PyTree) -> bool:
     """Whether two bases are one: the same arrays, or equal ones."""
     if jax.tree.structure(one) != jax.tree.structure(other):
         return False

@@ -1,6 +1,6 @@
 """What passes between the rooms, by name: the types that the signatures are written in."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
@@ -38,6 +38,9 @@ W0: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 Init: TypeAlias = Callable[..., jax.Array]
 """How a factor begins: `init(key, shape, dtype)`, such as those of `jax.nn.initializers`."""
+
+Fill: TypeAlias = Callable[[Sequence[PyTree]], tuple[tuple[PyTree, ...], dict[str, PyTree]]]
+"""The arguments of a call, by position and by name, with these in place of its adapters."""
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 

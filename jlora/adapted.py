@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 
@@ -12,12 +12,15 @@ from jlora import _answers
 from jlora._algebra import _wellformed
 from jlora._keys import checked_key, stable_hash
 from jlora._plan import _fits, _pairs, _resolve, _sites
-from jlora._plan._sites import Plan, dropouts, trainable_size
+from jlora._plan._sites import Plan, Spec, dropouts, trainable_size
 from jlora._plan._sites import derived as derived
 from jlora._trees import _axes, _kinds, _packed, _table, _tree
-from jlora.methods.base import Method
+from jlora._types import Key, PyTree
 
-Factors = Mapping[str, Mapping[str, Any]]
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+Children: TypeAlias = tuple[tuple[object, PyTree], ...]  # the name of each child, as JAX writes it
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -32,20 +35,20 @@ class Frozen:
       plan: which weight gets which recipe; static.
     """
 
-    base: Any
-    factors: Any
-    key: Any
+    base: PyTree
+    factors: PyTree
+    key: PyTree
     plan: Plan
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self) -> tuple[Children, Plan]:
         names = ("base", "factors", "key")
         return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names), self.plan
 
-    def tree_flatten(self) -> Any:
+    def tree_flatten(self) -> tuple[tuple[PyTree, ...], Plan]:
         return (self.base, self.factors, self.key), self.plan
 
     @classmethod
-    def tree_unflatten(cls, plan: Plan, children: Any) -> "Frozen":
+    def tree_unflatten(cls, plan: Plan, children: tuple[PyTree, ...]) -> "Frozen":
         base, factors, key = children
         return cls(base, factors, key, plan)
 
@@ -71,21 +74,21 @@ class Adapted(_answers.Mistaken):
       Adapted(1 weight, 20 trainable)
     """
 
-    trainable: Any
-    frozen: Any
+    trainable: PyTree
+    frozen: PyTree
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self) -> tuple[Children, None]:
         names = ("trainable", "frozen")
         return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names), None
 
-    def tree_flatten(self) -> Any:
+    def tree_flatten(self) -> tuple[tuple[PyTree, ...], None]:
         return (self.trainable, self.frozen), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> "Adapted":
+    def tree_unflatten(cls, _: None, children: tuple[PyTree, ...]) -> "Adapted":
         return cls(*children)
 
-    def __contains__(self, name: Any) -> bool:
+    def __contains__(self, name: object) -> bool:
         """Whether a group is trained; Flax's TrainState asks for a name of its own."""
         return isinstance(self.trainable, Mapping) and name in self.trainable
 
@@ -99,18 +102,19 @@ class Adapted(_answers.Mistaken):
         return table(self) if isinstance(self.frozen, Frozen) else repr(self)
 
 
-def is_adapted(x: Any) -> bool:
+def is_adapted(x: object) -> "TypeIs[Adapted]":
     """Whether `x` is an `Adapted`."""
     return isinstance(x, Adapted)
 
 
-def check_adapted(caller: str, x: Any) -> Adapted:
+def check_adapted(caller: str, x: object) -> Adapted:
     """`x`; TypeError, in words, unless it is an `Adapted` with a plan; ValueError if it is a stack of several."""
-    _fits.check_one(caller, check_any(caller, x).frozen.plan, x.trainable, x.frozen.factors)
-    return x
+    adapted = check_any(caller, x)
+    _fits.check_one(caller, adapted.frozen.plan, adapted.trainable, adapted.frozen.factors)
+    return adapted
 
 
-def check_any(caller: str, x: Any) -> Adapted:
+def check_any(caller: str, x: object) -> Adapted:
     """`x`, one adapter or a stack of several; TypeError, in words, if it is neither."""
     if isinstance(x, Adapted) and isinstance(x.frozen, Frozen):
         return x
@@ -121,14 +125,14 @@ def check_any(caller: str, x: Any) -> Adapted:
 
 
 def adapt(
-    params: Any,
-    spec: "Method | Sequence[Any]",
+    params: PyTree,
+    spec: Spec,
     *,
-    key: Any = None,
+    key: Key | None = None,
     axes: dict[str, str] | None = None,
-    fn: Callable[..., Any] | None = None,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    fn: Callable[..., PyTree] | None = None,
+    args: Sequence[PyTree] = (),
+    kwargs: Mapping[str, PyTree] | None = None,
     allow_untied: bool = False,
 ) -> Adapted:
     """Freezes a parameter tree and hangs trainable factors beside the weights that a spec names.
@@ -182,9 +186,9 @@ def adapt(
 
 
 def begun(
-    params: Any,
-    spec: Any,
-    key: Any = None,
+    params: PyTree,
+    spec: object,
+    key: Key | None = None,
     axes: dict[str, str] | None = None,
     allow_untied: bool = False,
     traced: dict[str, tuple[str, str]] | None = None,
@@ -197,8 +201,8 @@ def begun(
     tree = _tree.flatten(params)
     _packed.sound(zip(tree.paths, tree.leaves, strict=True))
     plan, given = _resolve.resolve(tree, spec, axes, allow_untied, traced)
-    trainable: dict[str, dict[str, Any]] = {}
-    factors: dict[str, dict[str, Any]] = {}
+    trainable: dict[str, dict[str, jax.Array]] = {}
+    factors: dict[str, dict[str, jax.Array]] = {}
     named = lambda group, name: jax.random.fold_in(jax.random.fold_in(key, stable_hash(group)), stable_hash(name))
     bad = []
     for site, (method, recipe) in zip(plan.sites, given, strict=True):
@@ -221,7 +225,13 @@ def begun(
     return Adapted(trainable, Frozen(params, factors, None, plan))
 
 
-def called(caller: str, fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]] | None:
+def called(
+    caller: str,
+    fn: Callable[..., PyTree] | None,
+    params: PyTree,
+    args: Sequence[PyTree],
+    kwargs: Mapping[str, PyTree] | None,
+) -> dict[str, tuple[str, str]] | None:
     """What a trace of `fn` says of the weights, `{path: (use, letters)}`; None where no function is given."""
     if fn is None and not args and not kwargs:
         return None
@@ -233,7 +243,7 @@ def called(caller: str, fn: Any, params: Any, args: Any, kwargs: Any) -> dict[st
 # --- taking it apart ----------------------------------------------------------------------------------------------
 
 
-def split(adapted: Adapted) -> tuple[Any, Frozen]:
+def split(adapted: Adapted) -> tuple[PyTree, Frozen]:
     """`(adapted.trainable, adapted.frozen)`: gradients are taken over the first alone.
 
     Example:
@@ -245,7 +255,7 @@ def split(adapted: Adapted) -> tuple[Any, Frozen]:
     return check_any("split", adapted).trainable, adapted.frozen
 
 
-def join(trainable: Any, frozen: Frozen) -> Adapted:
+def join(trainable: PyTree, frozen: Frozen) -> Adapted:
     """The inverse of `split`; free inside a jitted loss.
 
     It sees groups, names and shapes. Halves of two adapters of one plan fit each other, and what comes out is neither
@@ -268,7 +278,7 @@ def join(trainable: Any, frozen: Frozen) -> Adapted:
     return Adapted(trainable, frozen)
 
 
-def with_dropout(adapted: Adapted, key: Any) -> Adapted:
+def with_dropout(adapted: Adapted, key: Key | None) -> Adapted:
     """The same adapter with a key for the dropout of its branches; without one there is none.
 
     Called inside the loss, with a key that differs from step to step, and not called in evaluation. A draw depends on
@@ -362,7 +372,7 @@ def table(adapted: Adapted) -> str:
     return "\n".join(lines)
 
 
-def trainable_mask(tree: Any) -> Any:
+def trainable_mask(tree: PyTree) -> PyTree:
     """True on trainable leaves, False on frozen ones; depends on structure alone, so optax takes it as a mask.
 
     Leaves outside any `Adapted` are trainable.
@@ -374,7 +384,7 @@ def trainable_mask(tree: Any) -> Any:
       {'a': True, 'b': True}
     """
 
-    def mask(x: Any) -> Any:
+    def mask(x: PyTree) -> PyTree:
         if not is_adapted(x):
             return True
         fill = lambda half, value: jax.tree.map(lambda _: value, half)

@@ -2,8 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -11,6 +10,7 @@ from jlora import _answers, _interpret
 from jlora._interpret import Row
 from jlora._interpret import trace as _trace
 from jlora._trees import _axes, _table
+from jlora._types import PyTree
 from jlora.adapted import is_adapted
 from jlora.lift import completed, find, is_ours
 
@@ -61,7 +61,7 @@ class Report:
         return "\n".join(text)
 
 
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(fn: Callable[..., PyTree], *args: PyTree, **kwargs: PyTree) -> Report:
     """Where each adapted weight is used, which contraction was planned, and why any was made dense.
 
     Called like the lifted function, with `fn` as it was before lifting. Nothing is computed; arrays may be
@@ -87,7 +87,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return Report(tuple(me.rows), tuple(p for p in paths if p not in used), tuple(me.contradicted))
 
 
-def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+def infer_axes(fn: Callable[..., PyTree], params: PyTree, *args: PyTree, **kwargs: PyTree) -> dict[str, str]:
     """The letters of each weight's axes, read off a trace of `fn(params, *args, **kwargs)`.
 
     Contracted axes are i, scanned, indexed and batch axes s, a convolution's window k, the rest o; a weight that no
@@ -118,15 +118,17 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     }
 
 
-def _is_abstract(x: Any) -> bool:
+def _is_abstract(x: object) -> bool:
     return is_ours(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _abstractly(fn: Callable[..., Any], args: Any, kwargs: Any, me: _interpret.Interpreter) -> None:
+def _abstractly(
+    fn: Callable[..., PyTree], args: Sequence[PyTree], kwargs: Mapping[str, PyTree], me: _interpret.Interpreter
+) -> None:
     """Traces a lifted call without computing; outputs that are no arrays are dropped."""
     inputs, _, fill = find(args, kwargs, _is_abstract)
 
-    def arrays(inputs: list[Any]) -> list[Any]:
+    def arrays(inputs: list[PyTree]) -> list[jax.Array]:
         found, where, refill = find(*fill(inputs))
         out = _interpret.call(fn, completed(found, where), refill, me=me)
         return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]

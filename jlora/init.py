@@ -19,7 +19,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,9 @@ from jlora._algebra import _express, _words
 from jlora._dtypes import widened
 from jlora._interpret import moments as _moments
 from jlora._plan import _pairs, _resolve, _sites
-from jlora._plan._sites import Plan, Site
+from jlora._plan._sites import Plan, Site, Spec
 from jlora._trees import _tree
+from jlora._types import PyTree
 from jlora.adapted import Adapted, Frozen, check_any
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import EVA as EVA
@@ -48,19 +48,21 @@ from jlora.quant._mended import qpissa as qpissa
 Axes = dict[str, str] | None
 
 
-def _taken(params: Any, spec: Any, axes: Axes) -> tuple[Site, ...]:
+def _taken(params: PyTree, spec: Spec, axes: Axes) -> tuple[Site, ...]:
     """The weights that a spec takes, with nothing added to them."""
     _answers.check_params("jlora.init", params)
     plan, _ = _resolve.resolve(_tree.flatten(params), spec, axes, True)
     return tuple(dataclasses.replace(s, recipe=_words.Recipe()) for s in plan.sites)
 
 
-def _bare(params: Any, sites: tuple[Site, ...]) -> Adapted:
+def _bare(params: PyTree, sites: tuple[Site, ...]) -> Adapted:
     return Adapted({}, Frozen(params, {}, None, _sites.intern(sites, (), ())))
 
 
-def _summed(batches: Iterable[Any], f: Callable[[Any], dict[str, Any]], name: str) -> tuple[dict[str, Any], int]:
-    total: dict[str, Any] = {}
+def _summed(
+    batches: Iterable[PyTree], f: Callable[[PyTree], dict[str, jax.Array]], name: str
+) -> tuple[dict[str, jax.Array], int]:
+    total: dict[str, jax.Array] = {}
     count = 0
     if not isinstance(batches, Iterable):
         raise TypeError(f"jlora.init.{name} takes an iterable of batches, such as a list, not {_answers.kind(batches)}")
@@ -74,7 +76,12 @@ def _summed(batches: Iterable[Any], f: Callable[[Any], dict[str, Any]], name: st
 
 
 def gradients(
-    loss: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], spec: Any, *, axes: Axes = None
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    spec: Spec,
+    *,
+    axes: Axes = None,
 ) -> dict[str, jax.Array]:
     """The mean of dL/dW over batches, for each weight that `spec` takes: what `GA` starts from.
 
@@ -107,7 +114,7 @@ def gradients(
     bare = _bare(params, sites)
 
     @jax.jit
-    def one(bare: Adapted, batch: Any) -> dict[str, Any]:
+    def one(bare: Adapted, batch: PyTree) -> dict[str, jax.Array]:
         leaves = _tree.leaves(bare.frozen.base)
         at = lambda values: loss(_read.replaced(bare, values), batch)
         found = jax.grad(at)([jnp.asarray(leaves[s.index]) for s in sites])
@@ -118,7 +125,7 @@ def gradients(
 
 
 def activations(
-    fn: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], spec: Any, *, axes: Axes = None
+    fn: Callable[[PyTree, PyTree], PyTree], params: PyTree, batches: Iterable[PyTree], spec: Spec, *, axes: Axes = None
 ) -> dict[str, jax.Array]:
     """X^T X of the inputs of each weight that `spec` takes, summed over batches: what `EVA` and `CorDA` start from.
 
@@ -157,7 +164,7 @@ def activations(
     bare = _bare(params, sites)
 
     @jax.jit
-    def one(bare: Adapted, batch: Any) -> dict[str, Any]:
+    def one(bare: Adapted, batch: PyTree) -> dict[str, jax.Array]:
         me = _interpret.Interpreter(moments={})
         _interpret.call(lambda p: fn(p, batch), [bare], lambda trees: ((trees[0],), {}), me=me)
         return {path: _moments.in_order(made) for path, made in (me.moments or {}).items()}
@@ -174,7 +181,7 @@ def activations(
     return total
 
 
-def redistributed(method: LoRA, moments: Mapping[str, Any], *, rho: float = 2.0) -> tuple[LoRA, ...]:
+def redistributed(method: LoRA, moments: Mapping[str, jax.Array], *, rho: float = 2.0) -> tuple[LoRA, ...]:
     """EVA's ranks: the budget of `method.rank` for each weight goes where the inputs' variance is.
 
     All components of all weights are sorted by the share of their weight's variance that they explain,

@@ -1,8 +1,8 @@
 """`lift`: the same function, for adapted parameters."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,27 @@ from jlora import _answers, _merge, _read
 from jlora._modules import check_stateless, watched
 from jlora._plan import _fits
 from jlora._trees import _tree
-from jlora._trees._packed import is_packed
+from jlora._trees._packed import Packed, is_packed
+from jlora._types import Fill, PyTree, Value
 from jlora.adapted import Adapted, is_adapted
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
-def is_ours(x: Any) -> bool:
+
+def is_ours(x: object) -> "TypeIs[Adapted | Packed]":
     """Whether a leaf of a call's arguments stands for weights that are no arrays: an `Adapted`, or a quantised one."""
     return is_adapted(x) or is_packed(x)
 
 
-def _holds(x: Any, wanted: Callable[[Any], bool]) -> bool:
+def _holds(x: PyTree, wanted: Callable[[object], bool]) -> bool:
     try:
         return any(map(wanted, jax.tree.leaves(x, is_leaf=wanted)))
     except (TypeError, ValueError):  # no pytree that JAX can sort: nothing of ours inside
         return False
 
 
-def _still(x: Any) -> Any:
+def _still(x: Value) -> Value:
     """Stops gradients at an array; anything else passes."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact):
         return lax.stop_gradient(x)
@@ -39,7 +43,7 @@ def _stopped(adapted: Adapted) -> Adapted:
     return Adapted(adapted.trainable, jax.tree.map(_still, adapted.frozen))
 
 
-def completed(found: Sequence[Any], paths: Sequence[str]) -> list[Adapted]:
+def completed(found: Sequence[Adapted | Packed], paths: Sequence[str]) -> list[Adapted]:
     """What `find` found, as adapters: a quantised leaf that stands alone is one under the path that it was found at."""
     for x in found:
         if is_adapted(x):
@@ -48,17 +52,17 @@ def completed(found: Sequence[Any], paths: Sequence[str]) -> list[Adapted]:
 
 
 def find(
-    args: Any, kwargs: Any, wanted: Callable[[Any], bool] = is_ours
-) -> tuple[list[Any], list[str], Callable[[list[Any]], tuple[Any, Any]]]:
+    args: Sequence[PyTree], kwargs: Mapping[str, PyTree], wanted: Callable[[object], bool] = is_ours
+) -> tuple[list[PyTree], list[str], Fill]:
     """The wanted leaves in a call's arguments, where in an argument each stands, and a function that puts others in
     their places.
 
     An argument without any is handed over as the very object it is: an NNX module must not be rebuilt.
     """
-    found: list[Any] = []
+    found: list[PyTree] = []
     paths: list[str] = []
 
-    def slot(x: Any) -> Callable[[list[Any]], Any]:
+    def slot(x: PyTree) -> Callable[[Sequence[PyTree]], PyTree]:
         if not _holds(x, wanted):
             return lambda others: x
         pairs, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=wanted)
@@ -77,7 +81,7 @@ def find(
     return found, paths, lambda others: (tuple(s(others) for s in slots), {k: s(others) for k, s in named.items()})
 
 
-def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = False) -> Callable[..., Any]:
+def lift(fn: Callable[..., Value], *, dense: bool = False, forward_mode: bool = False) -> Callable[..., Value]:
     """The same function, for adapted parameters: wherever a parameter tree stood, an `Adapted` may stand, or a
     quantised tree.
 
@@ -113,7 +117,7 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
     _answers.check_function("jlora.lift", fn)
 
     @functools.wraps(fn)
-    def lifted(*args: Any, **kwargs: Any) -> Any:
+    def lifted(*args: PyTree, **kwargs: PyTree) -> PyTree:
         found, paths, fill = find(args, kwargs)
         if not found:
             return _plainly(fn, args, kwargs)
@@ -142,7 +146,7 @@ def lift(fn: Callable[..., Any], *, dense: bool = False, forward_mode: bool = Fa
     return lifted
 
 
-def _plainly(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _plainly(fn: Callable[..., Value], args: Sequence[PyTree], kwargs: Mapping[str, PyTree]) -> Value:
     """A call without an adapter, which is a call of `fn`; where that fails over a trainable half, so it is said."""
     try:
         return fn(*args, **kwargs)

@@ -7,6 +7,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 
@@ -70,6 +71,9 @@ def intern(sites: tuple[Site, ...], methods: tuple[Method, ...], notes: tuple[st
     content = (sites, methods, notes)
     with _lock:
         return _interned.setdefault(content, Plan(*content))
+
+
+Spec: TypeAlias = "Method | Sequence[object]"  # a method, or several; they nest
 
 
 def rules(spec: object) -> tuple[Method, ...]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
@@ -10,28 +10,28 @@ import optax
 from jax.core import Tracer
 
 
-def number(caller: str, name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
+def number(caller: str, name: str, value: object, wanted: str, fits: Callable[[float], bool]) -> None:
     """Raises unless `value` is one real number that `fits`; a traced one has no value yet, and passes."""
     if isinstance(value, Tracer) and value.shape == ():
         return
     real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     array = isinstance(value, (jax.Array, np.ndarray)) and value.shape == () and value.dtype.kind in "iuf"
-    if not (real or array) or not fits(float(value)):
+    if not (real or array) or not fits(float(cast(float, value))):
         raise ValueError(f"{caller}({name}={value!r}): {wanted}")
 
 
-def whole(caller: str, name: str, value: Any, low: int, high: float, wanted: str) -> None:
+def whole(caller: str, name: str, value: object, low: int, high: float, wanted: str) -> None:
     """Raises unless `value` is a whole number from `low` to `high`, or traced."""
     number(caller, name, value, wanted, lambda x: x.is_integer() and low <= x <= high)
 
 
-def rate(caller: str, name: str, value: Any, wanted: str) -> None:
+def rate(caller: str, name: str, value: object, wanted: str) -> None:
     """Raises unless `value` is a number of at least 0, a traced one, or a schedule."""
     if not callable(value):
         number(caller, name, value, wanted, lambda x: 0 <= x < float("inf"))
 
 
-def transformation_of(caller: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+def transformation_of(caller: str, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`tx`, which takes extra arguments; also an `optax.MultiSteps`, which is no transformation and hands them on.
 
     Raises:

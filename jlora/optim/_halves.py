@@ -1,7 +1,7 @@
 """Where the factors stand in the trees that optax hands round: split, whole, masked, or inside a larger tree."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import optax
@@ -9,13 +9,14 @@ import optax
 from jlora._plan import _pairs
 from jlora._plan._pairs import Pair
 from jlora._plan._sites import Plan
+from jlora._types import Place, PyTree
 from jlora.adapted import Adapted, check_adapted, is_adapted
 
-Places: TypeAlias = dict[tuple[str, str], Any]
+Places: TypeAlias = dict[Place, jax.Array]
 Rule: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
 
 
-def chosen(caller: str, adapted: Any, wanted: Callable[[Pair], bool], what: str) -> Plan:
+def chosen(caller: str, adapted: Adapted, wanted: Callable[[Pair], bool], what: str) -> Plan:
     """The plan of `adapted`, which must hold a pair that `wanted` takes: a transformation of nothing is a mistake."""
     check_adapted(caller, adapted)
     if not any(map(wanted, _pairs.pairs(adapted.frozen.plan))):
@@ -24,18 +25,18 @@ def chosen(caller: str, adapted: Any, wanted: Callable[[Pair], bool], what: str)
     return adapted.frozen.plan
 
 
-def places(half: Any) -> Places:
+def places(half: PyTree) -> Places:
     """`{(group, factor): leaf}`, without what is masked out."""
     name = lambda key: jax.tree_util.keystr((key,), simple=True)
     return {(name(p[0]), name(p[-1])): x for p, x in jax.tree_util.tree_leaves_with_path(half)}
 
 
-def _put(half: Any, values: Places) -> Any:
+def _put(half: PyTree, values: Mapping[Place, PyTree]) -> PyTree:
     name = lambda key: jax.tree_util.keystr((key,), simple=True)
     return jax.tree_util.tree_map_with_path(lambda p, x: values.get((name(p[0]), name(p[-1])), x), half)
 
 
-def check_masked(caller: str, opt_state: Any) -> None:
+def check_masked(caller: str, opt_state: PyTree) -> None:
     """Raises where an optimizer's state has arrays for a frozen half: it was made without `masked`, and moves the base.
 
     What `optax.MultiSteps` gathers is of all that passes, and moves nothing.
@@ -58,11 +59,11 @@ class Halves:
     def __init__(self, plan: Plan) -> None:
         self.groups = frozenset(group for (group, _), (_, trained) in plan.shapes.items() if trained)
 
-    def holds(self, x: Any) -> bool:
+    def holds(self, x: object) -> bool:
         """Whether this node is an adapter: an `Adapted`, or a dictionary with all trained groups of the plan."""
         return is_adapted(x) or isinstance(x, Mapping) and self.groups <= set(x)
 
-    def read(self, tree: Any, caller: str) -> Places:
+    def read(self, tree: PyTree, caller: str) -> Places:
         """The factors of the one adapter in a tree, by place."""
         found = [x for x in jax.tree.leaves(tree, is_leaf=self.holds) if self.holds(x)]
         if len(found) != 1:
@@ -73,10 +74,10 @@ class Halves:
             )
         return places(found[0].trainable if is_adapted(found[0]) else found[0])
 
-    def write(self, tree: Any, values: Places) -> Any:
+    def write(self, tree: PyTree, values: Mapping[Place, PyTree]) -> PyTree:
         """The tree with these factors in their places."""
 
-        def visit(x: Any) -> Any:
+        def visit(x: PyTree) -> PyTree:
             if not self.holds(x):
                 return x
             return Adapted(_put(x.trainable, values), x.frozen) if is_adapted(x) else _put(x, values)
@@ -95,12 +96,14 @@ def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> op
     halves = Halves(plan)
     groups, is_half = halves.groups, halves.holds
 
-    def update(updates: Any, state: Any, params: Any = None, *, frozen: Any = None, **extra: Any) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, *, frozen: PyTree = None, **extra: PyTree
+    ) -> PyTree:
         if not any(map(is_half, jax.tree.leaves(updates, is_leaf=is_half))):
             some = ", ".join(map(repr, sorted(groups)[:3]))
             raise ValueError(f"these updates hold no adapter with the groups {some}, ...: is it another adapter's?")
 
-        def visit(u: Any, p: Any = None) -> Any:
+        def visit(u: PyTree, p: PyTree = None) -> PyTree:
             if not is_half(u):
                 return u
             own, inside = plan, u
@@ -119,6 +122,6 @@ def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> op
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _own_factors(adapted: Any) -> Places:
+def _own_factors(adapted: PyTree) -> Places:
     """The frozen factors of the parameters, where they are not masked out."""
     return places(getattr(adapted.frozen, "factors", {})) if is_adapted(adapted) else {}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,14 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora._algebra._express import express
-from jlora._algebra._words import Array, Delta, Function, Recipe, bind, constant
+from jlora._algebra._words import Array, Delta, Function, Recipe, Word, bind, constant
 from jlora._plan._sites import Site
+from jlora._types import Place, PyTree
 from jlora.adapted import Adapted, check_any, is_adapted
-from jlora.optim._halves import Halves, Places
+from jlora.optim._halves import Halves
 
 
-def decay_mask(adapted: Any) -> Callable[[Any], Any]:
+def decay_mask(adapted: Adapted) -> Callable[[PyTree], PyTree]:
     """For `optax.adamw(..., mask=decay_mask(adapted))`: True where zero is the factor of no change.
 
     Decay towards zero is a pull towards the pretrained weight where a zero in the factor makes its update zero: a and b
@@ -48,8 +49,8 @@ def decay_mask(adapted: Any) -> Callable[[Any], Any]:
     check_any("decay_mask", adapted)
     plan = adapted.frozen.plan
     halves = Halves(plan)
-    allowed: Places = {}
-    known: dict[Any, dict[tuple[str, str], bool]] = {}
+    allowed: dict[Place, bool] = {}
+    known: dict[tuple[object, ...], dict[Place, bool]] = {}
     for site in plan.sites:
         content = (site.recipe, site.leaf.shape, site.leaf.roles)
         if content not in known:
@@ -58,7 +59,7 @@ def decay_mask(adapted: Any) -> Callable[[Any], Any]:
             place = (group or site.leaf.path, name)
             allowed[place] = allowed.get(place, True) and may
 
-    def visit(x: Any) -> Any:
+    def visit(x: PyTree) -> PyTree:
         if not halves.holds(x):
             return True
         half = x.trainable if is_adapted(x) else x
@@ -68,7 +69,7 @@ def decay_mask(adapted: Any) -> Callable[[Any], Any]:
     return lambda tree: jax.tree.map(visit, tree, is_leaf=halves.holds)
 
 
-def _name(step: Any) -> str:
+def _name(step: object) -> str:
     return jax.tree_util.keystr((step,), simple=True)
 
 
@@ -76,10 +77,11 @@ def _trained(site: Site) -> list[Array]:
     return [array for array, _ in site.recipe.arrays(site.leaf).values() if array.trained]
 
 
-def _words(delta: Delta, x: Array) -> list[Any]:
+def _words(delta: Delta, x: Array) -> list[Array | Function]:
     """The operands of a network in which a factor stands."""
     same = lambda a: (a.group, a.name) == (x.group, x.name)
-    return [word for word in delta.operands if any(map(same, word.arrays))]
+    found = [word for word in delta.operands if any(map(same, word.arrays))]
+    return cast("list[Array | Function]", found)  # W0 has no factors
 
 
 def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
@@ -105,7 +107,7 @@ def _idle(site: Site, side: str, x: Array, adapted: Adapted) -> bool:
     leaf = dataclasses.replace(leaf, shape=shape)
     bound = bind(network, leaf, {"left": "II", "right": "OO", "gain": "IO"}[side])
     held: dict[str, jax.Array] = {}  # as arrays of no mesh: what a function gives, or the array itself
-    words: list[Any] = []
+    words: list[Word] = []
     for n, (word, labels) in enumerate(bound.words):
         if isinstance(word, Function):
             held[str(n)] = jnp.asarray(np.asarray(_at_zero(site, word, x, adapted)))
@@ -118,11 +120,11 @@ def _idle(site: Site, side: str, x: Array, adapted: Adapted) -> bool:
     return np.allclose(made, w0, atol=1e-5)
 
 
-def _vanishes(site: Site, word: Any, x: Array, adapted: Adapted) -> bool:
+def _vanishes(site: Site, word: Array | Function, x: Array, adapted: Adapted) -> bool:
     return isinstance(word, Array) or not np.any(_at_zero(site, word, x, adapted))
 
 
-def _at_zero(site: Site, word: Function, x: Array, adapted: Adapted) -> Any:
+def _at_zero(site: Site, word: Function, x: Array, adapted: Adapted) -> jax.Array:
     """A function of factors where this one is zero: frozen ones as they are, other trained ones at one."""
     arrays = [_value(site, array, array.shape or (), x, adapted) for array in word.arrays]
     kept = tuple(n for n, role in zip(site.leaf.shape, site.leaf.roles, strict=True) if role != "s")

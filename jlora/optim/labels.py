@@ -1,13 +1,12 @@
 """Factors by name: labels for `optax.partition`."""
 
-from typing import Any
-
 import jax
 
+from jlora._types import PyTree
 from jlora.adapted import Adapted, is_adapted
 
 
-def factor_labels(tree: Any) -> Any:
+def factor_labels(tree: PyTree) -> PyTree:
     """The name of each factor, in the structure of `tree`: labels for `optax.partition`.
 
     Looks at structure alone, so `optax.partition(transforms, factor_labels)` takes the function itself, and arrays,
@@ -31,7 +30,7 @@ def factor_labels(tree: Any) -> Any:
       >>> state = tx.init(adapted.trainable)
     """
 
-    def label(path: Any, x: Any) -> Any:
+    def label(path: tuple[object, ...], x: PyTree) -> PyTree:
         if not is_adapted(x):
             return jax.tree_util.keystr(path[-1:], simple=True)
         named = jax.tree_util.tree_map_with_path(label, x.trainable)

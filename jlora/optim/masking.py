@@ -1,12 +1,13 @@
 """The whole form: an optimizer for the trainable leaves of an `Adapted`."""
 
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jlora._trees._tree import shape_dtype
+from jlora._types import PyTree
 from jlora.adapted import is_adapted, trainable_mask
 from jlora.optim._checks import transformation_of
 
@@ -32,22 +33,22 @@ def masked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     """
     inner = optax.masked(transformation_of("masked", tx), trainable_mask)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         _check_floating(params)
         return inner.init(params)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> PyTree:
         _check_floating(updates)
         if is_adapted(params):
             extra = {"frozen": params.frozen, **extra}  # `tx` itself sees it masked out
-        updates, state = inner.update(updates, state, params, **extra)
+        updates, state = inner.update(updates, state, cast(optax.Params, params), **extra)
         still = lambda u, moves: u if moves else jnp.full_like(u, -0.0)
         return jax.tree.map(still, updates, trainable_mask(updates)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_floating(tree: Any) -> None:
+def _check_floating(tree: PyTree) -> None:
     for adapted in jax.tree.leaves(tree, is_leaf=is_adapted):
         if not is_adapted(adapted):
             continue

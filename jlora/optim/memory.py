@@ -1,11 +1,10 @@
 """Optimizer state in the host's memory."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
+from jlora._types import PyTree
 from jlora.optim._checks import number, transformation_of
 
 
@@ -14,7 +13,7 @@ def offload(tx: optax.GradientTransformation, *, size: int = 100_000) -> optax.G
 
     The role of QLoRA's paged optimizer. That one pages on demand, by the driver; here every array of at least `size`
     numbers is copied in and out at each step, which is slower where the state would have fitted, and always frees
-    the room. The numbers are those of `tx`, bit for bit. Any transformation can stand inside, also one that holds
+    the room. The numbers are those of `tx`, bit for bit. Every transformation can stand inside, also one that holds
     more than moments, and `offload` inside `jlora.masked`, in `optax.chain`, under `optax.partition`. Under `jit` the
     arrays of state that come out are on the host, where `donate_argnums` lets them take the place of those that went
     in; `jlora.shard.state_shardings` says so too. On a backend without `pinned_host` memory it changes nothing.
@@ -54,14 +53,14 @@ def offload(tx: optax.GradientTransformation, *, size: int = 100_000) -> optax.G
     inner = transformation_of("offload", tx)
     large = lambda x: jnp.size(x) >= size
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         # Small arrays are placed as well: what a step returns would be, and it would compile twice.
         state = inner.init(params)
         return jax.tree.map(
             lambda x: jax.device_put(x, jax.memory.Space.Host if large(x) else jax.memory.Space.Device), state
         )
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> PyTree:
         move = lambda state, space: jax.tree.map(lambda x: jax.device_put(x, space) if large(x) else x, state)
         updates, state = inner.update(updates, move(state, jax.memory.Space.Device), params, **extra)
         return updates, move(state, jax.memory.Space.Host)

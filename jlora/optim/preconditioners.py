@@ -1,21 +1,23 @@
 """Gradients measured by the change of the weight and not of its factors."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from jlora._algebra._inverse import inverse
 from jlora._dtypes import promoted, widened
 from jlora._plan._pairs import Member, Pair
+from jlora._types import Place
+from jlora.adapted import Adapted
 from jlora.optim._checks import number
 from jlora.optim._halves import Places, chosen, transformation
 
 
-def riemannian(adapted: Any, eps: float = 1e-6) -> optax.GradientTransformationExtraArgs:
+def riemannian(adapted: Adapted, eps: float = 1e-6) -> optax.GradientTransformationExtraArgs:
     """grad a <- (b b^T + eps I)^-1 grad a,  grad b <- (a a^T + eps I)^-1 grad b.
 
     With a (stack..., r, in...) and b (stack..., r, out...); each layer of a stack has matrices of its own. The
@@ -75,7 +77,7 @@ def riemannian(adapted: Any, eps: float = 1e-6) -> optax.GradientTransformationE
     return transformation(plan, both, rule)
 
 
-def lora_fa(adapted: Any, eps: float = 1e-8) -> optax.GradientTransformationExtraArgs:
+def lora_fa(adapted: Adapted, eps: float = 1e-8) -> optax.GradientTransformationExtraArgs:
     """LoRA-FA's projected gradient: grad b <- (a a^T + eps I)^-1 grad b / s^2, a frozen.
 
     With a (stack..., r, in...), b (stack..., r, out...) and s (stack...). A step along it changes dW = s a b by the
@@ -135,12 +137,12 @@ def lora_fa(adapted: Any, eps: float = 1e-8) -> optax.GradientTransformationExtr
     return transformation(plan, alone, rule)
 
 
-def _check_eps(caller: str, eps: Any) -> None:
+def _check_eps(caller: str, eps: object) -> None:
     wanted = "eps is positive, or a factor of zeros has no inverse"
     number(caller, "eps", eps, wanted, lambda x: 0 < x < float("inf"))
 
 
-def _partner(params: Places, own: Member, other: Member) -> Any:
+def _partner(params: Places, own: Member, other: Member) -> jax.Array:
     if other.place not in params:
         raise ValueError(
             f"riemannian sees {own.place[1]!r} of {own.place[0]!r} without {other.place[1]!r}, which is masked out: "
@@ -149,7 +151,7 @@ def _partner(params: Places, own: Member, other: Member) -> Any:
     return params[other.place]
 
 
-def _frozen(frozen: Places, place: tuple[str, str]) -> Any:
+def _frozen(frozen: Places, place: Place) -> jax.Array:
     if place not in frozen:
         raise ValueError(
             f"lora_fa needs the frozen factors, and has no {place[1]!r} of {place[0]!r}: write tx.update(grads, state, "
@@ -173,7 +175,7 @@ def _metric(pair: Pair, own: Member, other: Member, value: jax.Array) -> jax.Arr
     return gram.sum(tuple(range(other.stack))) if other.stack else gram * pair.layers
 
 
-def _solve(metric: jax.Array, g: jax.Array, stack: int, eps: Any) -> jax.Array:
+def _solve(metric: jax.Array, g: jax.Array, stack: int, eps: ArrayLike) -> jax.Array:
     """(metric + eps I)^-1 g over the rank axis."""
     rank, dtype = metric.shape[-1], metric.dtype
     rounding = 4 * rank * jnp.finfo(dtype).eps * jnp.max(jnp.diagonal(metric, axis1=-2, axis2=-1), -1)

@@ -1,16 +1,16 @@
 """Learning rates of their own for some factors."""
 
-from typing import Any
-
+import jax
 import optax
 
 from jlora._plan._pairs import Member, Pair
+from jlora.adapted import Adapted
 from jlora.methods.base import zeros
 from jlora.optim._checks import number
 from jlora.optim._halves import Places, chosen, transformation
 
 
-def lora_plus(adapted: Any, ratio: Any = 16.0) -> optax.GradientTransformationExtraArgs:
+def lora_plus(adapted: Adapted, ratio: float | jax.Array = 16.0) -> optax.GradientTransformationExtraArgs:
     """LoRA+: the learning rate of B is `ratio` times that of A.
 
     Stands behind the optimizer, `optax.chain(tx, lora_plus(adapted))`, and multiplies the finished update of B. That

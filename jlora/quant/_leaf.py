@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jlora._algebra._mesh import automatic
 from jlora._trees._packed import Packed
+from jlora._types import Cut, DType, Shape
 from jlora.quant._layout import Layout
 from jlora.quant._schemes import POINTS, TINY, Scheme, chosen, dynamic_codes, dynamic_levels
 
@@ -31,7 +32,7 @@ class Codec:
     dtype: str
 
     @property
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def arrays(self) -> dict[str, tuple[Shape, DType]]:
         """Shape and dtype of each array of a layer."""
         planes = enumerate(self.scheme.planes)
         held = {f"codes{n or ''}": (self.layout.codes(bits), jnp.dtype(self.scheme.code)) for n, bits in planes}
@@ -82,7 +83,7 @@ class Codec:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def _scales(self, arrays: tuple[Any, ...]) -> jax.Array:
+    def _scales(self, arrays: tuple[jax.Array, ...]) -> jax.Array:
         return automatic(self._read_scales, arrays) if self.scheme.double else arrays[0]
 
     def _read_scales(self, q: jax.Array, second: jax.Array, offset: jax.Array) -> jax.Array:
@@ -96,12 +97,12 @@ class Codec:
         # once a scale, not once an element, as a fusion would have it
         return jax.lax.optimization_barrier(parts) + offset
 
-    def __call__(self, *arrays: Any) -> jax.Array:
+    def __call__(self, *arrays: jax.Array) -> jax.Array:
         """One layer's weight, in its own axes."""
         return automatic(self._read, arrays, PartitionSpec() if self.layout.flat else None)
 
     @functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
-    def _read(self, *arrays: Any) -> jax.Array:
+    def _read(self, *arrays: jax.Array) -> jax.Array:
         planes = self.scheme.planes
         codes, scales = arrays[: len(planes)], self._scales(arrays[len(planes) :])
         q = None
@@ -123,8 +124,8 @@ class Codec:
         return not self.layout.flat and self.layout.block[axis] == 1 and self.layout.pack != axis
 
     def along(
-        self, arrays: tuple[Any, ...], axis: int, front: int, f: Callable[[Any, int], Any]
-    ) -> "tuple[tuple[Any, ...], Codec]":
+        self, arrays: tuple[jax.Array, ...], axis: int, front: int, f: Cut
+    ) -> "tuple[tuple[jax.Array, ...], Codec]":
         """The arrays cut by `f(array, axis)` along a free axis, behind `front` stack axes; and how they are read.
 
         Second scales run across the axes, so scales are computed first: a sixty-fourth of the weight.
@@ -144,7 +145,7 @@ class Codec:
 def _sum(x: jax.Array) -> jax.Array:
     """The sum of a vector, in the order in which torch sums on a CPU: 4 x 8 lanes, 16 rows at a time.
 
-    Any order is as good as another, but this one gives bitsandbytes' offset bit for bit.
+    One order is as good as another, but this one gives bitsandbytes' offset bit for bit.
     """
     lanes, ways = 8, 4
     n = x.size // lanes
@@ -158,6 +159,9 @@ def _sum(x: jax.Array) -> jax.Array:
     part = functools.reduce(jnp.add, [parts[0], *(vectors[k] for k in range(rows * ways, n)), *parts[1:]])
     rest = [x[k] for k in range(n * lanes, x.size)]
     return functools.reduce(jnp.add, [*rest, *(part[k] for k in range(lanes))])
+
+
+Static: TypeAlias = tuple[Codec, str]  # of a leaf: how its arrays are read, and the letters of its axes
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -180,28 +184,28 @@ class Quantized(Packed):
       {'codes': (64, 4), 'scales': (2, 4)}
     """
 
-    def __init__(self, arrays: tuple[Any, ...], codec: Codec, kernel: str):
+    def __init__(self, arrays: tuple[jax.Array, ...], codec: Codec, kernel: str):
         self._arrays = arrays
         self.codec = codec
         self.kernel = kernel
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[object, jax.Array], ...], Static]:
         names = self.codec.arrays
         return tuple((jax.tree_util.GetAttrKey(n), a) for n, a in zip(names, self._arrays, strict=True)), self._static
 
-    def tree_flatten(self) -> Any:
+    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], Static]:
         return self._arrays, self._static
 
     @property
-    def _static(self) -> Any:
+    def _static(self) -> Static:
         return self.codec, self.kernel
 
     @classmethod
-    def tree_unflatten(cls, static: Any, arrays: Any) -> "Quantized":
+    def tree_unflatten(cls, static: Static, arrays: Iterable[jax.Array]) -> "Quantized":
         return cls(tuple(arrays), *static)
 
     @property
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self) -> dict[str, jax.Array]:
         return dict(zip(self.codec.arrays, self._arrays, strict=True))
 
     @property
@@ -209,7 +213,7 @@ class Quantized(Packed):
         return self.codec.scheme
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         return jnp.dtype(self.codec.dtype)
 
     @property
@@ -233,7 +237,7 @@ class Quantized(Packed):
         """The bytes of all its arrays."""
         return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in self._arrays)
 
-    def parts(self) -> tuple[tuple[Any, ...], Callable[..., jax.Array]]:
+    def parts(self) -> tuple[tuple[jax.Array, ...], Callable[..., jax.Array]]:
         return self._arrays, self.codec
 
     def wrong(self) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +10,30 @@ import jax.numpy as jnp
 from jlora import _answers
 from jlora._plan import _resolve
 from jlora._trees import _packed, _tree
+from jlora._trees._leaf import Leaf
 from jlora._trees._packed import is_packed
+from jlora._types import PyTree
 from jlora.adapted import is_adapted
 from jlora.methods.base import check_low_rank
 from jlora.methods.lora import LoRA
 from jlora.methods.starts import Given, best
+from jlora.quant._leaf import Quantized
 from jlora.quant._quantize import codec, not_finite, quantized
 from jlora.quant._schemes import Scheme, scheme_of
 
 Axes = dict[str, str] | None
+Factors: TypeAlias = tuple[jax.Array, jax.Array]
+Best: TypeAlias = Callable[[jax.Array], Factors]  # a and b that come nearest to a matrix
 
 
 def loftq(
-    params: Any,
+    params: PyTree,
     method: LoRA,
     quantise: "Scheme | str | Callable[[jax.Array], jax.Array]",
     *,
     steps: int = 5,
     axes: Axes = None,
-) -> tuple[Any, LoRA]:
+) -> tuple[PyTree, LoRA]:
     """LoftQ: a quantised base Q and the a, b that mend it, W0 = Q + s a b as nearly as rank r can.
 
     Beginning with a b = 0, `steps` times: Q = quantise(W0 - s a b), then s a b = the best approximation of W0 - Q of
@@ -67,7 +72,7 @@ def loftq(
       <https://arxiv.org/abs/2310.08659>`_, 2023.
     """
 
-    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Callable[[jax.Array], Any], s: float) -> Any:
+    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Best, s: float) -> Factors:
         mended = w
         for _ in range(steps):
             a, b = best(w - again(mended))
@@ -78,13 +83,13 @@ def loftq(
 
 
 def qpissa(
-    params: Any,
+    params: PyTree,
     method: LoRA,
     quantise: "Scheme | str | Callable[[jax.Array], jax.Array]",
     *,
     steps: int = 5,
     axes: Axes = None,
-) -> tuple[Any, LoRA]:
+) -> tuple[PyTree, LoRA]:
     """QPiSSA: the principal part of W0 in a, b, and the rest of it quantised: W0 = Q + s a b.
 
     s a b = the best approximation of W0 of rank r, then `steps` times Q = quantise(W0 - s a b), with s a b the best
@@ -115,7 +120,7 @@ def qpissa(
       Meng et al, `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, section 4.
     """
 
-    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Callable[[jax.Array], Any], s: float) -> Any:
+    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Best, s: float) -> Factors:
         a, b = best(w)
         for step in range(steps):
             q = again(w - s * jnp.swapaxes(a, -1, -2) @ b)
@@ -127,8 +132,14 @@ def qpissa(
 
 
 def _quantised(
-    name: str, params: Any, method: LoRA, quantise: Any, steps: int, axes: Axes, pair: Callable[..., Any]
-) -> tuple[Any, LoRA]:
+    name: str,
+    params: PyTree,
+    method: LoRA,
+    quantise: "Scheme | str | Callable[[jax.Array], jax.Array]",
+    steps: int,
+    axes: Axes,
+    pair: Callable[..., Factors],
+) -> tuple[PyTree, LoRA]:
     """Each weight quantised less the pair that it comes with."""
     if not isinstance(method, LoRA):
         hint = ": give the LoRA inside, and wrap the one that comes back" if hasattr(method, "inner") else ""
@@ -153,13 +164,18 @@ def _quantised(
             raise ValueError(f"{name} quantises plain weights, and {leaf.path!r} of shape {leaf.shape} is quantised")
         check_low_rank(leaf, method.rank)
         w = leaf.matrix(leaves[site.index])
-        make = quantise
+        make = cast("Callable[[jax.Array], jax.Array | Quantized]", quantise)
         if scheme is not None:
             how = codec(scheme, leaf.path, leaf.shape, leaf.dtype, leaf.roles, False)
             make = lambda x, how=how, roles=leaf.roles: quantized(x, how, roles)
-        kept: list[Any] = []
+        kept: list[jax.Array | Quantized] = []
 
-        def again(mended: jax.Array, leaf: Any = leaf, make: Any = make, kept: list[Any] = kept) -> jax.Array:
+        def again(
+            mended: jax.Array,
+            leaf: Leaf = leaf,
+            make: Callable[[jax.Array], jax.Array | Quantized] = make,
+            kept: list[jax.Array | Quantized] = kept,
+        ) -> jax.Array:
             kept[:] = [make(leaf.kernel(mended))]
             # as stored, so that a b mends that cast, too
             return leaf.matrix(_packed.dense(kept[0]).astype(leaf.dtype))

@@ -5,19 +5,21 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jlora import _answers, targets
 from jlora._algebra._mesh import explicit_mesh
 from jlora._trees import _axes, _select, _tree
 from jlora._trees._packed import is_packed, sound
 from jlora._trees._tree import Target
+from jlora._types import W0, MeshAxes, PyTree
 from jlora.adapted import Adapted, called, is_adapted
 from jlora.quant._layout import layout
 from jlora.quant._leaf import Codec, Quantized
@@ -25,7 +27,7 @@ from jlora.quant._report import say
 from jlora.quant._schemes import Scheme, scheme_of
 
 
-def codec(scheme: Scheme, path: str, shape: tuple[int, ...], dtype: Any, roles: str, torch: bool) -> Codec:
+def codec(scheme: Scheme, path: str, shape: tuple[int, ...], dtype: DTypeLike, roles: str, torch: bool) -> Codec:
     """How one weight is quantised, whatever its values."""
     own = [n for n, role in enumerate(roles) if role != "s"]
     letters = "".join(roles[n] for n in own)
@@ -45,24 +47,25 @@ def _encoded(w: jax.Array, codec: Codec, roles: str) -> tuple[jax.Array, ...]:
     return encode(jnp.transpose(w, (*stacks, *own)))
 
 
-def quantized(w: Any, codec: Codec, roles: str) -> Quantized:
+def quantized(w: W0, codec: Codec, roles: str) -> Quantized:
     """One weight, in its own axes; of one on a mesh with explicit axes, codes and scales lie where it does."""
-    encode: Any = functools.partial(_encoded, codec=codec, roles=roles)
+    encode: Callable[..., tuple[jax.Array, ...]] = functools.partial(_encoded, codec=codec, roles=roles)
     shapes = Quantized(jax.eval_shape(encode, jax.ShapeDtypeStruct(w.shape, w.dtype)), codec, roles)
     if isinstance(w, jax.ShapeDtypeStruct):
         return shapes
     w = jnp.asarray(w)
     if explicit_mesh([w]) is not None:
-        encode = jax.sharding.auto_axes(encode, out_sharding=_places(shapes, jax.typeof(w).sharding))
+        places = _places(shapes, jax.typeof(w).sharding)
+        encode = cast(Callable[..., tuple[jax.Array, ...]], jax.sharding.auto_axes(encode, out_sharding=places))
     return Quantized(tuple(encode(w)), codec, roles)
 
 
-def _places(leaf: Quantized, at: Any) -> tuple[NamedSharding, ...]:
+def _places(leaf: Quantized, at: NamedSharding) -> tuple[NamedSharding, ...]:
     """Where the arrays of a leaf are, along the axes of a weight that lies at `at` and that the mesh divides."""
     spec = (*at.spec, *[None] * len(leaf.shape))
 
-    def cut(n: int | None, size: int) -> Any:
-        names: Any = None if n is None else spec[n]
+    def cut(n: int | None, size: int) -> MeshAxes:
+        names: MeshAxes = None if n is None else spec[n]
         ways = math.prod(at.mesh.shape[x] for x in (names if isinstance(names, tuple) else (names,)) if x)
         return names if size % ways == 0 else None
 
@@ -75,7 +78,7 @@ def _places(leaf: Quantized, at: Any) -> tuple[NamedSharding, ...]:
 _finite = jax.jit(lambda w: jnp.all(jnp.isfinite(w)))
 
 
-def not_finite(path: str, w: Any) -> list[str]:
+def not_finite(path: str, w: PyTree) -> list[str]:
     """What is wrong with the values of a weight, if it has any that can be read."""
     if isinstance(w, (jax.ShapeDtypeStruct, Tracer)) or bool(_finite(w)):
         return []
@@ -85,18 +88,18 @@ def not_finite(path: str, w: Any) -> list[str]:
 
 
 def quantize(
-    params: Any,
+    params: PyTree,
     scheme: "Scheme | str" = "nf4",
     *,
     target: Target = targets.linear,
     exclude: Target = (),
     axes: dict[str, str] | None = None,
-    fn: Callable[..., Any] | None = None,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    fn: Callable[..., PyTree] | None = None,
+    args: Sequence[PyTree] = (),
+    kwargs: Mapping[str, PyTree] | None = None,
     parity: str | None = None,
     donate: bool = False,
-) -> Any:
+) -> PyTree:
     """The same tree with the weights that `target` takes held as codes of a few bits and scales.
 
     A quantised leaf keeps its shape and dtype, and is one leaf to `adapt` and the rest of the library. `lift` computes
@@ -207,10 +210,10 @@ def _codecs(
     return todo
 
 
-def _leaf_by_leaf(plain: Sequence[Any], todo: Mapping[int, tuple[Codec, str]], donate: bool) -> list[Any]:
+def _leaf_by_leaf(plain: Sequence[PyTree], todo: Mapping[int, tuple[Codec, str]], donate: bool) -> list[PyTree]:
     """The leaves with those of `todo` quantised, one after another; what is tied stays tied."""
     leaves = list(plain)
-    made: dict[Any, Quantized] = {}
+    made: dict[tuple[int, Codec, str], Quantized] = {}
     for n, (how, letters) in todo.items():
         leaf = leaves[n]
         known = (id(leaf), how, letters)
@@ -230,7 +233,7 @@ def _letters(adapted: Adapted, axes: dict[str, str] | None) -> dict[str, str]:
     return {**(axes or {}), **known}
 
 
-def dequantize(params: Any) -> Any:
+def dequantize(params: PyTree) -> PyTree:
     """A tree with every quantised weight as the array that it stands for.
 
     Example:

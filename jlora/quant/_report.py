@@ -2,7 +2,7 @@
 
 import math
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from jlora import _answers
 from jlora._trees import _table, _tree
 from jlora._trees._packed import is_packed
 from jlora._trees._table import in_bytes
+from jlora._types import PyTree, Shaped
 from jlora.adapted import is_adapted
 
 
-def _bytes(leaf: Any) -> int:
+def _bytes(leaf: PyTree) -> int:
     """The bytes of a leaf; of a key, those of its data."""
     whole = 0
     for part in jax.tree.leaves(leaf):
@@ -24,11 +25,11 @@ def _bytes(leaf: Any) -> int:
     return whole
 
 
-def _dense(leaf: Any) -> int:
+def _dense(leaf: Shaped) -> int:
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
-def table(params: Any) -> str:
+def table(params: PyTree) -> str:
     """A quantised tree as text of at most 100 columns: every leaf (repeated layers folded), its shape, how it is held,
     its bytes and its bits a parameter; and what all of it was and is.
 
@@ -65,7 +66,7 @@ def table(params: Any) -> str:
     return f"{text}\n\n{len(packed)} of {len(tree.leaves)} leaves in codes: {in_bytes(before)} are {in_bytes(now)}"
 
 
-def say(paths: Any, before: list[Any], after: list[Any]) -> None:
+def say(paths: Sequence[str], before: Sequence[PyTree], after: Sequence[PyTree]) -> None:
     """One line on standard error on what became codes and what stayed, the largest of those by name."""
     pairs = list(zip(paths, before, after, strict=True))
     made = [(old, new) for _, old, new in pairs if is_packed(new) and not is_packed(old)]

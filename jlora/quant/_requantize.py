@@ -1,7 +1,5 @@
 """From an adapter over a quantised base back to codes, and what of the update that leaves."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +7,7 @@ from jlora import _merge, _read
 from jlora._merge import MergeReport, MergeRow
 from jlora._trees import _tree
 from jlora._trees._packed import is_packed
+from jlora._types import PyTree
 from jlora.adapted import Adapted, check_adapted
 from jlora.quant._leaf import Quantized
 from jlora.quant._quantize import not_finite, quantized
@@ -25,7 +24,7 @@ def _survival(w0: jax.Array, merged: jax.Array, kept: jax.Array) -> tuple[jax.Ar
     return share, jnp.where(none, 0.0, jnp.sqrt(jnp.sum((kept - delta) ** 2) / square))
 
 
-def requantize(adapted: Adapted, *, allow_loss: bool = False) -> tuple[Any, MergeReport]:
+def requantize(adapted: Adapted, *, allow_loss: bool = False) -> tuple[PyTree, MergeReport]:
     """Merges an adapter and quantises the merged weights again, each as it was.
 
     Rounding the merged weight to the levels of its block loses most of a small update; `merge` keeps it, in an array.

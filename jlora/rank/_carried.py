@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora._plan._sites import Plan
+from jlora._types import PyTree
 from jlora.adapted import Adapted, Frozen, is_adapted
 
 Place = tuple[str, str]
@@ -28,7 +28,7 @@ class Kept:
     order: np.ndarray
     alive: np.ndarray
 
-    def cut(self, x: Any) -> jax.Array:
+    def cut(self, x: jax.Array) -> jax.Array:
         """(stack..., r, side...) -> (stack..., k, side...), zero where it is padding."""
         more = (1,) * (jnp.ndim(x) - self.order.ndim)
         x = jax.device_put(x, jax.memory.Space.Device)  # offloaded moments: nothing is computed on the host
@@ -36,7 +36,7 @@ class Kept:
         return jnp.where(self.alive.reshape(*self.alive.shape, *more), taken, jnp.zeros_like(taken))
 
 
-def carried(state: Any, old: Plan, new: Plan, kept: dict[Place, Kept]) -> Any:
+def carried(state: PyTree, old: Plan, new: Plan, kept: dict[Place, Kept]) -> PyTree:
     """An optimizer's state with every copy of the factors cut as they were.
 
     Raises:
@@ -53,7 +53,7 @@ def carried(state: Any, old: Plan, new: Plan, kept: dict[Place, Kept]) -> Any:
                 "factors, dead ranks included; compact the adapter alone, and begin its state anew"
             )
 
-    def array(place: Place, x: Any) -> Any:
+    def array(place: Place, x: PyTree) -> PyTree:
         # () counts, and (1,) stands where adafactor keeps nothing
         if place not in kept or not hasattr(x, "shape") or x.shape in ((), (1,)) and x.shape != had[place][0]:
             return x
@@ -64,7 +64,7 @@ def carried(state: Any, old: Plan, new: Plan, kept: dict[Place, Kept]) -> Any:
             )
         return kept[place].cut(x)
 
-    def leaf(place: Place, x: Any) -> Any:
+    def leaf(place: Place, x: PyTree) -> PyTree:
         shape = had[place][0]
         if place in kept and isinstance(x, (list, tuple)) and [jnp.shape(v) for v in x] == [(n,) for n in shape]:
             rows = kept[place]
@@ -78,14 +78,14 @@ def carried(state: Any, old: Plan, new: Plan, kept: dict[Place, Kept]) -> Any:
             return type(x)(row.cut(v) if n == axis else v for n, v in enumerate(x))
         return jax.tree.map(lambda v: array(place, v), x)
 
-    def part(half: Any) -> Any:
+    def part(half: PyTree) -> PyTree:
         rows = {g: named for g, named in half.items() if g in left or g not in groups}
         return {
             g: {n: leaf((g, n), x) for n, x in named.items() if (g, n) in have} if g in groups else named
             for g, named in rows.items()
         }
 
-    def visit(x: Any) -> Any:
+    def visit(x: PyTree) -> PyTree:
         if is_part(x):
             return part(x)
         if not is_adapted(x):

@@ -14,6 +14,8 @@ from jax import lax
 
 from jlora._dtypes import wide
 from jlora._plan._pairs import Member, Pair, pairs
+from jlora._types import PyTree
+from jlora.adapted import Adapted
 from jlora.optim._checks import number, transformation_of, whole
 from jlora.optim._halves import Halves, check_masked, chosen
 from jlora.rank._steps import begun, finite, flat, gathered, nested, started, stepped
@@ -36,14 +38,14 @@ class AdaLoRAState(NamedTuple):
     """
 
     count: jax.Array
-    sensitivity: Any
-    uncertainty: Any
-    mask: Any
-    inner: Any
-    gathered: Any = ()
+    sensitivity: PyTree
+    uncertainty: PyTree
+    mask: PyTree
+    inner: PyTree
+    gathered: PyTree = ()
 
 
-def check_ran(caller: str, opt_state: Any) -> None:
+def check_ran(caller: str, opt_state: PyTree) -> None:
     """Raises where a state of `adalora` in an optimizer's counts no update: nothing was pruned then."""
     is_state = lambda x: isinstance(x, AdaLoRAState)
     for state in jax.tree.leaves(opt_state, is_leaf=is_state):
@@ -56,7 +58,7 @@ def check_ran(caller: str, opt_state: Any) -> None:
 
 def adalora(
     inner: optax.GradientTransformation,
-    adapted: Any,
+    adapted: Adapted,
     *,
     total_steps: int,
     target_rank: float | None = None,
@@ -139,7 +141,7 @@ def adalora(
     factors = list(dict.fromkeys(m.place for pair in triplets for m in _members(pair)))
     scored = factors if importance == "sensitivity" else []
 
-    def init(params: Any) -> AdaLoRAState:
+    def init(params: PyTree) -> AdaLoRAState:
         start = started("adalora", halves, params, plan)
         missing = [place for place in factors if place not in start]
         if missing:
@@ -154,7 +156,7 @@ def adalora(
             jnp.zeros((), jnp.int32), zeros(), zeros(), mask, held, begun(held, {p: start[p] for p in scored})
         )
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AdaLoRAState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, AdaLoRAState]:
         if params is None:
             raise ValueError("adalora needs the parameters: write tx.update(grads, state, params)")
         old, given = halves.read(params, "adalora"), halves.read(updates, "adalora")

@@ -5,7 +5,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,8 +14,9 @@ from jax.core import Tracer
 from jlora import _read
 from jlora._dtypes import alike
 from jlora._plan import _pairs, _sites
-from jlora._plan._pairs import Pair
+from jlora._plan._pairs import Get, Pair
 from jlora._plan._sites import Plan, Site
+from jlora._types import PyTree
 from jlora.adapted import Adapted
 from jlora.methods.base import Method
 from jlora.methods.lora import LoRA
@@ -26,8 +27,8 @@ from jlora.rank.prune import plan_of
 
 
 def compact(
-    adapted: Adapted, opt_state: Any = None, *, plain: bool = False, stacks: Literal["pad", "refuse"] = "pad"
-) -> Any:
+    adapted: Adapted, opt_state: PyTree = None, *, plain: bool = False, stacks: Literal["pad", "refuse"] = "pad"
+) -> PyTree:
     """A smaller adapter with the same outputs: ranks that add nothing, those with a zero in some factor, are dropped
     (of a pair as PiSSA's, those that are where they began).
 
@@ -108,7 +109,7 @@ def compact(
         )
     small = planned(plan, sites, notes)
 
-    def value(place: Place) -> Any:
+    def value(place: Place) -> PyTree:
         if place in folded:
             return folded[place]
         return kept[place].cut(get(*place)) if place in kept else get(*place)
@@ -123,9 +124,9 @@ def planned(plan: Plan, sites: list[Site], notes: list[str] | None = None) -> Pl
     return _sites.intern(tuple(sites), tuple(methods), (*plan.notes, *(notes or ())))
 
 
-def rebuilt(adapted: Adapted, plan: Plan, value: Callable[[Place], Any]) -> Adapted:
+def rebuilt(adapted: Adapted, plan: Plan, value: Callable[[Place], PyTree]) -> Adapted:
     """The adapter of another plan over the same base."""
-    halves: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
+    halves: dict[bool, dict[str, dict[str, PyTree]]] = {True: {}, False: {}}
     for place, (shape, trained) in plan.shapes.items():
         x = value(place)
         assert x.shape == shape, (place, x.shape, shape)
@@ -159,7 +160,7 @@ def with_rank(method: Method, k: int) -> Method | None:
 # --- inside -------------------------------------------------------------------------------------------------------
 
 
-def _check(adapted: Adapted, opt_state: Any, plain: bool, stacks: str) -> None:
+def _check(adapted: Adapted, opt_state: PyTree, plain: bool, stacks: str) -> None:
     if stacks not in ("pad", "refuse"):
         raise ValueError(
             f"compact(stacks={stacks!r}): write 'pad' or 'refuse'; jlora.rank.unstack comes before it, for a model "
@@ -183,7 +184,7 @@ def concrete(caller: str, adapted: Adapted) -> None:
                 )
 
 
-def alive(pair: Pair, get: Any) -> np.ndarray:
+def alive(pair: Pair, get: Get) -> np.ndarray:
     """(stack..., r): whether no factor has zeros there, and not all of a difference are where they began."""
     some = lambda m: (lambda x: x.reshape(*x.shape[: m.stack + 1], -1).any(-1))(
         np.asarray(operator.ne(*alike(get(*m.place), m.rest(get))))
@@ -206,7 +207,7 @@ def simple(site: Site, ours: list[Pair]) -> bool:
     return bool(members) and all(m.array.group is None and m.stack == len(site.leaf.stack) for m in members)
 
 
-def _smaller(site: Site, ours: list[Pair], get: Any, stacks: str) -> tuple[Site | None, dict[Place, Kept]]:
+def _smaller(site: Site, ours: list[Pair], get: Get, stacks: str) -> tuple[Site | None, dict[Place, Kept]]:
     """The weight without its dead ranks (None: without any), and what stays of its factors."""
     if not simple(site, ours):
         return site, {}
@@ -240,7 +241,7 @@ def _smaller(site: Site, ours: list[Pair], get: Any, stacks: str) -> tuple[Site 
     return new, kept
 
 
-def _plain(site: Site, pair: Pair, kept: dict[Place, Kept], get: Any, folded: dict[Place, jax.Array]) -> Site:
+def _plain(site: Site, pair: Pair, kept: dict[Place, Kept], get: Get, folded: dict[Place, jax.Array]) -> Site:
     """The weight as a LoRA; its a and b go to `folded`."""
     p, q, lam = (
         kept[m.place].cut(get(*m.place)) if m.place in kept else get(*m.place) for m in (*pair.members, *pair.gates)

@@ -16,6 +16,7 @@ from jax import lax
 
 from jlora import _read
 from jlora._plan._pairs import Member, Pair
+from jlora._types import PyTree
 from jlora.adapted import Adapted
 from jlora.optim._checks import transformation_of, whole
 from jlora.optim._halves import Halves, check_masked
@@ -104,11 +105,11 @@ def sample_rank(
 class DyLoRAState(NamedTuple):
     """What `dylora` carries: the wrapped optimizer's state."""
 
-    inner: Any
+    inner: PyTree
 
 
 def dylora(
-    inner: optax.GradientTransformation, adapted: Any, mode: Mode = "normal"
+    inner: optax.GradientTransformation, adapted: Adapted, mode: Mode = "normal"
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that moves only what a step at rank b trains: ranks 1..b (`"frozen"`: rank b alone).
 
@@ -139,14 +140,14 @@ def dylora(
     inner = transformation_of("dylora", inner)
     most = max(pair.rank for pair in pairs)
 
-    def update(updates: Any, state: Any, params: Any = None, *, b: Any = None, **extra: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, *, b: PyTree = None, **extra: PyTree) -> PyTree:
         if b is None:
             raise ValueError("dylora needs the rank of the step: write tx.update(grads, state, params, b=b)")
         whole("dylora", "b", b, 1, most, f"this adapter has ranks from 1 to {most}")
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         return halves.write(updates, _masked(pairs, b, mode, halves.read(updates, "dylora"))), DyLoRAState(inner_state)
 
-    def init(params: Any) -> DyLoRAState:
+    def init(params: PyTree) -> DyLoRAState:
         state = inner.init(params)
         check_masked("dylora", state)
         return DyLoRAState(state)
@@ -161,7 +162,7 @@ class Search(NamedTuple):
     curve: dict[int, float]
 
 
-def search(adapted: Adapted, evaluate: Callable[[Adapted], Any], tolerance: float = 0.0) -> Search:
+def search(adapted: Adapted, evaluate: Callable[[Adapted], float | jax.Array], tolerance: float = 0.0) -> Search:
     """Walks down the ranks without training: what each is worth, and the smallest that is good enough.
 
     Args:
@@ -199,7 +200,7 @@ def search(adapted: Adapted, evaluate: Callable[[Adapted], Any], tolerance: floa
 # --- inside -------------------------------------------------------------------------------------------------------
 
 
-def _check_mode(caller: str, mode: Any) -> None:
+def _check_mode(caller: str, mode: object) -> None:
     if mode not in ("normal", "frozen"):
         raise ValueError(f"{caller}(mode={mode!r}): write 'normal' or 'frozen'")
 

@@ -4,7 +4,7 @@ Zhang et al, `AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-T
 <https://arxiv.org/abs/2303.10512>`_, 2023.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from jax import lax
 
 from jlora._dtypes import widened
 from jlora._plan import _pairs
+from jlora._types import PyTree
 from jlora.adapted import check_adapted
 
 
-def orthogonality(adapted: Any, form: Literal["paper", "reference", "norms"] = "paper") -> jax.Array:
+def orthogonality(adapted: PyTree, form: Literal["paper", "reference", "norms"] = "paper") -> jax.Array:
     """AdaLoRA's penalty: the sum of ||p p^T - I||_F^2 + ||q q^T - I||_F^2 over the adapted weights.
 
     With p (stack..., r, in...) and q (stack..., r, out...), stored rank first, so that p p^T is (r, r). Each layer of
@@ -56,7 +57,7 @@ def orthogonality(adapted: Any, form: Literal["paper", "reference", "norms"] = "
     return jnp.mean(_root(squares)) if form == "reference" else jnp.sum(_root(squares))
 
 
-def _matrices(adapted: Any) -> list[tuple[jax.Array, int]]:
+def _matrices(adapted: PyTree) -> list[tuple[jax.Array, int]]:
     """p and q of every weight that has them, with the number of their stack axes."""
     plan = check_adapted("orthogonality", adapted).frozen.plan
     diagonal = [pair for pair in _pairs.pairs(plan) if pair.diagonal]

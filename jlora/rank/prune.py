@@ -13,8 +13,9 @@ from jax.core import Tracer
 from jlora import _read
 from jlora._dtypes import widened
 from jlora._plan import _pairs
-from jlora._plan._pairs import Member, Pair
+from jlora._plan._pairs import Get, Member, Pair
 from jlora._plan._sites import Plan
+from jlora._types import PyTree
 from jlora.adapted import Adapted, check_adapted
 from jlora.optim._checks import whole
 
@@ -22,7 +23,7 @@ Places: TypeAlias = dict[tuple[str, str], jax.Array]
 Ties: TypeAlias = Literal["exact", "reference"]
 
 
-def prune(adapted: Adapted, scores: Any, b: Any, *, ties: Ties = "exact") -> Adapted:
+def prune(adapted: Adapted, scores: PyTree, b: Any, *, ties: Ties = "exact") -> Adapted:
     """Keeps the b ranks with the largest scores, over all weights and layers together, and zeroes the others.
 
     No shape changes, and `b` may be traced: the program is compiled once. `compact` then makes the adapter small.
@@ -106,12 +107,12 @@ def magnitude(adapted: Adapted) -> dict[str, dict[str, jax.Array]]:
 # --- for the other files of this room -----------------------------------------------------------------------------
 
 
-def plan_of(caller: str, adapted: Any) -> Plan:
+def plan_of(caller: str, adapted: Adapted) -> Plan:
     """The plan of what must be an `Adapted`."""
     return check_adapted(caller, adapted).frozen.plan
 
 
-def ranked(caller: str, adapted: Any) -> list[Pair]:
+def ranked(caller: str, adapted: Adapted) -> list[Pair]:
     """The pairs whose ranks can be switched off by a factor of their own weight."""
     plan = plan_of(caller, adapted)
     found = [pair for pair in _pairs.pairs(plan) if pair.own]
@@ -121,7 +122,7 @@ def ranked(caller: str, adapted: Any) -> list[Pair]:
     return found
 
 
-def check_ties(caller: str, ties: Any) -> None:
+def check_ties(caller: str, ties: object) -> None:
     """Raises unless `ties` is known."""
     if ties not in ("exact", "reference"):
         raise ValueError(f"{caller}(ties={ties!r}): write 'exact' or 'reference'")
@@ -156,7 +157,7 @@ def spread(keep: jax.Array, member: Member, ndim: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _prune(trainable: Any, scores: Places, b: Any, rests: Places, plan: Plan, ties: Ties) -> Any:
+def _prune(trainable: PyTree, scores: Places, b: Any, rests: Places, plan: Plan, ties: Ties) -> PyTree:
     pruned = [pair for pair in _pairs.pairs(plan) if pair.own]
     kept = top({pair.marks[0].place: scores[pair.marks[0].place] for pair in pruned}, b, ties)
     new = {group: dict(named) for group, named in trainable.items()}
@@ -177,7 +178,7 @@ def _norms(x: jax.Array, member: Member) -> jax.Array:
     return jnp.sqrt(jnp.sum(x * x, tuple(range(member.stack + 1, x.ndim))))
 
 
-def _change(pair: Pair, get: Any) -> jax.Array:
+def _change(pair: Pair, get: Get) -> jax.Array:
     """(stack..., r): ||a_i b_i - a0_i b0_i||, of d b_i + a0_i e with d = a_i - a0_i, e = b_i - b0_i."""
     flat = lambda m, x: widened(x).reshape(*x.shape[: m.stack + 1], -1)
     a, b = (flat(m, get(*m.place)) for m in pair.members)

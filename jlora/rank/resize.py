@@ -1,7 +1,7 @@
 """An adapter cut to its best approximation of lower rank."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 from jlora import _read
 from jlora._dtypes import widened
 from jlora._plan import _pairs
-from jlora._plan._pairs import Pair
+from jlora._plan._pairs import Get, Pair
 from jlora._plan._sites import Site
 from jlora.adapted import Adapted
 from jlora.optim._checks import number, whole
@@ -112,7 +112,7 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
     return Resized(rebuilt(adapted, planned(plan, sites), value), error)
 
 
-def _svd(pair: Pair, get: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _svd(pair: Pair, get: Get) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U^T (stack..., r', in), S (stack..., r'), V^T (stack..., r', out) of a^T diag(gate) b; r' = min(in, out, r)."""
     flat = lambda m: (lambda x: widened(x.reshape(*x.shape[: m.stack + 1], -1)))(m.operand(get))
     a, b = map(flat, pair.members)
@@ -144,7 +144,7 @@ def _needed(sizes: np.ndarray, energy: float, path: str) -> int:
     return min(int(short.sum(-1).max()) + 1, sizes.shape[-1])
 
 
-def _factors(pair: Pair, get: Any, u: jax.Array, sizes: jax.Array, v: jax.Array) -> dict[tuple[str, str], jax.Array]:
+def _factors(pair: Pair, get: Get, u: jax.Array, sizes: jax.Array, v: jax.Array) -> dict[tuple[str, str], jax.Array]:
     root = jnp.ones_like(sizes) if pair.gates else jnp.sqrt(sizes)
     made = {}
     for member, side in zip(pair.members, (u, v), strict=True):

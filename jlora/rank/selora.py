@@ -14,6 +14,8 @@ from jax import lax
 
 from jlora._dtypes import widened
 from jlora._plan._pairs import Member, Pair, pairs
+from jlora._types import PyTree
+from jlora.adapted import Adapted
 from jlora.optim._checks import number, transformation_of, whole
 from jlora.optim._halves import Halves, check_masked, chosen
 from jlora.rank._steps import begun, finite, gathered, nested, started, stepped
@@ -34,13 +36,13 @@ class SeLoRAState(NamedTuple):
     count: jax.Array
     ranks: Any
     ratio: Any
-    inner: Any
-    gathered: Any = ()
+    inner: PyTree
+    gathered: PyTree = ()
 
 
 def selora(
     inner: optax.GradientTransformation,
-    adapted: Any,
+    adapted: Adapted,
     *,
     threshold: float = 1.3,
     interval: int = 40,
@@ -103,7 +105,7 @@ def selora(
     inner = transformation_of("selora", inner)
     layers = {pair.output.place: plan.shapes[pair.output.place][0][: pair.output.stack] for pair in growing}
 
-    def init(params: Any) -> SeLoRAState:
+    def init(params: PyTree) -> SeLoRAState:
         ranks = {pair.output.place: min(start, pair.rank) for pair in growing}
         filled = lambda dtype, value: nested({p: jnp.full(n, value(p), dtype) for p, n in layers.items()})
         ratio = filled(jnp.float32, lambda _: 1.0)
@@ -114,8 +116,8 @@ def selora(
         return SeLoRAState(jnp.zeros((), jnp.int32), filled(jnp.int32, ranks.get), ratio, held, begun(held, some))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, probe: Any = None, **extra: Any
-    ) -> tuple[Any, SeLoRAState]:
+        updates: PyTree, state: PyTree, params: PyTree = None, *, probe: PyTree = None, **extra: PyTree
+    ) -> tuple[PyTree, SeLoRAState]:
         good = finite(updates)
         given = halves.read(updates, "selora")
         seen = given if probe is None else halves.read(probe, "selora")

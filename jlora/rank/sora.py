@@ -11,8 +11,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jlora._plan._pairs import pairs
+from jlora._types import PyTree
+from jlora.adapted import Adapted
 from jlora.optim._checks import number, rate, transformation_of
 from jlora.optim._halves import Halves, check_masked, chosen
 from jlora.rank._steps import begun, finite, gathered, gathering, started, stepped
@@ -24,7 +27,7 @@ Rate: TypeAlias = "float | Callable[[Any], Any]"
 WHAT = "an update a diag(g) b, all trained; adapt with jlora.SoRA(...)"
 
 
-def soft_threshold(x: jax.Array, threshold: Any, prox: Prox = "exact") -> jax.Array:
+def soft_threshold(x: jax.Array, threshold: ArrayLike, prox: Prox = "exact") -> jax.Array:
     """T_xi(x) = sign(x) max(|x| - xi, 0), the proximal step of xi |x|.
 
     Args:
@@ -48,7 +51,7 @@ def soft_threshold(x: jax.Array, threshold: Any, prox: Prox = "exact") -> jax.Ar
 
 
 @functools.partial(jax.jit, static_argnames="prox")
-def _soft(x: jax.Array, threshold: Any, prox: Prox) -> jax.Array:
+def _soft(x: jax.Array, threshold: ArrayLike, prox: Prox) -> jax.Array:
     xi = jnp.asarray(threshold, x.dtype)
     zero = jnp.zeros_like(x)
     small = jnp.where(x > xi, x - xi, jnp.where(x < -xi, x + xi, x))
@@ -66,13 +69,13 @@ class SoRAState(NamedTuple):
     """
 
     count: jax.Array
-    inner: Any
-    gathered: Any = ()
+    inner: PyTree
+    gathered: PyTree = ()
 
 
 def sora(
     inner: optax.GradientTransformation,
-    adapted: Any,
+    adapted: Adapted,
     *,
     learning_rate: Rate,
     sparsity: Rate,
@@ -140,7 +143,7 @@ def sora(
     others = optax.masked(transformation_of("sora", inner), is_other)
     theirs = optax.masked(own, is_gate)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, SoRAState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, SoRAState]:
         if params is None:
             raise ValueError("sora needs the parameters: write tx.update(grads, state, params)")
         old = halves.read(params, "sora")
@@ -167,7 +170,7 @@ def sora(
         count = jnp.where(real, jnp.asarray(optax.safe_increment(state.count)), state.count)
         return halves.write(updates, ends), SoRAState(count, (one, two), held)
 
-    def init(params: Any) -> SoRAState:
+    def init(params: PyTree) -> SoRAState:
         held = others.init(params), theirs.init(params)
         check_masked("sora", held)
         start = started("sora", halves, params, plan)
@@ -177,7 +180,7 @@ def sora(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mask(halves: Halves, tree: Any, places: frozenset[tuple[str, str]], gates: bool) -> Any:
+def _mask(halves: Halves, tree: PyTree, places: frozenset[tuple[str, str]], gates: bool) -> PyTree:
     """True on the gates, or on all else."""
     found = halves.read(tree, "sora")
     missing = sorted(places - found.keys())
@@ -193,7 +196,7 @@ def _at(value: Any, count: Any) -> Any:
 # --- schedules of lambda ------------------------------------------------------------------------------------------
 
 
-def linear(start: float, end: float, stages: int, every: int = 1) -> Callable[[Any], jax.Array]:
+def linear(start: float, end: float, stages: int, every: int = 1) -> Callable[[ArrayLike], jax.Array]:
     """lambda_k = start + (end - start) k / (stages - 1), with k = count // every, from `start` to `end` and then on.
 
     Example:
@@ -205,7 +208,7 @@ def linear(start: float, end: float, stages: int, every: int = 1) -> Callable[[A
     return lambda count: start + (end - start) * _progress(count, stages, every)
 
 
-def log_linear(start: float, end: float, stages: int, every: int = 1) -> Callable[[Any], jax.Array]:
+def log_linear(start: float, end: float, stages: int, every: int = 1) -> Callable[[ArrayLike], jax.Array]:
     """lambda_k = log(e^start + (e^end - e^start) k / (stages - 1)): the exponentials are equally far apart.
 
     Example:
@@ -218,7 +221,7 @@ def log_linear(start: float, end: float, stages: int, every: int = 1) -> Callabl
     return lambda count: start + jnp.log1p(math.expm1(end - start) * _progress(count, stages, every))
 
 
-def geometric(start: float, end: float, stages: int, every: int = 1) -> Callable[[Any], jax.Array]:
+def geometric(start: float, end: float, stages: int, every: int = 1) -> Callable[[ArrayLike], jax.Array]:
     """lambda_k = start (end / start)^(k / (stages - 1)), start and end positive.
 
     Example:
@@ -240,5 +243,5 @@ def _check(name: str, start: float, end: float, stages: int, every: int) -> None
         )
 
 
-def _progress(count: Any, stages: int, every: int) -> jax.Array:
+def _progress(count: ArrayLike, stages: int, every: int) -> jax.Array:
     return jnp.minimum(jnp.asarray(count) // every, stages - 1) / (stages - 1)

@@ -1,7 +1,6 @@
 """A stacked adapter on the parameters of an unrolled model: a rank of its own for every layer, in memory too."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +10,12 @@ from jlora._plan import _fits, _sites
 from jlora._plan._sites import Site
 from jlora._trees import _tree
 from jlora._trees._leaf import Leaf
+from jlora._types import PyTree
 from jlora.adapted import Adapted, Frozen
 from jlora.rank.prune import plan_of
 
 
-def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]], str]) -> Adapted:
+def unstack(adapted: Adapted, params: PyTree, names: Callable[[str, tuple[int, ...]], str]) -> Adapted:
     """The same adapter on a model whose layers are separate: each layer of a stack becomes a weight of its own.
 
     A scan needs arrays of one shape, so layers that end with unlike ranks are padded to the largest as long as they
@@ -55,7 +55,7 @@ def unstack(adapted: Adapted, params: Any, names: Callable[[str, tuple[int, ...]
     tree = _tree.flatten(params)
     places = {path: n for n, path in enumerate(tree.paths)}
     sites: dict[int, Site] = {}
-    halves: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
+    halves: dict[bool, dict[str, dict[str, PyTree]]] = {True: {}, False: {}}
     bad: list[str] = []
     origin: dict[tuple[str, str], tuple[tuple[str, str], tuple[int, ...]]] = {}  # of each factor: which, and its layer
     for site in plan.sites:

@@ -13,7 +13,7 @@ import pytest
 
 import jlora
 from jlora.io import _manifest
-from jlora.methods import _draws, _entries
+from jlora.methods import _draws, _entries, fourierft
 from jlora.methods._projections import PROJECTIONS
 from jlora.methods.vera import draw
 
@@ -227,6 +227,16 @@ def test_an_unstacked_subspace_is_saved_and_loaded(tmp_path):
     for n, (name, made) in enumerate(jlora.merge(jlora.load(tmp_path / "x", params)).items()):
         np.testing.assert_array_equal(made["kernel"], kept[name]["kernel"])
         np.testing.assert_allclose(made["kernel"], want[n], atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [255, 257, 50257, 2**20 - 1])
+def test_waves_are_as_exact_on_wide_sides(side):
+    """FourierFT's angles are counted in whole steps: NumPy's in float64, where products of 32 bits would overflow."""
+    u = np.array([0, 1, side // 2, side - 1])
+    digits = jnp.asarray(u[:, None] // 256 ** np.arange(4) % 256, jnp.float32)
+    got = fourierft.Waves((side,), 1, True)(digits) * side
+    angle = 2 * np.pi * (u[:, None] * np.arange(side, dtype=np.int64) % side) / side
+    np.testing.assert_allclose(got, np.concatenate([np.cos(angle), -np.sin(angle)]), atol=2e-6)
 
 
 def test_draws_inside_a_trace_and_a_mesh():

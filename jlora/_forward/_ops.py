@@ -1,5 +1,5 @@
 """What every way of meeting an activation has in common (`_dot` has dots, `_conv` convolutions and ragged dots,
-`_lookup` rows).
+`_rows` rows of tables).
 
 Each of them takes the operation's own parameters and returns the result, or `Refusal` with a reason where labels
 cannot say it; the weight is then made dense. None of them knows what a jaxpr is.

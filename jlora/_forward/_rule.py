@@ -118,12 +118,6 @@ def _chunks(dot: Dot, operands: Sequence[Value]) -> list[list[Value]]:
     return cut
 
 
-def _base_dot(dot: Dot, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The dot exactly as the model wrote it, so that a zero delta changes no bit."""
-    assert dot.w is not None
-    return dot.written(x, w)
-
-
 def _merge(dot: Dot, base: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
     """W0 + dW."""
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):
@@ -276,11 +270,11 @@ def _value(dot: Dot, xs: Arrays, base: jax.Array | None, operands: Arrays) -> ja
     with jax.named_scope("delta"):
         change = _MERGE(dot, base, operands) if dot.merged else _DELTA(dot, xs, base, operands)
     if dot.merged:
-        return _base_dot(dot, xs[0], change)
+        return dot.written(xs[0], change)
     if dot.w is None:
         return change
     assert base is not None
-    y = _base_dot(dot, xs[0], base)
+    y = dot.written(xs[0], base)  # exactly as the model wrote it, so that a zero delta changes no bit
     return y + _home(change.astype(y.dtype), y)
 
 

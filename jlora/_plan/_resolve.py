@@ -43,7 +43,7 @@ def resolve(
     for index in range(len(tree.leaves)):
         found.take(index, [n for n, takes in enumerate(taken) if takes[index]])
     found.take_biases()
-    found.bad += [*_vectors(found, taken), *_ties(tree, found.places, allow_untied)]
+    found.bad += [*_vectors(found, taken), *_ties(tree, set(found.took), allow_untied)]
     if found.unclear:
         found.bad.append(_axes.unclear(found.unclear, tree.paths))
     if found.bad:
@@ -90,11 +90,6 @@ class Resolution:
 
     def __post_init__(self) -> None:
         self.roles = _axes.Roles(self.tree, self.axes, self.traced)
-
-    @property
-    def places(self) -> set[int]:
-        """The leaves that are adapted."""
-        return set(self.took)
 
     def take(self, index: int, takers: Sequence[int]) -> None:
         """Leaf `index` by the first of the rules that match it."""

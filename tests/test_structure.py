@@ -18,7 +18,10 @@ FLOORS = {
         "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_leaf", "_layouts", "_axes", "_names",
         "_kinds",
     ),
-    "_algebra": ("_words", "_wellformed", "_inverse", "_mesh", "_contract", "_term", "_unmade", "_weight", "_express"),
+    "_algebra": (
+        "_words", "_wellformed", "_inverse", "_mesh", "_contract", "_term", "_unmade", "_weight", "_reshape",
+        "_express",
+    ),
     "_plan": ("_sites", "_resolve", "_fits", "_pairs"),
     "_forward": ("_anew", "_dropout", "_rule", "_ops", "_dot", "_rows", "_conv"),
 }  # fmt: skip

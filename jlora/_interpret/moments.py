@@ -12,7 +12,7 @@ from jlora._dtypes import widened
 
 
 def place(atom: str) -> tuple[int, str]:
-    """Where an atom stands in the kernel: by its axis, then by the marks of `Weight._inner`."""
+    """Where an atom stands in the kernel: by its axis, then by the marks of `_reshape`."""
     number = atom[1:].rstrip("&'")
     return int(number), atom[1 + len(number) :]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jlora._algebra._reshape import reshaped
 from jlora._algebra._weight import Weight, is_weight
 from jlora._forward._ops import Refusal, Use
 
@@ -86,7 +87,7 @@ def _reshape(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> 
     (base,) = _moved(me, eqn, [w])
     if eqn.primitive.name == "reshape" and (order := eqn.params["dimensions"]) is not None:
         w = w.transposed(w.base, order)  # vmap of a convolution transposes so
-    moved = w.reshaped(base, eqn.outvars[0].aval.shape)
+    moved = reshaped(w, base, eqn.outvars[0].aval.shape)
     if moved is None:
         raise Refusal("a reshape across axes that labels cannot follow")
     return [moved]

@@ -92,9 +92,12 @@ def no_array(leaf: object) -> str:
         )
 
 
-def is_gone(x: object) -> bool:
-    """Whether an array was donated or deleted: it has a shape and no values."""
-    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted()
+def gone(path: str, leaf: Shaped) -> str:
+    """What is wrong with a weight that was donated or deleted: it has a shape and no values; empty for any other."""
+    deleted = lambda x: isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted()
+    if not any(map(deleted, jax.tree.leaves(leaf))):
+        return ""
+    return f"{path!r} of shape {tuple(leaf.shape)} was donated or deleted: it has no values"
 
 
 def _no_tree(x: PyTree) -> bool:

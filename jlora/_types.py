@@ -27,6 +27,9 @@ DType: TypeAlias = np.dtype
 Place: TypeAlias = tuple[str, str]
 """Where a factor stands: its group (the path of a weight, or a name that several share), and its name."""
 
+Traced: TypeAlias = Mapping[str, tuple[str, str]]
+"""What a trace says of the weights, by their paths: how each is used, and one letter an axis."""
+
 Half: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
 """Half of an adapter: `{group: {name: array}}`."""
 

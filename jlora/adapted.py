@@ -15,7 +15,7 @@ from jlora._plan import _fits, _pairs, _resolve, _sites
 from jlora._plan._sites import Plan, Spec, dropouts, trainable_size
 from jlora._plan._sites import derived as derived
 from jlora._trees import _axes, _kinds, _packed, _table, _tree
-from jlora._types import Key, PyTree
+from jlora._types import Key, PyTree, Traced
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -191,7 +191,7 @@ def begun(
     key: Key | None = None,
     axes: dict[str, str] | None = None,
     allow_untied: bool = False,
-    traced: dict[str, tuple[str, str]] | None = None,
+    traced: Traced | None = None,
 ) -> Adapted:
     """`adapt` without its advice, for what a file says."""
     key = checked_key(key)
@@ -199,7 +199,6 @@ def begun(
         raise TypeError("params is already an Adapted; adapt(adapted.frozen.base, [method, ...]) takes several methods")
     _answers.check_params("adapt", params)
     tree = _tree.flatten(params)
-    _packed.sound(zip(tree.paths, tree.leaves, strict=True))
     plan, given = _resolve.resolve(tree, spec, axes, allow_untied, traced)
     trainable: dict[str, dict[str, jax.Array]] = {}
     factors: dict[str, dict[str, jax.Array]] = {}
@@ -208,9 +207,8 @@ def begun(
     for site, (method, recipe) in zip(plan.sites, given, strict=True):
         arrays, weight = recipe.arrays(site.leaf), tree.leaves[site.index]
         try:
-            if any(map(_answers.is_gone, jax.tree.leaves(weight))):
-                was = f"{site.leaf.path!r} of shape {site.leaf.shape}"
-                raise ValueError(f"{was} was donated or deleted: it has no values")
+            if why := _answers.gone(site.leaf.path, weight):
+                raise ValueError(why)
             made = method.initial(site.leaf, recipe, named, _packed.dense(weight))
             _wellformed.check_start(method.describe(), site.leaf, recipe, arrays, made)
         except ValueError as error:
@@ -231,7 +229,7 @@ def called(
     params: PyTree,
     args: Sequence[PyTree],
     kwargs: Mapping[str, PyTree] | None,
-) -> dict[str, tuple[str, str]] | None:
+) -> Traced | None:
     """What a trace of `fn` says of the weights, `{path: (use, letters)}`; None where no function is given."""
     if fn is None and not args and not kwargs:
         return None

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from jlora._trees import _kinds
 from jlora._trees._axes import is_trainable_dtype
 from jlora._trees._tree import shape_dtype
-from jlora._types import PyTree
+from jlora._types import PyTree, Traced
 
 Test: TypeAlias = Callable[[str, PyTree], bool]
 
@@ -25,7 +25,7 @@ def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Test], Test]:
         def target(path: str, leaf: PyTree) -> bool:
             return among((path,), (leaf,))[0]
 
-        def among(paths: Sequence[str], leaves: Sequence[PyTree], traced: _kinds.Traced | None = None) -> list[bool]:
+        def among(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None = None) -> list[bool]:
             kinds = _kinds.kinds(paths, leaves, traced)
             return [
                 kind in wanted or kind == "norm" and bool(named) and _kinds.leaf_name(path) in named

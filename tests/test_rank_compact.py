@@ -1,6 +1,7 @@
 """Smaller adapters: the same outputs, the same scale, the same steps; and best approximations of lower rank."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -315,17 +316,46 @@ def test_the_state_of_adalora_goes_along(form):
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
-def test_save_is_told_whether_a_schedule_ran(tmp_path):
-    """An adapter whose schedule never ran is not saved, when its state is given; after a step it is."""
-    adapted = jlora.adapt(params(), METHODS["adalora"])
-    tx = adalora(optax.sgd(0.1), adapted, target_rank=1, total_steps=3)
-    state = tx.init(adapted.trainable)
-    with pytest.raises(ValueError, match="save: the schedule of adalora never ran"):
-        jlora.save(tmp_path / "adapter", adapted, opt_state=(state,))
+class Own(NamedTuple):
+    """The state of a user's optimizer, in which `save` knows no name."""
+
+    count: jax.Array
+
+    def never_ran(self):
+        return "" if self.count else "mine never ran"
+
+
+def one_update(name):
+    """A state before and after an update of the optimizer that is called so."""
+    adapted = jlora.adapt(params(), METHODS[{"selora": "lora"}.get(name, name)])
+    tx = {
+        "adalora": lambda: adalora(optax.sgd(0.1), adapted, target_rank=1, total_steps=3),
+        "sora": lambda: jlora.rank.sora(optax.sgd(0.1), adapted, learning_rate=0.1, sparsity=0.1),
+        "selora": lambda: jlora.rank.selora(optax.sgd(0.1), adapted),
+    }[name]()
+    before = tx.init(adapted.trainable)
+    return before, tx.update(adapted.trainable, before, adapted.trainable)[1]
+
+
+RAN = {
+    "adalora": lambda: one_update("adalora"),
+    "sora": lambda: one_update("sora"),
+    "selora": lambda: one_update("selora"),
+    "mine": lambda: (Own(jnp.zeros((), int)), Own(jnp.ones((), int))),
+}
+
+
+@pytest.mark.parametrize("name", RAN)
+def test_save_asks_the_state_whether_a_schedule_ran(name, tmp_path):
+    """A state that says that it never ran is refused wherever it stands, and after an update it is not."""
+    adapted = jlora.adapt(params(), METHODS["lora"])
+    trained = jlora.join(away_from_start(adapted.trainable), adapted.frozen)
+    before, after = RAN[name]()
+    with pytest.raises(ValueError, match=f"save: .*{name} never ran.*apply tx.update to every step, or save without"):
+        jlora.save(tmp_path / "adapter", trained, opt_state={"opt": (optax.EmptyState(), before)})
     assert not any(tmp_path.iterdir())
-    _, state = tx.update(adapted.trainable, state, adapted.trainable)
-    jlora.save(tmp_path / "adapter", adapted, opt_state=(state,))
-    assert as_bytes(jlora.load(tmp_path / "adapter", params()).trainable) == as_bytes(adapted.trainable)
+    jlora.save(tmp_path / "adapter", trained, opt_state={"opt": (optax.EmptyState(), after)})
+    assert as_bytes(jlora.load(tmp_path / "adapter", params()).trainable) == as_bytes(trained.trainable)
 
 
 def test_compact_refuses_in_words():

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1] / "jlora"
 # From the ground up: a room imports from those before it. What is no floor, but a package, counts as one room.
 FLOORS = {
     "_trees": (
-        "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_leaf", "_layouts", "_axes", "_names",
-        "_kinds",
+        "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_leaf", "_layouts", "_axes", "_choice",
+        "_names", "_kinds",
     ),
     "_algebra": (
         "_words", "_wellformed", "_inverse", "_mesh", "_contract", "_term", "_unmade", "_weight", "_reshape",

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jlora import _answers
 from jlora._algebra import _wellformed
 from jlora._algebra._words import Recipe
 from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _axes, _select, _tree
+from jlora._trees._choice import Choice, Rule
 from jlora._trees._leaf import Leaf
 from jlora._trees._packed import Packed
+from jlora._types import Traced
 from jlora.methods.base import Method
 
 
@@ -22,32 +23,24 @@ def resolve(
     spec: object,
     axes: dict[str, str] | None,
     allow_untied: bool,
-    traced: _select.Traced | None = None,
+    traced: Traced | None = None,
 ) -> tuple[Plan, list[tuple[Method, Recipe]]]:
     """Matches a spec against a tree: the plan, and for each site the method and recipe with their data as given.
 
-    `traced` is what a trace found, `{path: (use, letters)}`. All bad leaves are reported at once.
+    All bad leaves are reported at once.
 
     Raises:
       ValueError: a pattern without a match, vectors that patterns took, integer or complex leaves, ties adapted at
         one end, what a method refuses.
     """
-    _answers.check_axes(axes)
-    nowhere = _select.unmatched(axes, tree)
-    axes = {pattern: letters for pattern, letters in (axes or {}).items() if pattern not in nowhere}
-    letters = {path: letters for path, (_, letters) in (traced or {}).items() if letters}
-    found = Resolution(tree, _sites.rules(spec), axes, letters)
-    selected = [_select.select(m.describe(), m.target, m.exclude, tree, traced) for m in found.methods]
-    taken = [taken for taken, _ in selected]
-    found.bad += [*(text for _, wrong in selected for text in wrong), *nowhere.values()]
+    methods = _sites.rules(spec)
+    choice = Choice(tree, [Rule(m.describe(), m.target, m.exclude) for m in methods], axes, traced)
+    found = Resolution(methods, choice)
     for index in range(len(tree.leaves)):
-        found.take(index, [n for n, takes in enumerate(taken) if takes[index]])
+        found.take(index, choice.takers(index))
     found.take_biases()
-    found.bad += [*_vectors(found, taken), *_ties(tree, set(found.took), allow_untied)]
-    if found.unclear:
-        found.bad.append(_axes.unclear(found.unclear, tree.paths))
-    if found.bad:
-        raise ValueError("cannot adapt this tree:\n  " + "\n  ".join(found.bad))
+    choice.bad += [*_vectors(found), *_ties(tree, set(found.took), allow_untied)]
+    choice.check("adapt")
     took = [found.took[index] for index in sorted(found.took)]
     plan = _sites.intern(tuple(t.site for t in took), tuple(map(_sites.named, found.methods)), tuple(found.notes))
     return plan, [(t.method, t.recipe) for t in took]
@@ -65,51 +58,42 @@ class Taken:
 
 @dataclasses.dataclass
 class Resolution:
-    """A tree under the rules of a spec, leaf by leaf.
+    """A tree under the methods of a spec, leaf by leaf. What is wrong goes to its `choice`.
 
     Attributes:
-      tree, methods, axes, traced: what was given; of a trace, the letters.
+      methods: of the spec, in its order.
+      choice: which leaves each of them takes.
       took: `{index: Taken}` of the leaves that are adapted.
       notes: what the table says.
-      bad: what is wrong, in words.
-      vectors: of each rule, the leaves without an input side that patterns took, and what its method says of them.
-      unclear: weights, each with its method's name, whose sides nothing tells.
+      vectors: of each method, the leaves without an input side that patterns took, and what it says of them.
       shapes: `{(group, factor): (shape, trained)}` so far: what weights share has one shape.
     """
 
-    tree: _tree.Named
     methods: Sequence[Method]
-    axes: dict[str, str]
-    traced: dict[str, str]
+    choice: Choice
     took: dict[int, Taken] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-    bad: list[str] = dataclasses.field(default_factory=list)
     vectors: dict[int, dict[int, str]] = dataclasses.field(default_factory=dict)
-    unclear: list[tuple[Leaf, str]] = dataclasses.field(default_factory=list)
     shapes: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.roles = _axes.Roles(self.tree, self.axes, self.traced)
 
     def take(self, index: int, takers: Sequence[int]) -> None:
         """Leaf `index` by the first of the rules that match it."""
         if not takers:
             return
         rule, *others = takers
-        method, path = self.methods[rule], self.tree.paths[index]
+        method, path = self.methods[rule], self.choice.tree.paths[index]
         if others:
             names = ", ".join(self.methods[n].describe() for n in others)
             self.notes.append(f"{path}: rule {rule + 1} ({method.describe()}) takes it before {names}")
-        try:
-            leaf, letters = self._leaf(index)
-        except ValueError as error:
-            self.bad.append(str(error))
+        weight = self.choice.weight(index)
+        if weight is None:
             return
+        leaf, told = weight
         try:
             if 0 in leaf.shape:
                 raise ValueError("a weight without elements cannot be adapted; exclude it")
-            if letters is None and _splits(method, leaf):
-                self.unclear.append((leaf, method.describe()))
+            if told is None and _splits(method, leaf):
+                self.choice.unclear.append((leaf, method.describe()))
                 return
             recipe = method.recipe(leaf)
             if recipe is None:
@@ -120,17 +104,6 @@ class Resolution:
             self._refused(rule, index, leaf, error)
             return
         self.took[index] = Taken(rule, method, recipe, Site(leaf, index, _sites.named(method), recipe))
-
-    def _leaf(self, index: int) -> tuple[Leaf, str | None]:
-        """A leaf as a method knows it, and its letters where something tells them."""
-        path, array = self.tree.paths[index], self.tree.leaves[index]
-        shape, dtype = _tree.shape_dtype(array)
-        if _answers.no_array(array):
-            raise ValueError(f"{path!r} is {_answers.no_array(array)}")
-        if not _axes.is_trainable_dtype(dtype):
-            raise ValueError(f"{path!r} of dtype {dtype}: only real floating point leaves can be adapted; exclude it")
-        letters = self.roles.of(index)
-        return Leaf(path, shape, np.dtype(dtype), letters or self.roles.likely(index)), letters
 
     def _check(self, method: Method, recipe: Recipe, leaf: Leaf) -> None:
         """Raises ValueError where equation and leaf, or factors that weights share, do not fit each other."""
@@ -150,13 +123,13 @@ class Resolution:
         why = vector if leaf.roles.strip("s") == "o" else error
         said = f"{self.methods[rule].describe()} on {leaf.path!r} of shape {leaf.shape} ({leaf.roles}): {why}"
         if leaf.axes("ik") or 0 in leaf.shape:
-            self.bad.append(said)
+            self.choice.bad.append(said)
         else:
             self.vectors.setdefault(rule, {})[index] = said
 
     def take_biases(self) -> None:
         """The biases of layers whose output a method rescales, as sites of the same method."""
-        index = {path: n for n, path in enumerate(self.tree.paths)}
+        index = {path: n for n, path in enumerate(self.choice.tree.paths)}
         for taken in [self.took[n] for n in sorted(self.took)]:
             layer, slash, name = taken.site.leaf.path.rpartition("/")
             path = layer + slash + BIASES.get(name, "")
@@ -166,17 +139,19 @@ class Resolution:
 
     def _take_bias(self, at: int, method: Method, weight: Taken) -> None:
         """The bias at `at` by the method that its weight's one says."""
-        path, rule, name = self.tree.paths[at], weight.rule, weight.method.describe()
-        if self.methods[rule].exclude and _select.taken(self.methods[rule].exclude, self.tree)[at]:
+        tree, rule, name = self.choice.tree, weight.rule, weight.method.describe()
+        path = tree.paths[at]
+        if self.methods[rule].exclude and _select.taken(self.methods[rule].exclude, tree)[at]:
             return
         if at in self.took and self.took[at].rule != rule:
             self.notes.append(f"{path}: rule {self.took[at].rule + 1} takes it, so {name} does not rescale it")
             return
-        shape, dtype = _tree.shape_dtype(self.tree.leaves[at])
+        shape, dtype = _tree.shape_dtype(tree.leaves[at])
         of = weight.site.leaf
-        roles = _axes.given(path, shape, self.axes) or self.traced.get(path) or _axes.added(of, shape)
+        said = _axes.given(path, shape, self.choice.axes) or self.choice.traced.get(path)
+        roles = said or _axes.added(of, shape)
         if roles is None or not _axes.is_trainable_dtype(dtype):
-            self.bad.append(
+            self.choice.bad.append(
                 f"{path!r} of shape {shape} is no bias of {of.path!r} of shape {of.shape} ({of.roles}), and {name} "
                 'rescales the output, bias included; write exclude="bias$" to leave it as it is'
             )
@@ -201,13 +176,16 @@ def _splits(method: Method, leaf: Leaf) -> bool:
     return recipe is not None and recipe.splits(one)
 
 
-def _vectors(found: Resolution, taken: Sequence[Sequence[bool]]) -> list[str]:
+def _vectors(found: Resolution) -> list[str]:
     """What to write where a rule's pattern took weights and, beside them, vectors."""
     bad: list[str] = []
     for n, said in found.vectors.items():
         m = found.methods[n]
-        others = [index for index, it in enumerate(taken[n]) if it and index not in said]
-        bad += [_select.vectors(m.describe(), m.target, found.tree, tuple(said), others)] if others else said.values()
+        others = [index for index, it in enumerate(found.choice.takes[n]) if it and index not in said]
+        if others:
+            bad.append(_select.vectors(m.describe(), m.target, found.choice.tree, tuple(said), others))
+        else:
+            bad += said.values()
     return bad
 
 

@@ -218,11 +218,11 @@ def contradiction(found: Sequence[tuple[str, tuple[int, ...], str, str]]) -> str
 
 
 def unclear(found: Sequence[tuple[Leaf, str]], paths: Sequence[str]) -> str:
-    """What to write for weights, each with its method's name, whose sides nothing tells."""
+    """What to write for weights whose sides nothing tells, each with the name of who asks."""
     rows = [(leaf.path, (leaf.shape, leaf.roles)) for leaf, _ in found]
     folded = _table.fold(rows)
-    methods = ", ".join(dict.fromkeys(name for _, name in found))
-    lines = [f"{methods} asks which axes of a weight are input and which output, and nothing here tells it of:"]
+    who = ", ".join(dict.fromkeys(name for _, name in found))
+    lines = [f"{who} asks which axes of a weight are input and which output, and nothing here tells it of:"]
     for path, n, (shape, _) in folded[:_SHOWN]:
         lines.append(f"    {path!r}{f' (x{n})' if n > 1 else ''} of shape {shape}")
     if len(folded) > _SHOWN:
@@ -231,9 +231,9 @@ def unclear(found: Sequence[tuple[Leaf, str]], paths: Sequence[str]) -> str:
     said = ", ".join(f"r{pattern!r}: {letters!r}" for pattern, letters in list(patterns.items())[:_SHOWN])
     more = ", ..." if len(patterns) > _SHOWN else ""
     lines += [
-        "  let a call of the model tell: adapt(params, spec, fn=model.apply, args=(x,)), where shapes are enough,",
+        "  let a call of the model tell: write fn=model.apply, args=(x,), where shapes are enough,",
         "  or say it, one letter an axis, i (in), o (out), k (window), s (stack). If these are right, write",
-        f"    adapt(params, spec, axes={{{said}{more}}})",
+        f"    axes={{{said}{more}}}",
     ]
     return "\n  ".join(lines)
 

@@ -15,15 +15,13 @@ import collections
 import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TypeAlias
 
 from jlora._trees import _names
 from jlora._trees._axes import is_trainable_dtype
 from jlora._trees._tree import Named, shape_dtype
-from jlora._types import PyTree
+from jlora._types import PyTree, Traced
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
-Traced: TypeAlias = Mapping[str, tuple[str, str]]
 MATRICES = frozenset({"query", "key", "value", "qkv", "linear"})
 
 

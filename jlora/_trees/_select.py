@@ -1,12 +1,11 @@
 """Which leaves of a tree a target takes, and what to write instead where it makes no sense."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
-from typing import TypeAlias
+from collections.abc import Callable, Sequence, Set
 
 from jlora._trees import _tree
+from jlora._types import Traced
 
-Traced: TypeAlias = Mapping[str, tuple[str, str]]
 _PRESETS = ("attention", "linear", "embeddings", "head", "biases", "norms", "everything")
 
 

@@ -25,8 +25,8 @@ from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _st
 from jlora.io._record import several
 from jlora.methods import _draws
 from jlora.methods.base import Method
+from jlora.optim._checks import check_ran
 from jlora.optim._halves import check_masked
-from jlora.rank.adalora import check_ran
 
 #: What stands at the top of an Orbax checkpoint, beside a folder for each process.
 _OF_ORBAX = frozenset(
@@ -47,7 +47,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
     Args:
       path: a local folder; its parents are made.
       adapted: what `adapt` made, trained or not.
-      opt_state: the optimizer's state, if at hand. It is not saved, but asked whether a schedule of ranks ran.
+      opt_state: the optimizer's state, if at hand. It is not saved, but asked whether what decides over ranks ran.
       overwrite: replace an adapter that was saved there. Nothing else is ever replaced, and other files there stay.
 
     Warns:
@@ -58,8 +58,8 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
       NotImplementedError: in one of several processes; the message says how they save together.
       TypeError: no `Adapted`, or one that is being traced.
       ValueError: factors without values (abstract or donated), ones that do not fit the plan, a method with a field
-        that cannot be written down, a schedule of `jlora.rank.adalora` that never ran, or a
-        state made of a whole adapter without `jlora.masked`, which moves the base.
+        that cannot be written down, a state that says that its schedule never ran (those of `jlora.rank.adalora`,
+        `sora`, `selora`), or one made of a whole adapter without `jlora.masked`, which moves the base.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora

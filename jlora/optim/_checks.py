@@ -1,13 +1,32 @@
-"""What optimizers are given: numbers that are numbers, and transformations that are optax's."""
+"""What optimizers are given: numbers that are numbers, transformations that are optax's, and states that have run."""
 
 import inspect
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
 import optax
 from jax.core import Tracer
+
+from jlora._types import PyTree
+
+
+@runtime_checkable
+class Deciding(Protocol):
+    """The state of an optimizer that decides over ranks, `jlora.rank`'s or one of the user's."""
+
+    def never_ran(self) -> str:
+        """What did not happen, in words; empty as soon as there was an update."""
+        ...
+
+
+def check_ran(caller: str, opt_state: PyTree) -> None:
+    """Raises ValueError where an optimizer's state says that what decides over ranks has made no update."""
+    is_deciding = lambda x: isinstance(x, Deciding)
+    for state in jax.tree.leaves(opt_state, is_leaf=is_deciding):
+        if is_deciding(state) and (why := state.never_ran()):
+            raise ValueError(f"{caller}: {why}; apply tx.update to every step, or {caller} without the state")
 
 
 def number(caller: str, name: str, value: object, wanted: str, fits: Callable[[float], bool]) -> None:

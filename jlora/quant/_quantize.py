@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 
 from jlora import _answers, targets
 from jlora._algebra._mesh import explicit_mesh
-from jlora._trees import _axes, _select, _tree
-from jlora._trees._packed import is_packed, sound
+from jlora._trees import _tree
+from jlora._trees._choice import Choice, Rule
+from jlora._trees._packed import is_packed
 from jlora._trees._tree import Target
 from jlora._types import W0, MeshAxes, PyTree
 from jlora.adapted import Adapted, called, is_adapted
@@ -80,6 +81,8 @@ _finite = jax.jit(lambda w: jnp.all(jnp.isfinite(w)))
 
 def not_finite(path: str, w: PyTree) -> list[str]:
     """What is wrong with the values of a weight, if it has any that can be read."""
+    if why := _answers.gone(path, w):
+        return [why]
     if isinstance(w, (jax.ShapeDtypeStruct, Tracer)) or bool(_finite(w)):
         return []
     values = np.asarray(jnp.asarray(w), np.float32)
@@ -128,11 +131,11 @@ def quantize(
 
     Returns:
       The tree, or the `Adapted`. Leaves that are quantised already (by `jlora.init.loftq`, say), without elements or
-      without axes stay as they are; a tree that is tied (one array under two paths) stays tied.
+      without axes stay as they are. What is tied (one array under two paths) stays tied where both ends are taken.
 
     Raises:
-      ValueError: an unknown scheme; a pattern that matches nothing; weights with NaN or infinities, or that are no
-        real floating point numbers; all at once.
+      ValueError: an unknown scheme; a pattern that matches nothing; weights with NaN or infinities, without values,
+        that are no real floating point arrays, or whose axes nothing tells; all at once.
       TypeError: quantised leaves that were cast.
 
     Example:
@@ -164,50 +167,41 @@ def quantize(
         return Adapted(params.trainable, dataclasses.replace(params.frozen, base=base))
     traced = called("quantize", fn, params, args, kwargs)
     tree = _tree.flatten(params)
-    sound(zip(tree.paths, tree.leaves, strict=True))
-    selected, wrong = _select.select("quantize", target, exclude, tree, traced)
-    wrong += _select.unmatched(axes, tree).values()
-    if wrong:
-        raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(wrong))
-    roles = _axes.Roles(tree, axes, {path: letters for path, (_, letters) in (traced or {}).items() if letters})
-    todo = _codecs(tree, [n for n, it in enumerate(selected) if it], roles, scheme, parity == "torch")
-    leaves = _leaf_by_leaf(tree.leaves, todo, donate)
+    choice = Choice(tree, [Rule("quantize", target, exclude)], axes, traced)
+    leaves = _leaf_by_leaf(tree.leaves, _codecs(choice, scheme, parity == "torch"), donate)
     if not any(isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in jax.tree.leaves(leaves)):
         say(tree.paths, list(tree.leaves), leaves)
     return jax.tree.unflatten(tree.treedef, leaves)
 
 
-def _codecs(
-    tree: _tree.Named, taken: Sequence[int], roles: _axes.Roles, scheme: Scheme, torch: bool
-) -> dict[int, tuple[Codec, str]]:
-    """How each leaf that is to be quantised is laid out, and its letters; ValueError before any weight is freed."""
+def _codecs(choice: Choice, scheme: Scheme, torch: bool) -> dict[int, tuple[Codec, str]]:
+    """How each leaf that is taken is laid out, and its letters; ValueError before any weight is freed."""
     todo: dict[int, tuple[Codec, str]] = {}
-    bad, unclear = [], []
-    for n in taken:
-        path, leaf = tree.paths[n], tree.leaves[n]
-        shape, dtype = _tree.shape_dtype(leaf)
-        if is_packed(leaf) or not shape or 0 in shape:
+    for n in filter(choice.takers, range(len(choice.tree.leaves))):
+        array = choice.tree.leaves[n]
+        if _stays(array):
             continue
-        if not _axes.is_trainable_dtype(dtype):
-            bad.append(f"{path!r} of shape {shape} and dtype {dtype}: only real floating point weights")
+        weight = choice.weight(n)
+        if weight is None:
             continue
-        letters = roles.of(n)
-        if letters is None:
-            unclear.append(f"{path!r} of shape {shape}")
-        elif set(letters) == {"s"}:
-            bad.append(f"{path!r} of shape {shape} has stack axes alone; write its letters in axes=")
+        leaf, told = weight
+        if told is None:
+            choice.unclear.append((leaf, "quantize, whose blocks run along the input,"))
+        elif set(told) == {"s"}:
+            choice.bad.append(f"{leaf.path!r} of shape {leaf.shape} has stack axes alone; write its letters in axes=")
         else:
-            todo[n] = codec(scheme, path, shape, dtype, letters, torch), letters
-    bad += [why for n in todo for why in not_finite(tree.paths[n], tree.leaves[n])]
-    if unclear:
-        shown = ", ".join(unclear[:5]) + (f" and {len(unclear) - 5} more" if len(unclear) > 5 else "")
-        bad.append(
-            f"nothing tells which axes are input and which output of {shown}; blocks run along the input: write "
-            "fn=model.apply, args=(x,), a call of the model, or the letters in axes="
-        )
-    if bad:
-        raise ValueError("cannot quantise this tree:\n  " + "\n  ".join(bad))
+            todo[n] = codec(scheme, leaf.path, leaf.shape, leaf.dtype, told, torch), told
+    choice.bad += [why for n in todo for why in not_finite(choice.tree.paths[n], choice.tree.leaves[n])]
+    choice.check("quantise")
     return todo
+
+
+def _stays(array: PyTree) -> bool:
+    """Whether there is nothing to quantise: codes already, no elements, or one number."""
+    if is_packed(array) or _answers.no_array(array):
+        return is_packed(array)
+    shape, _ = _tree.shape_dtype(array)
+    return not shape or 0 in shape
 
 
 def _leaf_by_leaf(plain: Sequence[PyTree], todo: Mapping[int, tuple[Codec, str]], donate: bool) -> list[PyTree]:

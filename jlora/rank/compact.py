@@ -20,9 +20,9 @@ from jlora._types import PyTree
 from jlora.adapted import Adapted
 from jlora.methods.base import Method
 from jlora.methods.lora import LoRA
+from jlora.optim._checks import check_ran
 from jlora.optim._halves import check_masked
 from jlora.rank._carried import Kept, Place, carried
-from jlora.rank.adalora import check_ran
 from jlora.rank.prune import plan_of
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -38,6 +39,10 @@ class SeLoRAState(NamedTuple):
     ratio: Any
     inner: PyTree
     gathered: PyTree = ()
+
+    def never_ran(self) -> str:
+        """For `save` and `compact`, which ask the state: what did not happen; empty after an update."""
+        return "" if np.any(self.count) else "the test of selora never ran (it counts no update): no rank was added"
 
 
 def selora(

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -71,6 +72,10 @@ class SoRAState(NamedTuple):
     count: jax.Array
     inner: PyTree
     gathered: PyTree = ()
+
+    def never_ran(self) -> str:
+        """For `save` and `compact`, which ask the state: what did not happen; empty after an update."""
+        return "" if np.any(self.count) else "the threshold of sora never ran (it counts no update): nothing is pruned"
 
 
 def sora(

@@ -9,8 +9,8 @@ read in one place (`jaxpr`).
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,25 @@ from jlora._forward import _ops
 from jlora._forward._dropout import fold
 from jlora._forward._ops import Refusal, Use
 from jlora._interpret import contractions, control, moves, roles
-from jlora._interpret.jaxpr import bind_params, live, source
+from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, bind_params, chosen, live, source
 from jlora._interpret.moments import moment
+from jlora._interpret.roles import Contradiction
 from jlora._keys import stable_hash
 from jlora._trees import _axes, _tree
 from jlora._trees._axes import RolesWarning
+from jlora._types import Fill, Half, PyTree, Value
 from jlora.adapted import Adapted, without_key
 
-Counted: TypeAlias = dict[int, Any]
-RULES = {**moves.RULES, **contractions.RULES, **control.RULES}
+RULES: Mapping[str, Rule] = {**moves.RULES, **contractions.RULES, **control.RULES}
+
+Counted: TypeAlias = dict[int, int | jax.Array]
+"""The number of the next use of each weight with a dropout key, by its origin."""
+
+Block: TypeAlias = tuple[int, tuple[bool, ...]]
+"""The identity of a called jaxpr, and which of its outputs are computed."""
+
+Moments: TypeAlias = dict[str, Operand] | None
+"""`{path: X^T X}` as far as it is collected; None when nobody asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +70,13 @@ class Interpreter:
 
     forward_mode: bool = False
     rows: list[Row] | None = None
-    moments: dict[str, Operand] | None = None
-    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    moments: Moments = None
+    memo: dict[Block, tuple[Callable[..., tuple[list[Evaluated], Moments, Counted]], core.Jaxpr]] = dataclasses.field(
+        default_factory=dict
+    )
     numbers: Counted = dataclasses.field(default_factory=dict)
-    contradicted: list[Any] = dataclasses.field(default_factory=list)  # (path, shape, letters taken, letters read)
-    around: list[Any] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
+    contradicted: list[Contradiction] = dataclasses.field(default_factory=list)
+    around: list[Eqn] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
 
     @property
     def watched(self) -> bool:
@@ -72,10 +84,12 @@ class Interpreter:
 
     # -- walking --
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], want: Sequence[bool]) -> list[Any]:
+    def run(
+        self, jaxpr: core.Jaxpr, consts: Sequence[jax.Array], args: Sequence[Evaluated], want: Sequence[bool]
+    ) -> Outputs:
         """The outputs of a jaxpr, None where not wanted; each may be an expression."""
         keep, needed = live(jaxpr, want)
-        env: dict[Any, Any] = {}
+        env: dict[core.Var, Evaluated] = {}
         env.update(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
@@ -89,12 +103,13 @@ class Interpreter:
                 eqn.ctx.manager,
             ):
                 outs = self.equation(eqn, [read(v) for v in eqn.invars], [v in needed for v in eqn.outvars])
-            env.update(zip(eqn.outvars, outs, strict=True))
+            env.update({v: o for v, o in zip(eqn.outvars, outs, strict=True) if o is not None})
         return [read(v) if w else None for v, w in zip(jaxpr.outvars, want, strict=True)]
 
-    def equation(self, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-        if not any(map(is_weight, values)):
-            return self.bind(eqn, values)
+    def equation(self, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+        plain = [v for v in values if not is_weight(v)]
+        if len(plain) == len(values):
+            return self.bind(eqn, plain)
         rule = RULES.get(eqn.primitive.name)
         if rule is None:
             return self.bind(eqn, self.arrays(values, eqn, f"{eqn.primitive.name} has no rule"))
@@ -106,12 +121,12 @@ class Interpreter:
         finally:
             self.around.pop()
 
-    def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def bind(self, eqn: Eqn, values: Sequence[jax.Array]) -> list[jax.Array]:
         subfuns, params = bind_params(eqn)
         out = eqn.primitive.bind(*subfuns, *values, **params)
         return list(out) if eqn.primitive.multiple_results else [out]
 
-    def dense(self, value: Any, eqn: Any, reason: str) -> Any:
+    def dense(self, value: Evaluated, eqn: Eqn | str, reason: str) -> jax.Array:
         """The array of an expression; an entry in the report unless it is a vector, which costs nothing."""
         if not is_weight(value):
             return value
@@ -129,7 +144,7 @@ class Interpreter:
         if self.rows is not None and w.path is not None:
             self.rows.append(Row(w.path, use, cost.plan, cost.flops, cost.dense_flops, reason))
 
-    def check(self, closed: Any, found: Sequence[Adapted], leaves: Sequence[Sequence[Any]]) -> None:
+    def check(self, closed: core.ClosedJaxpr, found: Sequence[Adapted], leaves: Sequence[Sequence[PyTree]]) -> None:
         """Holds the axes that `adapt` took against what the function does with them: a warning, or a report's lines."""
         sites = [s for a in found for s in a.frozen.plan.sites]
         if not any(s.recipe.splits(s.leaf) for s in sites):
@@ -143,11 +158,11 @@ class Interpreter:
         if self.contradicted and not self.watched:
             warnings.warn(_axes.contradiction(self.contradicted), RolesWarning, stacklevel=4)
 
-    def meet(self, w: Weight, x: Any, pairs: Sequence[tuple[int, int]], batch: Sequence[tuple[int, int]]) -> None:
+    def meet(self, w: Weight, x: jax.Array, pairs: Sequence[tuple[int, int]], batch: Sequence[tuple[int, int]]) -> None:
         if self.moments is not None and w.path is not None and (made := moment(w, x, pairs, batch)) is not None:
             self.seen({w.path: made})
 
-    def seen(self, moments: dict[str, Operand] | None) -> None:
+    def seen(self, moments: Moments) -> None:
         """Adds to what was collected."""
         for path, made in (moments or {}).items():
             assert self.moments is not None
@@ -157,7 +172,7 @@ class Interpreter:
                 raise ValueError(f"{path!r} meets its inputs in unlike parts, of shapes {shapes}; exclude it")
             self.moments[path] = made if known is None else jax.tree.map(jnp.add, known, made)
 
-    def apart(self, numbers: Counted, f: Callable[[], Any]) -> tuple[Any, dict[str, Operand] | None, Counted]:
+    def apart(self, numbers: Counted, f: Callable[[], Value]) -> tuple[Value, Moments, Counted]:
         """`f()` and what was collected meanwhile: a sub-jaxpr returns it, as its arrays must not leak out."""
         outer, self.moments = self.moments, None if self.moments is None else {}
         try:
@@ -176,17 +191,16 @@ class Interpreter:
         self.numbers[w.origin] = number + 1
         return w.replace(key=fold(w.key, number))
 
-    def entering(self, values: Sequence[Any]) -> tuple[list[Any], Counted, list[int]]:
+    def entering(self, values: Sequence[Evaluated]) -> tuple[list[Evaluated], Counted, list[int]]:
         """Expressions on their way into a sub-jaxpr, and the numbers of their next uses, which go along as arrays.
 
         Origins are renamed in the order in which they come, so that equal layers look alike; the last result has them.
         """
-        keyed = lambda v: is_weight(v) and v.key is not None
-        origins = list(dict.fromkeys(v.origin for v in values if keyed(v)))
-        inside = [v.replace(origin=origins.index(v.origin)) if keyed(v) else v for v in values]
+        origins = list(dict.fromkeys(v.origin for v in values if is_keyed(v)))
+        inside = [v.replace(origin=origins.index(v.origin)) if is_keyed(v) else v for v in values]
         return inside, {n: jnp.int32(self.numbers.get(o, 0)) for n, o in enumerate(origins)}, origins
 
-    def counted(self, numbers: Counted, f: Callable[[], Any]) -> tuple[Any, Counted]:
+    def counted(self, numbers: Counted, f: Callable[[], Value]) -> tuple[Value, Counted]:
         """`f()` and the numbers after it, which a sub-jaxpr returns: no array of its trace is kept here."""
         outer, self.numbers = self.numbers, dict(numbers)
         try:
@@ -194,14 +208,18 @@ class Interpreter:
         finally:
             self.numbers = outer
 
-    def left(self, outs: Sequence[Any], numbers: Counted, origins: Sequence[int]) -> list[Any]:
+    def left(self, outs: Sequence[Evaluated], numbers: Counted, origins: Sequence[int]) -> list[Evaluated]:
         """What a sub-jaxpr returned, under the names outside, and its uses counted."""
         self.numbers.update({o: numbers[n] for n, o in enumerate(origins)})
-        keyed = lambda v: is_weight(v) and v.key is not None
-        return [v.replace(origin=origins[v.origin]) if keyed(v) else v for v in outs]
+        return [v.replace(origin=origins[v.origin]) if is_keyed(v) else v for v in outs]
 
-    def arrays(self, values: Sequence[Any], eqn: Any, reason: str) -> list[Any]:
+    def arrays(self, values: Sequence[Evaluated], eqn: Eqn, reason: str) -> list[jax.Array]:
         return [self.dense(v, eqn, reason) for v in values]
+
+
+def is_keyed(v: Evaluated) -> TypeGuard[Weight]:
+    """Whether it is an expression that draws."""
+    return is_weight(v) and v.key is not None
 
 
 def names(found: list[Adapted]) -> list[list[str]]:
@@ -213,12 +231,12 @@ def names(found: list[Adapted]) -> list[list[str]]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _told(words: str, factors: Any) -> Any:
+def _told(words: str, factors: Half) -> Half:
     """The same factors; where a gradient is taken with respect to them, and only there, a warning."""
     return factors
 
 
-def _tell(words: str, factors: Any) -> Any:
+def _tell(words: str, factors: Half) -> tuple[Half, None]:
     warnings.warn(words, stacklevel=1)  # one place: so Python says it once
     return factors, None
 
@@ -233,20 +251,20 @@ def noticed(adapted: Adapted) -> Adapted:
 
 
 def call(
-    fn: Callable[..., Any],
+    fn: Callable[..., Value],
     found: list[Adapted],
-    fill: Callable[[list[Any]], tuple[Any, Any]],
+    fill: Fill,
     *,
     forward_mode: bool = False,
     me: Interpreter | None = None,
-) -> Any:
+) -> Value:
     """`fn` on a call's arguments, with expressions where the Adapteds' weights stand."""
     me = me or Interpreter(forward_mode)
     leaves = [_tree.leaves(a.frozen.base) for a in found]
     bases = _read.held([(s.leaf.path, leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites])
-    beside: list[Any] = []
+    beside: list[PyTree] = []
 
-    def traced(*arrays: jax.Array) -> list[Any]:
+    def traced(*arrays: jax.Array) -> list[jax.Array]:
         rest = iter(arrays)
         trees = [_read.replaced(a, [next(rest) for _ in a.frozen.plan.sites]) for a in found]
         args, kwargs = fill(trees)
@@ -270,7 +288,7 @@ def call(
             shown = path if me.watched else None
             expressions.append(express(s.leaf, s.recipe, base, get, key=key, origin=len(expressions), path=shown))
     want = [True] * len(closed.jaxpr.outvars)
-    outs, _ = me.counted({}, lambda: me.run(closed.jaxpr, closed.consts, expressions, want))
+    outs, _ = me.counted({}, lambda: chosen(me.run(closed.jaxpr, closed.consts, expressions, want), want))
     treedef, inside, others = beside
     results = iter(me.dense(o, "output", "returned by the function") for o in outs)
     filled = [jnp.asarray(next(results)) if i else o for i, o in zip(inside, others, strict=True)]

@@ -1,51 +1,56 @@
-"""Operations that contract an adapted weight with an activation."""
+"""Operations that contract an adapted weight with an activation.
+
+The casts say which parameters an operation has: to JAX they are a dict of whatever.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, cast
+
+import jax
 
 from jlora._algebra._weight import Weight, is_weight
 from jlora._forward import _conv, _dot, _ops, _rows
 from jlora._forward._anew import anew, bulky
+from jlora._forward._conv import ConvParams, RaggedParams
 from jlora._forward._ops import Refusal, Use
+from jlora._forward._rows import GatherParams
 from jlora._forward._rule import Written
+from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, expression
 
 if TYPE_CHECKING:
     from jlora._interpret import Interpreter
 
 
-def _dot_general(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    lhs, rhs = values
-    if is_weight(lhs) and is_weight(rhs):
-        rhs = me.dense(rhs, eqn, "a product of two adapted weights")
-    left = is_weight(lhs)
-    w, x = (lhs, rhs) if left else (rhs, lhs)
+def _dot_general(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    left = is_weight(values[0])
+    w, x = expression(values[not left]), me.dense(values[left], eqn, "a product of two adapted weights")
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     contracted, batch = (lc, lb) if left else (rc, rb)
     other, other_batch = (rc, rb) if left else (lc, lb)
     me.meet(w, x, [*zip(contracted, other, strict=True)], [*zip(batch, other_batch, strict=True)])
     if _ops.is_vector(w):
-        return me.bind(eqn, me.arrays([lhs, rhs], eqn, "a vector"))
+        return me.bind(eqn, me.arrays([w, x] if left else [x, w], eqn, "a vector"))
     if _ops.is_dense_delta(w):
         me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
         bind = lambda w, x, _: me.bind(eqn, [w.dense(), x] if left else [x, w.dense()])[0]
         return [_met(me, bind, w, x)]
     params = ("dimension_numbers", "precision", "preferred_element_type", "out_sharding")
-    written = Written(left, **{name: eqn.params.get(name) for name in params})
+    written = Written(left, **{name: eqn.params[name] for name in params if name in eqn.params})
     note = functools.partial(me.record, w, eqn.primitive.name)
     dot = lambda w, x, mode: _dot.dot(w, x, written, forward_mode=mode, note=note)
     return [_met(me, dot, me.used(w), x)]
 
 
-def _met(me: Interpreter, use: Callable[[Weight, Any, bool], Any], w: Weight, x: Any) -> Any:
+def _met(me: Interpreter, use: Callable[[Weight, jax.Array, bool], jax.Array], w: Weight, x: jax.Array) -> jax.Array:
     """`use` of a weight and an activation, made anew for gradients where it makes more than it meets."""
     return (functools.partial(anew, use) if bulky(w, x) else use)(w, x, me.forward_mode)
 
 
-def _gather(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _gather(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     w, indices = values
     if not is_weight(w) or is_weight(indices):
         raise Refusal("an index made of weights")
@@ -53,19 +58,19 @@ def _gather(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> l
         raise Refusal("a vector")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base: me.bind(eqn, [base, indices])[0]
-    return [_rows.lookup(me.used(w), indices, eqn.params, bind, me.forward_mode, note)]
+    return [_rows.lookup(me.used(w), indices, cast(GatherParams, eqn.params), bind, me.forward_mode, note)]
 
 
-def _ragged(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _ragged(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     x, w, sizes, *more = values
-    if not is_weight(w) or is_weight(x) or more or eqn.params.get("group_offset") is not None:
+    if not is_weight(w) or is_weight(x) or is_weight(sizes) or more or eqn.params.get("group_offset") is not None:
         raise Refusal("a ragged dot in another form")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base, x, sizes: me.bind(eqn, [x, base, sizes])[0]
-    return [_conv.ragged(me.used(w), x, sizes, eqn.params, bind, me.forward_mode, note)]
+    return [_conv.ragged(me.used(w), x, sizes, cast(RaggedParams, eqn.params), bind, me.forward_mode, note)]
 
 
-def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _convolution(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     x, w = values
     if not is_weight(w) or is_weight(x):
         raise Refusal("a convolution with the weight as its input")
@@ -74,10 +79,10 @@ def _convolution(me: Interpreter, eqn: Any, values: list[Any], want: list[bool])
         return [_met(me, lambda w, x, _: me.bind(eqn, [x, w.dense()])[0], w, x)]
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base, x: me.bind(eqn, [x, base])[0]
-    return [_conv.conv(me.used(w), x, eqn.params, bind, me.forward_mode, note)]
+    return [_conv.conv(me.used(w), x, cast(ConvParams, eqn.params), bind, me.forward_mode, note)]
 
 
-RULES = {
+RULES: Mapping[str, Rule] = {
     "dot_general": _dot_general,
     "gather": _gather,
     "ragged_dot_general": _ragged,

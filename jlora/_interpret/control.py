@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,43 +13,54 @@ from jax import lax
 from jlora._algebra._weight import Weight, is_weight
 from jlora._forward._dropout import fold
 from jlora._forward._ops import Refusal
-from jlora._interpret.jaxpr import CALLS, CHECKPOINTS, open_jaxpr, scan_counts, unchanged
+from jlora._interpret.jaxpr import (
+    CALLS,
+    CHECKPOINTS,
+    Eqn,
+    Evaluated,
+    Outputs,
+    Rule,
+    called,
+    chosen,
+    open_jaxpr,
+    scan_counts,
+    unchanged,
+)
 
 if TYPE_CHECKING:
-    from jlora._interpret import Interpreter
+    from jlora._interpret import Counted, Interpreter, Moments
+
+State: TypeAlias = "tuple[Counted, list[jax.Array]]"
+"""What a loop hands on: the numbers of the next uses, and what it computes."""
 
 
-def _forwarded(eqn: Any, values: list[Any], want: list[bool]) -> tuple[list[Any], list[bool]]:
+def _forwarded(eqn: Eqn, values: Sequence[Evaluated], want: list[bool]) -> tuple[Outputs, list[bool]]:
     """Outputs that are inputs unchanged, as expressions; and which others must be computed."""
     inner = unchanged(eqn) or [None] * len(want)
     outs = [values[k] if k is not None else None for k in inner]
     return outs, [w and k is None for w, k in zip(want, inner, strict=True)]
 
 
-def _filled(outs: list[Any], compute: list[bool], results: Sequence[Any]) -> list[Any]:
+def _filled(outs: Outputs, compute: list[bool], results: Sequence[Evaluated]) -> Outputs:
     rest = iter(results)
     return [next(rest) if c else o for o, c in zip(outs, compute, strict=True)]
 
 
-def _chosen(outs: Sequence[Any], compute: Sequence[bool]) -> list[Any]:
-    return [o for o, c in zip(outs, compute, strict=True) if c]
-
-
-def _jit(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _jit(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     outs, compute = _forwarded(eqn, values, want)
     if not any(compute) and not eqn.effects:
         return outs
-    jaxpr, consts = open_jaxpr(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
+    jaxpr, consts = called(eqn)
     if eqn.params.get("inline") is True:
-        return _filled(outs, compute, _chosen(me.run(jaxpr, consts, values, compute), compute))
+        return _filled(outs, compute, chosen(me.run(jaxpr, consts, values, compute), compute))
     values, numbers, origins = me.entering(values)
     # one function a jaxpr: blocks under nn.jit share it, and would be traced and compiled one by one without
     place = (id(jaxpr), tuple(compute))
     if place not in me.memo or me.watched:
         name = eqn.params.get("name", "call")
 
-        def inner(numbers: Any, *args: Any) -> Any:
-            return me.apart(numbers, lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
+        def inner(numbers: Counted, *args: Evaluated) -> tuple[list[Evaluated], Moments, Counted]:
+            return me.apart(numbers, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
 
         inner.__name__ = inner.__qualname__ = name
         me.memo[place] = (jax.jit(inner), jaxpr)  # the jaxpr is held so that its id stays its own
@@ -58,14 +69,14 @@ def _jit(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list
     return _filled(outs, compute, me.left(results, numbers, origins))
 
 
-def _checkpoint(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _checkpoint(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     outs, compute = _forwarded(eqn, values, want)
     if not any(compute) and not eqn.effects:
         return outs
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
 
-    def inner(numbers: Any, *args: Any) -> Any:
-        return me.apart(numbers, lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
+    def inner(numbers: Counted, *args: Evaluated) -> tuple[list[Evaluated], Moments, Counted]:
+        return me.apart(numbers, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
 
     values, numbers, origins = me.entering(values)
     again = jax.checkpoint(inner, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
@@ -74,7 +85,7 @@ def _checkpoint(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) 
     return _filled(outs, compute, me.left(results, numbers, origins))
 
 
-def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _scan(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     n_consts, n_carry = scan_counts(eqn.params)
     length = eqn.params["length"]
     jaxpr, closed = open_jaxpr(eqn.params["jaxpr"])
@@ -89,19 +100,21 @@ def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
         values[n_consts : n_consts + n_carry],
         values[n_consts + n_carry :],
     )
-    init = me.arrays(_chosen(carry, [not h for h in hoisted]), eqn, "a loop carry that changes")
-    sliced = [_Sliced(me, x, eqn) if is_weight(x) else None for x in xs]
+    init = me.arrays(chosen(carry, [not h for h in hoisted]), eqn, "a loop carry that changes")
+    sliced = [_Sliced(x) if is_weight(x) else x for x in xs]
 
-    def body(state: Any, slices: list[Any]) -> Any:
-        numbers, state = state
-        rest = iter(state)
+    def body(state: State, slices: list[list[jax.Array]]) -> tuple[State, tuple[list[jax.Array], Moments]]:
+        numbers, now = state
+        rest = iter(now)
         carries = [v if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
-        items = [s.rebuilt(x) if s else x for s, x in zip(sliced, slices, strict=True)]
-        ys, seen, numbers = me.apart(numbers, lambda: me.run(jaxpr, closed, [*consts, *carries, *items], compute))
-        ys = [me.dense(y, eqn, "an output of the loop's body") for y in ys]
-        return (numbers, _chosen(ys[:n_carry], compute[:n_carry])), (_chosen(ys[n_carry:], compute[n_carry:]), seen)
+        items = [s.rebuilt(x) if isinstance(s, _Sliced) else x[0] for s, x in zip(sliced, slices, strict=True)]
+        args = [*consts, *carries, *items]
+        made, seen, numbers = me.apart(numbers, lambda: chosen(me.run(jaxpr, closed, args, compute), compute))
+        ys = me.arrays(made, eqn, "an output of the loop's body")
+        return (numbers, ys[:moving]), (ys[moving:], seen)
 
-    slices = [s.arrays if s else x for s, x in zip(sliced, xs, strict=True)]
+    moving = sum(compute[:n_carry])
+    slices = [s.arrays if isinstance(s, _Sliced) else [s] for s in sliced]
     (numbers, state), (ys, seen) = lax.scan(
         body,
         (numbers, init),
@@ -121,7 +134,7 @@ def _scan(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
 class _Sliced:
     """A weight as the input of a scan: the arrays that carry its leading axis, and the rest, which are constants."""
 
-    def __init__(self, me: Interpreter, w: Weight, eqn: Any):
+    def __init__(self, w: Weight):
         if len(w.axes[0]) != 1:
             raise Refusal("a scan over joined axes")
         (atom,) = w.axes[0]
@@ -131,7 +144,8 @@ class _Sliced:
             w = w.solid()
         here = w.along(atom, _Marked(w.base, 0), lambda a, n: _Marked(a, n), drop=False)  # type: ignore[arg-type,return-value]
         leaves, _ = jax.tree.flatten(here, is_leaf=lambda x: isinstance(x, _Marked))
-        self.fixed, self.arrays = [], []
+        self.fixed: list[jax.Array] = []
+        self.arrays: list[jax.Array] = []
         for leaf in leaves:
             axis = leaf.axis if isinstance(leaf, _Marked) else None
             axes.append(axis)
@@ -145,18 +159,18 @@ class _Sliced:
         inner = w.along(atom, None if w.lazy else rest(w.base, 0), rest, drop=True)  # type: ignore[arg-type]
         self.treedef = jax.tree.structure(inner.replace(axes=w.axes[1:]))
 
-    def rebuilt(self, slices: Sequence[Any]) -> Weight:
+    def rebuilt(self, slices: Sequence[jax.Array]) -> Weight:
         fixed, moving = iter(self.fixed), iter(slices)
         return jax.tree.unflatten(self.treedef, [next(fixed) if n is None else next(moving) for n in self.axes])
 
 
 @dataclasses.dataclass
 class _Marked:
-    array: Any
+    array: jax.Array
     axis: int
 
 
-def _while(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _while(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     values, numbers, origins = me.entering(values)
@@ -168,35 +182,36 @@ def _while(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> li
     inner = unchanged(eqn) or []
     hoisted = [k is not None for k in inner]
     moving = [not h for h in hoisted]
-    outs = [v if h else None for v, h in zip(carry, hoisted, strict=True)]
-    init = me.arrays(_chosen(carry, moving), eqn, "a loop carry that changes")
+    outs: Outputs = [v if h else None for v, h in zip(carry, hoisted, strict=True)]
+    init = me.arrays(chosen(carry, moving), eqn, "a loop carry that changes")
     cond, cond_closed = open_jaxpr(p["cond_jaxpr"])
     body, body_closed = open_jaxpr(p["body_jaxpr"])
 
-    def carries(state: Sequence[Any]) -> list[Any]:
+    def carries(state: Sequence[jax.Array]) -> list[Evaluated]:
         rest = iter(state)
         return [v if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
 
     # the condition counts nothing, so it draws from keys that the body never has
-    other = lambda v: v.replace(key=fold(v.key, 2**31 - 1)) if is_weight(v) and v.key is not None else v
+    def other(v: Evaluated) -> Evaluated:
+        return v.replace(key=fold(v.key, 2**31 - 1)) if is_weight(v) and v.key is not None else v
 
-    def go_on(state: Any) -> Any:
-        numbers, state = state
-        args = [*map(other, cond_consts), *map(other, carries(state))]
-        (more,), *_ = me.apart(numbers, lambda: me.run(cond, cond_closed, args, [True]))
-        return more
+    def go_on(state: State) -> jax.Array:
+        numbers, now = state
+        args = [*map(other, cond_consts), *map(other, carries(now))]
+        (more,), *_ = me.apart(numbers, lambda: chosen(me.run(cond, cond_closed, args, [True]), [True]))
+        return me.dense(more, eqn, "the condition of a loop")
 
-    def step(state: Any) -> Any:
-        numbers, state = state
-        args = [*body_consts, *carries(state)]
-        new, _, numbers = me.apart(numbers, lambda: _chosen(me.run(body, body_closed, args, moving), moving))
+    def step(state: State) -> State:
+        numbers, now = state
+        args = [*body_consts, *carries(now)]
+        new, _, numbers = me.apart(numbers, lambda: chosen(me.run(body, body_closed, args, moving), moving))
         return numbers, me.arrays(new, eqn, "an output of the loop's body")
 
     numbers, state = lax.while_loop(go_on, step, (numbers, init))
     return _filled(outs, moving, me.left(state, numbers, origins))
 
 
-def _cond(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _cond(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     outs, compute = _forwarded(eqn, values, want)
     if not any(compute) and not eqn.effects:
         return outs
@@ -207,8 +222,8 @@ def _cond(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
     for branch in eqn.params["branches"]:
         jaxpr, consts = open_jaxpr(branch)
 
-        def inner(numbers: Any, *args: Any, jaxpr: Any = jaxpr, consts: Any = consts) -> Any:
-            ys, _, numbers = me.apart(numbers, lambda: _chosen(me.run(jaxpr, consts, args, compute), compute))
+        def inner(numbers: Counted, *args: Evaluated, jaxpr=jaxpr, consts=consts) -> tuple[list[jax.Array], Counted]:
+            ys, _, numbers = me.apart(numbers, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
             return [jnp.asarray(y) for y in me.arrays(ys, eqn, "an output of a branch")], numbers
 
         branches.append(inner)
@@ -216,7 +231,7 @@ def _cond(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> lis
     return _filled(outs, compute, me.left(results, numbers, origins))
 
 
-RULES = {
+RULES: Mapping[str, Rule] = {
     **dict.fromkeys(CALLS, _jit),
     **dict.fromkeys(CHECKPOINTS, _checkpoint),
     "scan": _scan,

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jlora._interpret.jaxpr import open_jaxpr, scan_counts, unchanged
-from jlora._interpret.views import Known, View, grown, pairs
+from jlora._interpret.jaxpr import Eqn, aval, open_jaxpr, scan_counts, unchanged
+from jlora._interpret.views import Group, Known, View, grown, pairs
 
 if TYPE_CHECKING:
     from jlora._interpret.roles import Reader
@@ -21,34 +21,34 @@ PASSING = frozenset(
 )
 
 
-def _passing(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _passing(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     return ins
 
 
-def _eq(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _eq(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     return [Known((), any(k.data for k in ins), hot=True)]
 
 
-def _transpose(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _transpose(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     return me.moved(ins, lambda v: v.put([v.groups[n] for n in eqn.params["permutation"]]))
 
 
-def _reshape(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _reshape(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     order = eqn.params.get("dimensions")
-    shape = eqn.outvars[0].aval.shape
+    shape = aval(eqn.outvars[0]).shape
     return me.moved(ins, lambda v: (v.put([v.groups[n] for n in order]) if order else v).reshaped(shape))
 
 
-def _squeeze(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _squeeze(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     return me.moved(ins, lambda v: v.without(eqn.params["dimensions"], "1"))
 
 
-def _broadcast(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
-    old, shape, dims = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
+def _broadcast(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
+    old, shape, dims = aval(eqn.invars[0]).shape, aval(eqn.outvars[0]).shape, eqn.params["broadcast_dimensions"]
     return me.moved(ins, lambda v: grown(v, old, shape, dims))
 
 
-def _reduce(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _reduce(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     axes = eqn.params["axes"]
     for v in ins[0].product:  # a contraction written as a product and a sum: which sides it has is not told
         if any(v.groups[n] and any(a for a, _ in v.groups[n]) for n in axes):
@@ -64,41 +64,41 @@ def _cut(v: View, sizes: Sequence[int], how: str, moved: Sequence[bool]) -> View
     return v
 
 
-def _slice(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
-    after, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+def _slice(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
+    after, before = aval(eqn.outvars[0]).shape, aval(eqn.invars[0]).shape
     moved = [a != b for a, b in pairs(after, before)]
     return me.moved(ins, lambda v: _cut(v, after, "z", moved))
 
 
-def _split(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
-    before, outs = eqn.invars[0].aval.shape, []
+def _split(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
+    before, outs = aval(eqn.invars[0]).shape, []
     for out in eqn.outvars:
-        after = out.aval.shape
+        after = aval(out).shape
         moved = [a != b for a, b in pairs(after, before)]
         outs += me.moved(ins, lambda v, after=after, moved=moved: _cut(v, after, "z", moved))
     return outs
 
 
-def _unstack(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _unstack(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     return me.moved(ins, lambda v: v.without([eqn.params["axis"]], "z")) * len(eqn.outvars)
 
 
-def _dynamic_slice(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _dynamic_slice(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     if any(k.views for k in ins[1:]):
         me.unsure([v for k in ins for v in k.views])
         return [Known((), True)]
-    after, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+    after, before = aval(eqn.outvars[0]).shape, aval(eqn.invars[0]).shape
     moved = [a != b for a, b in pairs(after, before)]
     return me.moved(ins, lambda v: _cut(v, after, "s", moved))
 
 
-def _gather(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _gather(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     k, index = ins
     if index.views or not k.views:
         me.unsure([*k.views, *index.views])
         return [Known((), True)]
     d, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    old, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    old, out = aval(eqn.invars[0]).shape, aval(eqn.outvars[0]).shape
     batching = tuple(getattr(d, "operand_batching_dims", ()))
     outer = [n for n in range(len(out)) if n not in d.offset_dims]
     lost = set(d.collapsed_slice_dims) | set(batching)
@@ -122,7 +122,7 @@ def _gather(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
     return [Known(tuple(views), not views)]
 
 
-def _dot(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _dot(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     sides = [(ins[0], lc, lb, ins[1]), (ins[1], rc, rb, ins[0])]
     both = all(k.views for k in ins)
@@ -137,11 +137,11 @@ def _dot(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
                 for v in k.views:
                     me.use(v, {}, "elementwise")
                 continue
-            mine = [d for d in range(len(eqn.invars[n].aval.shape)) if d not in (*contracted, *batch)]
-            out = eqn.outvars[0].aval.shape
+            mine = [d for d in range(len(aval(eqn.invars[n]).shape)) if d not in (*contracted, *batch)]
+            out = aval(eqn.outvars[0]).shape
             at = len(batch) + (len(out) - len(batch) - len(mine) if n else 0)
             for v in k.views:
-                groups: list[Any] = [(((), size),) if size > 1 else () for size in out]
+                groups: list[Group] = [(((), size),) if size > 1 else () for size in out]
                 for place, d in [*enumerate(batch), *enumerate(mine, at)]:
                     groups[place] = v.groups[d]
                 outs.append(v.without(contracted, "m", keep=True).put(groups))
@@ -156,7 +156,7 @@ def _dot(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
     return [Known(tuple(outs), not outs)]
 
 
-def _convolution(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _convolution(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     x, w = ins
     out_axis, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
     for v in x.views:
@@ -166,7 +166,7 @@ def _convolution(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
     return [Known((), True)]
 
 
-def _ragged(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _ragged(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     x, w, *rest = ins
     d = eqn.params["ragged_dot_dimension_numbers"]
     me.unsure([v for k in (x, *rest) for v in k.views])
@@ -177,9 +177,9 @@ def _ragged(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
     return [Known((), True)]
 
 
-def _join(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _join(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     """concatenate, pad: along one axis or more the size changes."""
-    out = eqn.outvars[0].aval.shape
+    out = aval(eqn.outvars[0]).shape
     if any(k.data for k in ins):
         for v in (v for k in ins for v in k.views):
             me.use(v, {}, "elementwise")
@@ -187,7 +187,7 @@ def _join(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
     views = []
     for var, k in pairs(eqn.invars, ins):
         for v in k.views:
-            for n, (a, b) in enumerate(pairs(var.aval.shape, out)):
+            for n, (a, b) in enumerate(pairs(aval(var).shape, out)):
                 v = v.sized(n, b) if a != b else v
             views.append(v)
     return [Known(tuple(dict.fromkeys(views)))]
@@ -199,7 +199,7 @@ def _leading(k: Known) -> tuple[Known, set[tuple[int, int]]]:
     return dataclasses.replace(k, views=tuple(v.without([0], "s") for v in k.views), product=()), runs
 
 
-def _scan(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _scan(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     n_consts, n_carry = scan_counts(eqn.params)
     jaxpr, closed = open_jaxpr(eqn.params["jaxpr"])
     still = unchanged(eqn) or [None] * len(eqn.outvars)
@@ -230,7 +230,7 @@ def _carried(me: Reader, carry: Sequence[Known], still: Sequence[bool]) -> list[
     return [k if s else Known((), True) for k, s in pairs(carry, still)]
 
 
-def _while(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _while(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     carry = ins[n_cond + n_body :]
@@ -242,7 +242,7 @@ def _while(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
     return [c if s else Known((), True) for c, s in pairs(carry, still)]
 
 
-def _cond(me: Reader, eqn: Any, ins: list[Known]) -> list[Known]:
+def _cond(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     index, *operands = ins
     me.unsure(index.views)
     outs: list[Known] = []

@@ -6,8 +6,8 @@ Every rule takes (interpreter, equation, values, which outputs are wanted) and r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,118 +15,122 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora._algebra._reshape import reshaped
+from jlora._algebra._unmade import Lazy
 from jlora._algebra._weight import Weight, is_weight
+from jlora._algebra._words import Labels
 from jlora._forward._ops import Refusal, Use
+from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, aval, expression
+from jlora._types import Cut, MeshAxes
 
 if TYPE_CHECKING:
     from jlora._interpret import Interpreter
 
 
-def _moved(me: Interpreter, eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _moved(me: Interpreter, eqn: Eqn, values: Sequence[Evaluated]) -> Sequence[jax.Array | Lazy]:
     """The operation on W0. One yet to be computed follows by the labels of its weight: only its dtype is its own."""
     if not any(is_weight(v) and v.lazy is not None for v in values):
-        return me.bind(eqn, [v.base if is_weight(v) else v for v in values])
+        return me.bind(eqn, [v.w0() if is_weight(v) else v for v in values])
     (w,) = (v for v in values if is_weight(v))
     assert w.lazy is not None
-    return [w.lazy.cast(out.aval.dtype) for out in eqn.outvars]
+    return [w.lazy.cast(aval(out).dtype) for out in eqn.outvars]
 
 
-def _cast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
-        raise Refusal(f"a cast to {eqn.outvars[0].aval.dtype}")
+def _cast(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w, dtype = expression(*values), aval(eqn.outvars[0]).dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise Refusal(f"a cast to {dtype}")
     if eqn.primitive.name == "reduce_precision":
         w = w.solid()
     (base,) = _moved(me, eqn, [w])
     return [w.replace(base=base)]
 
 
-def _on_base(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _on_base(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     still = [is_weight(v) and v.lazy is not None for v in values]  # nothing there yet to be named, placed or held back
-    known = [v.base if is_weight(v) else v for v, s in zip(values, still, strict=True) if not s]
+    known = [v.w0() if is_weight(v) else v for v, s in zip(values, still, strict=True) if not s]
     rest = iter(me.bind(eqn, known) if known else ())
     outs = [v if s else next(rest) for v, s in zip(values, still, strict=True)]
     here = lambda v, o: v.replace(base=o) if is_weight(v) else o
     return [o if s else here(v, o) for v, o, s in zip(values, outs, still, strict=True)]
 
 
-def _reshard(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
+def _reshard(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(*values)
     at = eqn.params["dst_sharding"]
     if AxisType.Explicit not in at.mesh.axis_types:  # into a region of automatic axes: the factors go there too
         (base,) = _moved(me, eqn, [w])
         w = w.each(lambda a: jax.sharding.reshard(a, NamedSharding(at.mesh, PartitionSpec(*[None] * a.ndim))))
         return [w if w.lazy is not None else w.replace(base=base)]
-    entry: dict[str, Any] = dict.fromkeys(w.atoms)
+    entry: dict[str, MeshAxes] = dict.fromkeys(w.atoms)
     entry |= {group[0]: e for group, e in zip(w.axes, at.spec, strict=False) if group}
     if w.lazy is not None:
         return [w.moved(w.lazy.placed(at.mesh, entry), at.mesh, entry)]
-    return [w.moved(me.bind(eqn, [w.base])[0], at.mesh, entry)]
+    return [w.moved(me.bind(eqn, [w.w0()])[0], at.mesh, entry)]
 
 
-def _stop(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    return [values[0].each(lax.stop_gradient)]
+def _stop(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    return [expression(*values).each(lax.stop_gradient)]
 
 
-def _vary(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
+def _vary(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(*values)
     (base,) = _moved(me, eqn, [w])
     return [w.replace(base=base)]  # factors are made to vary where they meet an activation
 
 
-def _transpose(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
+def _transpose(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(*values)
     (base,) = _moved(me, eqn, [w])
     return [w.transposed(base, eqn.params["permutation"])]
 
 
-def _reshape(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    w, *sizes = values
-    if sizes:
+def _reshape(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(values[0])
+    if len(values) > 1:
         raise Refusal("a reshape with dynamic sizes")
     (base,) = _moved(me, eqn, [w])
     if eqn.primitive.name == "reshape" and (order := eqn.params["dimensions"]) is not None:
         w = w.transposed(w.base, order)  # vmap of a convolution transposes so
-    moved = reshaped(w, base, eqn.outvars[0].aval.shape)
+    moved = reshaped(w, base, aval(eqn.outvars[0]).shape)
     if moved is None:
         raise Refusal("a reshape across axes that labels cannot follow")
     return [moved]
 
 
-def _broadcast(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    w = values[0]
+def _broadcast(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(values[0])
     dims = eqn.params["broadcast_dimensions"]
-    shape = eqn.outvars[0].aval.shape
+    shape = aval(eqn.outvars[0]).shape
     grown = any(shape[d] != s for d, s in zip(dims, w.shape, strict=True))
     if grown or any(s != 1 for n, s in enumerate(shape) if n not in dims):
         raise Refusal("a broadcast")
     (base,) = _moved(me, eqn, values)
-    axes: list[Any] = [()] * len(shape)
+    axes: list[Labels] = [()] * len(shape)
     for n, d in enumerate(dims):
         axes[d] = w.axes[n]
     return [w.replace(base=base, axes=tuple(axes))]
 
 
-def _scalar(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
+def _scalar(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     left = is_weight(values[0])
-    w, c = values if left else values[::-1]
+    w, c = expression(values[not left]), values[left]
     if is_weight(c) and not c.shape:
         c = me.dense(c, eqn, "a scalar")
     if is_weight(c) or jnp.ndim(c) or (eqn.primitive.name == "div" and not left):
         raise Refusal("a product with an array")
     by = 1 / c if eqn.primitive.name == "div" else jnp.asarray(c)
-    (base,) = (w.lazy.scaled(by),) if w.lazy is not None else me.bind(eqn, [w.base, c] if left else [c, w.base])
+    (base,) = (w.lazy.scaled(by),) if w.lazy is not None else me.bind(eqn, [w.w0(), c] if left else [c, w.w0()])
     return [w.scaled(base, by)]
 
 
-def _neg(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
+def _neg(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(*values)
     c = jnp.asarray(-1, w.dtype)
-    (base,) = (w.lazy.scaled(c),) if w.lazy is not None else me.bind(eqn, [w.base])
+    (base,) = (w.lazy.scaled(c),) if w.lazy is not None else me.bind(eqn, [w.w0()])
     return [w.scaled(base, c)]
 
 
-def _cuttable(me: Interpreter, eqn: Any, w: Weight, axes: Sequence[int], drop: bool = False) -> Weight:
+def _cuttable(me: Interpreter, eqn: Eqn, w: Weight, axes: Sequence[int], drop: bool = False) -> Weight:
     """The same weight, its W0 computed if it cannot be cut along these axes before."""
     if w.lazy is None or all(w.lazy.can(a, drop) for n in axes for a in w.axes[n] if w.size[a] > 1 or not drop):
         return w
@@ -134,9 +138,7 @@ def _cuttable(me: Interpreter, eqn: Any, w: Weight, axes: Sequence[int], drop: b
     return w.solid()
 
 
-def _cut(
-    w: Weight, base: Any, shape: Sequence[int], cuts: Sequence[Callable[[jax.Array, int], jax.Array] | None]
-) -> list[Any]:
+def _cut(w: Weight, base: jax.Array | Lazy, shape: Sequence[int], cuts: Sequence[Cut | None]) -> list[Weight]:
     """A slice of single-label axes."""
     for axis, cut in enumerate(cuts):
         if cut is None:
@@ -150,19 +152,19 @@ def _cut(
     return [w if w.lazy is not None else w.replace(base=base)]
 
 
-def _reverse(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    w = _cuttable(me, eqn, values[0], eqn.params["dimensions"])
+def _reverse(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = _cuttable(me, eqn, expression(*values), eqn.params["dimensions"])
     (base,) = _moved(me, eqn, [w])
     flip = lambda a, m: lax.rev(a, (m,))
     return _cut(w, base, w.shape, [flip if n in eqn.params["dimensions"] else None for n in range(len(w.shape))])
 
 
-def _slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
-    before, after = w.shape, eqn.outvars[0].aval.shape
+def _slice(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(*values)
+    before, after = w.shape, aval(eqn.outvars[0]).shape
     start, stop = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or (1,) * len(after)
-    cuts: list[Any] = [
+    cuts: list[Cut | None] = [
         None if after[n] == before[n] else functools.partial(_static_cut, a=a, b=b, step=s)
         for n, (a, b, s) in enumerate(zip(start, stop, steps, strict=True))
     ]
@@ -181,20 +183,21 @@ def _static_cut(array: jax.Array, n: int, *, a: int, b: int, step: int) -> jax.A
     return lax.slice_in_dim(array, a, b, step, axis=n)
 
 
-def _split(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
+def _split(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(*values)
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     w = _cuttable(me, eqn, w, [axis])
-    outs, start = [], 0
+    outs: list[Evaluated] = []
+    start = 0
     for base, out, size in zip(_moved(me, eqn, [w]), eqn.outvars, sizes, strict=True):
         cut = functools.partial(_static_cut, a=start, b=start + size, step=1)
-        outs += _cut(w, base, out.aval.shape, [cut if n == axis else None for n in range(len(w.shape))])
+        outs += _cut(w, base, aval(out).shape, [cut if n == axis else None for n in range(len(w.shape))])
         start += size
     return outs
 
 
-def _unstack(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    (w,) = values
+def _unstack(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w = expression(*values)
     axis = eqn.params["axis"]
     if len(w.axes[axis]) != 1:
         raise Refusal("unstacking joined axes")
@@ -211,12 +214,12 @@ def _pick(array: jax.Array, n: int, *, k: int) -> jax.Array:
     return lax.index_in_dim(array, k, n, keepdims=False)
 
 
-def _dynamic_slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool]) -> list[Any]:
-    w, *starts = values
-    if not is_weight(w) or any(map(is_weight, starts)) or len(starts) != len(w.shape):
+def _dynamic_slice(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
+    w, starts = values[0], [v for v in values[1:] if not is_weight(v)]
+    if not is_weight(w) or not len(values) - 1 == len(starts) == len(w.shape):
         raise Refusal("a dynamic slice in another form")
     sizes = eqn.params["slice_sizes"]
-    cuts: list[Any] = [
+    cuts: list[Cut | None] = [
         None if size == w.shape[n] else functools.partial(_dynamic_cut, start=i, size=size)
         for n, (i, size) in enumerate(zip(starts, sizes, strict=True))
     ]
@@ -224,7 +227,7 @@ def _dynamic_slice(me: Interpreter, eqn: Any, values: list[Any], want: list[bool
     return _cut(w, _moved(me, eqn, [w, *starts])[0], sizes, cuts)
 
 
-RULES = {
+RULES: Mapping[str, Rule] = {
     "convert_element_type": _cast,
     "reduce_precision": _cast,
     "copy": _on_base,

@@ -9,19 +9,23 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence, Set
-from typing import Any
+from typing import TypeAlias
 
 import jax
 from jax.extend import core
 
 from jlora._interpret.following import RULES
-from jlora._interpret.jaxpr import open_jaxpr
+from jlora._interpret.jaxpr import Eqn, aval, open_jaxpr
 from jlora._interpret.views import KINDS, Known, Use, View, grown, pairs, whole
 from jlora._trees import _tree
 from jlora._trees._leaf import Leaf
+from jlora._types import PyTree, Shape
+
+Contradiction: TypeAlias = tuple[str, Shape, str, str]
+"""`(path, shape, letters taken, letters read)` of a weight that a function uses otherwise than it was taken."""
 
 
-def read(jaxpr: Any, weights: int, consts: Sequence[bool]) -> list[list[Use]]:
+def read(jaxpr: core.Jaxpr, weights: int, consts: Sequence[bool]) -> list[list[Use]]:
     """The uses of each of a jaxpr's first inputs, in order.
 
     Args:
@@ -29,7 +33,7 @@ def read(jaxpr: Any, weights: int, consts: Sequence[bool]) -> list[list[Use]]:
       weights: how many of its inputs are weights; the others are data.
       consts: for each constant whether it is data.
     """
-    shapes = [v.aval.shape for v in jaxpr.invars[:weights]]
+    shapes = [aval(v).shape for v in jaxpr.invars[:weights]]
     reader = Reader(shapes)
     known = [Known((whole(n, shape),)) for n, shape in enumerate(shapes)]
     rest = [Known((), True)] * (len(jaxpr.invars) - weights)
@@ -51,10 +55,8 @@ def decided(uses: Sequence[Use]) -> str | None:
     return None
 
 
-def contradictions(
-    jaxpr: Any, consts: Sequence[bool], named: Sequence[tuple[str, Leaf]]
-) -> list[tuple[str, tuple[int, ...], str, str]]:
-    """`(path, shape, letters taken, letters read)` of each of the first inputs that a jaxpr uses otherwise alone.
+def contradictions(jaxpr: core.Jaxpr, consts: Sequence[bool], named: Sequence[tuple[str, Leaf]]) -> list[Contradiction]:
+    """Each of the first inputs that a jaxpr uses otherwise alone.
 
     A weight is used as it was taken if one of its dots, convolutions or lookups says so: a tied head turns its table,
     a score may turn a key's weight.
@@ -90,13 +92,13 @@ def _agrees(leaf: Leaf, use: Use, deep: Set[int]) -> bool:
     )
 
 
-def traced(fn: Callable[..., Any], leaves: Sequence[Any], others: Sequence[Any]) -> list[list[Use]]:
+def traced(fn: Callable[..., PyTree], leaves: Sequence[PyTree], others: Sequence[PyTree]) -> list[list[Use]]:
     """The uses of each leaf in a call of `fn(leaves, others)`, whose outputs may be anything.
 
     Shapes are enough for all of them.
     """
 
-    def arrays(leaves: list[Any], others: list[Any]) -> list[Any]:
+    def arrays(leaves: list[PyTree], others: list[PyTree]) -> list[jax.Array]:
         return [x for x in jax.tree.leaves(fn(leaves, others)) if isinstance(x, jax.Array)]
 
     shapes = lambda xs: [jax.ShapeDtypeStruct(*_tree.shape_dtype(x)) for x in xs]
@@ -112,14 +114,14 @@ class Reader:
         self.shapes = shapes
         self.uses: list[list[Use]] = [[] for _ in shapes]
 
-    def run(self, jaxpr: Any, consts: Sequence[Known], args: Sequence[Known]) -> list[Known]:
-        env: dict[Any, Known] = dict(pairs(jaxpr.constvars, consts)) | dict(pairs(jaxpr.invars, args))
+    def run(self, jaxpr: core.Jaxpr, consts: Sequence[Known], args: Sequence[Known]) -> list[Known]:
+        env: dict[core.Var, Known] = dict(pairs(jaxpr.constvars, consts)) | dict(pairs(jaxpr.invars, args))
         read = lambda v: Known() if isinstance(v, core.Literal) else env[v]
         for eqn in jaxpr.eqns:
             env.update(pairs(eqn.outvars, self.equation(eqn, [read(v) for v in eqn.invars])))
         return [read(v) for v in jaxpr.outvars]
 
-    def equation(self, eqn: Any, ins: list[Known]) -> list[Known]:
+    def equation(self, eqn: Eqn, ins: list[Known]) -> list[Known]:
         plain = Known((), any(k.data for k in ins), eqn.primitive.name == "eq")
         if not any(k.views or k.product or k.hot for k in ins):
             inner = eqn.primitive.name in ("jit", "pjit", "closed_call")  # for `==` inside, as in one_hot
@@ -160,7 +162,7 @@ class Reader:
 
     # -- rules --
 
-    def inside(self, eqn: Any, ins: list[Known]) -> list[Known] | None:
+    def inside(self, eqn: Eqn, ins: list[Known]) -> list[Known] | None:
         """Into the sub-jaxpr of a call, of remat, of a custom rule, of shard_map: whatever has one that fits."""
         if eqn.primitive.name == "pallas_call":
             return None
@@ -172,7 +174,7 @@ class Reader:
             return [Known((), any(k.data for k in ins))] * len(eqn.outvars)
         return None
 
-    def elementwise(self, eqn: Any, ins: list[Known]) -> list[Known]:
+    def elementwise(self, eqn: Eqn, ins: list[Known]) -> list[Known]:
         """Operations on arrays of one rank, and all that no rule is for."""
         shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
         out = getattr(eqn.outvars[0].aval, "shape", ())
@@ -192,7 +194,7 @@ class Reader:
         self.unsure([v for v in lost if v.source not in {w.source for w in views}])
         return [Known(tuple(dict.fromkeys(views)))] * len(eqn.outvars)
 
-    def moved(self, ins: list[Known], move: Any) -> list[Known]:
+    def moved(self, ins: list[Known], move: Callable[[View], View | None]) -> list[Known]:
         """One array moved: each weight in it is, or is lost."""
         made = lambda views: tuple(w for w in (move(v) for v in views) if w is not None)
         k = ins[0]

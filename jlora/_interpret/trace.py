@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,13 +11,14 @@ import numpy as np
 
 from jlora._interpret import roles
 from jlora._trees import _axes, _tree
+from jlora._types import PyTree
 
 
-def _is_input(x: Any) -> bool:
+def _is_input(x: PyTree) -> bool:
     return isinstance(x, (jax.Array, jax.ShapeDtypeStruct, np.ndarray))
 
 
-def _unwrapped(fn: Any) -> Any:
+def _unwrapped(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """The method of a module below `jax.jit`, `functools.partial` and whatever else says what it wraps."""
     while not isinstance(getattr(fn, "__self__", None), nn.Module):
         inner = fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
@@ -28,13 +28,15 @@ def _unwrapped(fn: Any) -> Any:
     return fn
 
 
-def axes(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
+def axes(
+    fn: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree], kwargs: Mapping[str, PyTree]
+) -> dict[str, str]:
     """`{path: letters}` of every parameter that a call of `fn` says the axes of; see `uses`."""
     return {path: letters for path, (_, letters) in uses(fn, params, args, kwargs).items() if letters}
 
 
 def uses(
-    fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    fn: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree], kwargs: Mapping[str, PyTree]
 ) -> dict[str, tuple[str, str]]:
     """`{path: (use, letters)}` of every parameter that a call of `fn` uses, by its first use in the order of
     `views.KINDS`; no letters where it does not tell. Nothing is computed.
@@ -52,7 +54,7 @@ def uses(
     wrap = isinstance(model, nn.Module) and inner.__name__ == "apply" and not (_has(params, "params"))
     places = [n for n, x in enumerate(slots) if not own(x) and _is_input(x)]
 
-    def call(leaves: list[Any], others: list[Any]) -> Any:
+    def call(leaves: list[PyTree], others: list[PyTree]) -> PyTree:
         every = list(tree.leaves)
         for n, leaf in zip(ours, leaves, strict=True):
             every[n] = leaf
@@ -74,7 +76,7 @@ def uses(
     return {path: (roles.first(seen), letters[path]) for path, seen in zip(paths, found, strict=True)}
 
 
-def given(caller: str, fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str, tuple[str, str]]:
+def given(caller: str, fn: PyTree, params: PyTree, args: PyTree, kwargs: PyTree) -> dict[str, tuple[str, str]]:
     """`uses` of what a user gave, checked."""
     if fn is None:
         raise TypeError(f"{caller}(args=..., kwargs=...) are the arguments of fn=, which is not given")
@@ -86,7 +88,7 @@ def given(caller: str, fn: Any, params: Any, args: Any, kwargs: Any) -> dict[str
     return uses(fn, params, args, kwargs)
 
 
-def _failed(fn: Any, call: str, given: bool, error: Exception) -> str:
+def _failed(fn: Callable[..., PyTree], call: str, given: bool, error: Exception) -> str:
     """What to write where the model's own call fails."""
     model = fn if isinstance(fn, nn.Module) else getattr(_unwrapped(fn), "__self__", None)
     hints = [] if given else ["args=() has no input of the model: write args=(x,), an array or a ShapeDtypeStruct"]
@@ -103,5 +105,5 @@ def _failed(fn: Any, call: str, given: bool, error: Exception) -> str:
     )
 
 
-def _has(params: Any, name: str) -> bool:
+def _has(params: PyTree, name: str) -> bool:
     return isinstance(params, Mapping) and name in params

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jlora import _answers, _read
+from jlora._algebra._rows import shorter, taller
 from jlora._algebra._weight import Weight
 from jlora._trees import _packed, _table, _tree
 from jlora._trees._packed import is_packed
@@ -22,7 +23,8 @@ def merge(adapted: Adapted) -> PyTree:
     """Plain parameters again: the same structure, shapes and dtypes as the base.
 
     Deltas are added in float32, then cast. Pure and jittable; looks at no value. A quantised weight becomes the array
-    that it stands for, adapted or not: deltas were trained beside that, not beside what was quantised.
+    that it stands for, adapted or not: deltas were trained beside that, not beside what was quantised. A table with new
+    rows (`NewTokens`) is the one that gets taller: V + n rows, for a model that is built with so many.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -32,7 +34,8 @@ def merge(adapted: Adapted) -> PyTree:
       True
     """
     leaves = _tree.leaves(check_adapted("merge", adapted).frozen.base)
-    merged = _read.replaced(adapted, [w.dense() for w in _read.weights(adapted, leaves)])
+    whole = lambda w: taller(w.dense(), w.rows, w.axes, w.size)
+    merged = _read.replaced(adapted, [whole(w) for w in _read.weights(adapted, leaves)])
     return jax.tree.map(_packed.dense, merged, is_leaf=is_packed)
 
 
@@ -151,12 +154,15 @@ def unmerge(merged: PyTree, adapted: Adapted) -> Unmerged:
     if is_adapted(merged):
         raise TypeError("unmerge(merged, adapted) takes merged parameters first, not an Adapted: jlora.merge(adapted)")
     outside("unmerge", (merged, adapted))
-    bad = [s.leaf.path for s in adapted.frozen.plan.sites if not s.recipe.additive]
+    apart = [dataclasses.replace(s.recipe, rows=()) for s in adapted.frozen.plan.sites]
+    bad = [s.leaf.path for s, recipe in zip(adapted.frozen.plan.sites, apart, strict=True) if not recipe.additive]
     if bad:
         raise ValueError(f"the update of {bad[:5]} depends on W0 itself and cannot be subtracted; keep the base")
     leaves, treedef = jax.tree.flatten(merged)
     if treedef != _tree.flatten(adapted.frozen.base).treedef:
         raise ValueError("merged is not a tree like the adapter's base: its structure differs")
+    for site in adapted.frozen.plan.sites:
+        leaves[site.index] = shorter(leaves[site.index], site.recipe.rows, site.leaf)
     held = Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, base=merged))
     drift = {}
     for site, w in zip(held.frozen.plan.sites, _read.weights(held, leaves), strict=True):

@@ -1,5 +1,6 @@
 """The words that a method writes its equation with, and the types of what it is handed."""
 
+from jlora._algebra._rows import Rows as Rows
 from jlora._algebra._words import Array as Array
 from jlora._algebra._words import Base as Base
 from jlora._algebra._words import Delta as Delta

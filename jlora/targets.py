@@ -84,6 +84,27 @@ def embeddings(path: str, leaf: PyTree) -> bool:
     raise NotImplementedError
 
 
+def tokens(path: str, leaf: PyTree) -> bool:
+    """Tables that are looked up by the ids of tokens: `embeddings` but those that are named after types or classes.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.targets.tokens("bert/embeddings/word_embeddings/embedding", jnp.ones((100, 4)))
+      True
+      >>> jlora.targets.tokens("bert/embeddings/token_type_embeddings/embedding", jnp.ones((2, 4)))
+      False
+    """
+    return _tokens((path,), (leaf,))[0]
+
+
+def _tokens(paths: Sequence[str], leaves: Sequence[PyTree], traced: _kinds.Traced | None = None) -> list[bool]:
+    tables = vars(embeddings)["among"](paths, leaves, traced)
+    return [it and not _kinds.counts_types(path) for path, it in zip(paths, tables, strict=True)]
+
+
+vars(tokens)["among"] = _tokens
+
+
 @_of("head")
 def head(path: str, leaf: PyTree) -> bool:
     """The last projection, onto a vocabulary or classes. A table that is both ends of a model is an embedding.

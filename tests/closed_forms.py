@@ -249,6 +249,13 @@ def shira(W0: np.ndarray, f: Any) -> np.ndarray:
     return W
 
 
+def trained_tokens(W0: np.ndarray, f: Any, ids: tuple[int, ...]) -> np.ndarray:
+    """W0 with the rows of some ids changed. peft's trainable tokens: those rows alone."""
+    W = W0.copy()
+    W[list(ids)] += rows(f.rows)
+    return W
+
+
 # Of W0 itself -----------------------------------------------------------------------------
 
 

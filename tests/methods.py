@@ -332,6 +332,23 @@ METHODS = (
         everywhere=False,
     ),
     Row(
+        "trained_tokens",  # `NewTokens`, which knows ids that the models here have not, is in `test_table_rows.py`
+        lambda target: jlora.TrainedTokens(ids=(2, 0), target=target),
+        partial(closed_forms.trained_tokens, ids=(0, 2)),
+        lambda leaf: math.prod(leaf.stack) * 2 * leaf.size("o"),
+        fits=lambda leaf: leaf.roles.count("i") == 1 and "k" not in leaf.roles and leaf.size("i") > 2,
+        in_parts=True,
+        dense_on=("linen/ragged_experts",),
+        everywhere=False,
+        models=(
+            "linen/mlp",
+            "linen/tied_attend",
+            "linen/scan_axis_1_remat",
+            "linen/vmap_experts",
+            "linen/ragged_experts",
+        ),
+    ),
+    Row(
         "c3a",
         lambda target: jlora.C3A(block=12, target=target),
         closed_forms.c3a,

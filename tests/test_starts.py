@@ -152,6 +152,8 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "oft": (jlora.OFT(), DENSE, {"q": zero}),
     "fourierft": (jlora.FourierFT(), DENSE, {"c": zero, "entries": distinct}),
     "shira": (jlora.SHiRA(rank=1), DENSE, {"v": zero, "entries": distinct}),
+    "trained_tokens": (jlora.TrainedTokens(ids=(1,)), DENSE, {"rows": zero}),
+    "new_tokens": (jlora.NewTokens(count=2), DENSE, {"rows": one}),  # the mean of ones
     "c3a": (jlora.C3A(), DENSE, {"w": zero}),
     "psoft": (jlora.PSOFT(rank=4), (48, 40), {"a": None, "b": None, "q": zero, "alpha": one, "beta": one}),
     "boft": (jlora.BOFT(), DENSE, {"q": zero, "g": one}),
@@ -165,7 +167,7 @@ STARTS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "full": (jlora.Full(target="."), DENSE, {"delta": zero}),
 }  # fmt: skip
 
-SCALES = {"s", "s_noise", "s_one", "eye", "place"}  # no factors that begin anywhere
+SCALES = {"s", "s_noise", "s_one", "eye", "place", "s_rows"}  # no factors that begin anywhere
 
 
 @pytest.mark.parametrize("name", STARTS)

@@ -19,11 +19,11 @@ FLOORS = {
         "_names", "_kinds",
     ),
     "_algebra": (
-        "_words", "_wellformed", "_inverse", "_mesh", "_contract", "_term", "_unmade", "_weight", "_reshape",
+        "_words", "_wellformed", "_inverse", "_mesh", "_contract", "_term", "_rows", "_unmade", "_weight", "_reshape",
         "_express",
     ),
     "_plan": ("_sites", "_resolve", "_fits", "_pairs"),
-    "_forward": ("_anew", "_dropout", "_rule", "_ops", "_dot", "_rows", "_conv"),
+    "_forward": ("_anew", "_dropout", "_rule", "_ops", "_dot", "_rows", "_table", "_conv"),
 }  # fmt: skip
 ROOMS = (
     "_version", "_types", "_answers", "_keys", "_dtypes",  # what everybody says

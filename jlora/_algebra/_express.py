@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._algebra import _words
+from jlora._algebra._rows import Put, Rows
 from jlora._algebra._term import Drop, Operand, Term
 from jlora._algebra._unmade import Fed, Lazy
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Array, Base, Delta, Labels, Recipe, Word
-from jlora._dtypes import widened
+from jlora._dtypes import alike, widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._packed import Packed
 from jlora._types import Key
@@ -48,6 +49,7 @@ def express(
         made = reader.turned(made, recipe.left, "II", "left ")
     if recipe.right is not None:
         made = reader.turned(made, recipe.right, "OO", "right ")
+    made = made.replace(rows=tuple(map(reader.put, recipe.rows)))
     if key is None or not any(t.dropout for t in made.terms):
         return made
     key = jax.random.split(key, leaf.stack) if leaf.stack else key
@@ -108,6 +110,20 @@ class _Reader:
         *_, (side, rows), (_, columns) = t.blocks
         makes, meets = (rows, columns) if flat == "II" else (columns, rows)
         return w.times(side, t.operands, tuple((x, sizes[x.removeprefix(prefix)]) for x in meets), makes)
+
+    def put(self, rows: Rows) -> Put:
+        """Rows in the table's own axes; changes times their scale."""
+        ((word, labels),) = _words.bind(rows.network, self.leaf).words
+        assert isinstance(word, Array)
+        (value, front), new = self._get(word), rows.new(self.leaf)
+        if not new:
+            s, _ = self._get(_words.scale_of(rows.network))
+            value = jnp.broadcast_to(value, (*self.leaf.stack, *value.shape[len(front) :]))
+            front = self.stack
+            s, value = alike(s, value)
+            value = lax.expand_dims(s, range(s.ndim, value.ndim)) * value
+        (atom,) = (self.atoms[n] for n in self.leaf.axes("i"))
+        return Put(Operand((value,), None, (), (*front, atom, *labels[1:])), atom, rows.at, new)
 
     def _operand(self, word: Word, labels: Labels) -> Operand:
         if isinstance(word, Base):

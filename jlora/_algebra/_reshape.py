@@ -97,6 +97,7 @@ def _split(w: Weight, atom: str, outer: int, inner: str) -> Weight:
         sizes=tuple((a, outer if a == atom else n) for a, n in w.sizes) + ((inner, size),),
         axes=tuple(map(after, w.axes)),
         gain=tuple(map(word, w.gain)),
+        rows=tuple(p.on(word, atom) for p in w.rows),
         key=key,
         key_labels=labels,
     )

@@ -1,6 +1,6 @@
 """A frozen weight with its networks: the expression that stands where the array stood.
 
-    W = L (gain * (W0 + sum of deltas)) R
+    W = rows put into L (gain * (W0 + sum of deltas)) R
 
 L and R are multiplied out, so that W is W0 (once, or inside the products that contain it) plus a sum of products, and a
 gain that multiplies it all: a dot leaves that to the activations on either side. W0 is moved by the very operations of
@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from jlora._algebra._contract import View, contract
 from jlora._algebra._mesh import automatic, explicit_mesh, placed, reshaped
+from jlora._algebra._rows import Put, changed
 from jlora._algebra._term import Drop, Operand, Sides, Term
 from jlora._algebra._unmade import Lazy, again
 from jlora._algebra._words import Labels
@@ -50,6 +51,7 @@ class Weight:
       path: where it stands in the user's tree; kept only for `explain`, so that equal layers look alike elsewhere.
       gain: what multiplies all of it, element by element, labelled with atoms.
       origin: which weights with a key are one, moved: their uses are counted together.
+      rows: rows of a table, put into all that.
     """
 
     base: "jax.Array | Lazy"
@@ -62,6 +64,7 @@ class Weight:
     path: str | None = _static()
     gain: tuple[Operand, ...] = ()
     origin: int = dataclasses.field(default=-1, metadata={"static": True})
+    rows: tuple[Put, ...] = ()
 
     @property
     def size(self) -> Mapping[str, int]:
@@ -175,10 +178,11 @@ class Weight:
         total = jnp.zeros(self.shape, dtype)
         for term in self.terms:
             total = total + reshaped(self.matrix(term, dtype), self.shape)
+        total = changed(total, self.rows, self.axes, self.size)
         return total if self.plain else total - self.w0().astype(dtype)
 
     def dense(self) -> jax.Array:
-        """The weight as an array: summed in at least float32, then cast to the dtype of `base`."""
+        """The weight as an array: summed in at least float32, then cast to the dtype of `base`; without new rows."""
         if self.gain:
             return self.multiplied().dense()
         dtype = wide(self.dtype)
@@ -187,7 +191,8 @@ class Weight:
             for term in self.terms:
                 part = reshaped(self.matrix(term, dtype), self.shape)
                 total = part if total is None else total + part
-        assert total is not None
+            assert total is not None
+            total = changed(total, self.rows, self.axes, self.size)
         return total.astype(self.dtype)
 
     # --- moves ------------------------------------------------------------------------------------------------
@@ -217,7 +222,8 @@ class Weight:
         """`f` on every array, labels untouched (stop_gradient)."""
         on = lambda operands: tuple(dataclasses.replace(o, arrays=tuple(map(f, o.arrays))) for o in operands)
         terms = tuple(dataclasses.replace(t, operands=on(t.operands)) for t in self.terms)
-        return self.replace(base=jax.tree.map(f, self.base), terms=terms, gain=on(self.gain))
+        rows = tuple(p.on(lambda o: on((o,))[0]) for p in self.rows)
+        return self.replace(base=jax.tree.map(f, self.base), terms=terms, gain=on(self.gain), rows=rows)
 
     def along(self, atom: str, base: jax.Array | Lazy | None, f: Cut, drop: bool) -> "Weight":
         """`f(array, axis)` on every array that carries `atom`, which is gone afterwards where `drop`.
@@ -242,8 +248,10 @@ class Weight:
             key = f(key, key_labels.index(atom))
             key_labels = tuple(x for x in key_labels if not (drop and x == atom))
         axes = tuple(tuple(a for a in g if not (drop and a == atom)) for g in me.axes)
-        gain = tuple(map(word, me.gain))
-        return me.replace(base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes, gain=gain)
+        gain, rows = tuple(map(word, me.gain)), tuple(p.on(word, atom) for p in me.rows)
+        return me.replace(
+            base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes, gain=gain, rows=rows
+        )
 
     def moved(self, base: jax.Array | Lazy, mesh: AnyMesh, entry: Mapping[str, MeshAxes]) -> "Weight":
         """After the model moved it, its atoms to these mesh axes: the stack axes of the factors go along.
@@ -259,7 +267,7 @@ class Weight:
 
         on = lambda operands: tuple(map(word, operands))
         terms = tuple(dataclasses.replace(t, operands=on(t.operands)) for t in self.terms)
-        return self.replace(base=base, terms=terms, gain=on(self.gain))
+        return self.replace(base=base, terms=terms, gain=on(self.gain), rows=tuple(p.on(word) for p in self.rows))
 
     def resized(self, atom: str, size: int) -> "Weight":
         return self.replace(sizes=tuple((a, size if a == atom else n) for a, n in self.sizes))
@@ -274,7 +282,7 @@ class Weight:
             t if any(o.is_base for o in t.operands) else dataclasses.replace(t, operands=(*t.operands, scalar))
             for t in self.terms
         )
-        return self.replace(base=base, terms=terms)
+        return self.replace(base=base, terms=terms, rows=tuple(p.scaled(c) for p in self.rows))
 
     # --- products -----------------------------------------------------------------------------------------------
 

@@ -36,6 +36,10 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
                         raise ValueError(f"{array.name!r} stands in a Function, so its shape is said: shape=(4,)")
         except ValueError as error:
             raise ValueError(f"{error} (in the equation {delta.equation!r})") from error.__cause__
+    for rows in recipe.rows:
+        rows.check(leaf)
+    if sum(rows.new(leaf) for rows in recipe.rows) > 1:
+        raise ValueError("two methods give the table new rows, and both would number them from its end on")
 
 
 def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Arrays, made: object) -> None:

@@ -1,6 +1,6 @@
 """The words of the algebra: arrays, functions of arrays, and the equation that makes them a change of a weight.
 
-    W = L (gain * (W0 + sum of deltas)) R
+    W = rows put into L (gain * (W0 + sum of deltas)) R
 
 Each delta is a network: operands whose axes carry labels, and one einsum-like equation such as `r I, r O -> I O`.
 `I` stands for all input axes of the kernel, `O` for all output axes, `K` for a convolution's window where an
@@ -18,7 +18,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from jax.typing import DTypeLike
 
 from jlora._trees._leaf import Leaf
 from jlora._types import Init, Key, Shape
+
+if TYPE_CHECKING:
+    from jlora._algebra._rows import Rows
 
 Labels: TypeAlias = tuple[str, ...]
 
@@ -157,32 +160,38 @@ class Delta:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one weight is computed: `L (gain * (W0 + sum of deltas)) R`.
+    """How one weight is computed: rows put into `L (gain * (W0 + sum of deltas)) R`.
 
     Attributes:
       deltas: what is added to W0.
       gain: what multiplies that, element by element, on the axes that it names.
       left: a matrix of input rows, `-> (rows) (columns)`; its columns meet the input side.
       right: a matrix of output columns; its rows meet the output side.
+      rows: rows of a table that are changed or new.
     """
 
     deltas: tuple[Delta, ...] = ()
     gain: Delta | None = None
     left: Delta | None = None
     right: Delta | None = None
+    rows: "tuple[Rows, ...]" = ()
 
     @property
     def additive(self) -> bool:
-        """Whether it adds to W0 something that W0 has no part in."""
+        """Whether it adds to W0 something that W0 has no part in, all of it in its deltas."""
         words = [w for d in self.deltas for w in d.operands]
         reads = any(isinstance(w, Base) or isinstance(w, Function) and w.base for w in words)
-        return not reads and self.gain is self.left is self.right is None
+        return not reads and self.gain is self.left is self.right is None and not self.rows
 
     @property
     def networks(self) -> tuple[tuple[Delta, str], ...]:
         """Every network, and the sides that its groups in parentheses stand for."""
-        others = ((self.gain, "IO"), (self.left, "II"), (self.right, "OO"))
+        others = ((self.gain, "IO"), (self.left, "II"), (self.right, "OO"), *((r.network, "O") for r in self.rows))
         return (*((d, "IO") for d in self.deltas), *((d, sides) for d, sides in others if d is not None))
+
+    def scaled(self, leaf: Leaf) -> tuple[Delta, ...]:
+        """The networks that have a scale: the deltas, and the changes of rows that the table has."""
+        return (*self.deltas, *(r.network for r in self.rows if not r.new(leaf)))
 
     def bound(self, leaf: Leaf) -> tuple["Bound", ...]:
         """Every network on one leaf, in the order of `networks`."""
@@ -202,6 +211,7 @@ class Recipe:
         """Every stored array as `{(group, name): (array, full shape)}`, the scale of each delta among them."""
         found: dict[tuple[str, str], tuple[Array, tuple[int, ...]]] = {}
         scales: dict[str, float] = {}
+        scaled = self.scaled(leaf)
 
         def add(array: Array, shape: tuple[int, ...]) -> None:
             full = (leaf.stack if array.stacked else ()) + shape
@@ -216,6 +226,7 @@ class Recipe:
             delta = bound.delta
             if any(delta is d for d in self.deltas):
                 _check_covers(bound, leaf)
+            if delta in scaled:
                 if scales.setdefault(delta.s, delta.scale) != delta.scale:
                     raise ValueError(
                         f"two deltas share the factor {delta.s!r} with unlike scales; name them apart (s=)"

@@ -13,14 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._algebra._mesh import varying
+from jlora._algebra._rows import Refusal as Refusal
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._forward._rule import Dot, Product, Written, rule
 from jlora._types import Precision, Shaped
-
-
-class Refusal(Exception):
-    """The labels cannot say this operation; its message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Rows:
         return lax.transpose(y, [order.index(n) for n in range(y.ndim)])
 
 
-def _read(w: Weight, indices: jax.Array, params: GatherParams) -> Rows:
+def read(w: Weight, indices: jax.Array, params: GatherParams) -> Rows:
     """The rows that a gather takes of a weight; Refusal where it takes anything else."""
     d = params["dimension_numbers"]
     if len(d.start_index_map) != 1 or d.collapsed_slice_dims != d.start_index_map or d.operand_batching_dims:
@@ -164,7 +164,7 @@ def lookup(
 ) -> "jax.Array | Weight":
     """`gather` of whole rows along one axis."""
     w = w.multiplied()
-    rows = _read(w, indices, params)
+    rows = read(w, indices, params)
     (atom,) = w.axes[rows.axis]
     if w.lazy is not None and not w.lazy.can(atom, drop=rows.count == 0):
         w = w.solid()

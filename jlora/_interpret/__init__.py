@@ -20,7 +20,7 @@ from jlora import _read
 from jlora._algebra._express import express
 from jlora._algebra._mesh import typed
 from jlora._algebra._weight import Operand, Weight, is_weight
-from jlora._forward import _ops
+from jlora._forward import _ops, _table
 from jlora._forward._dropout import fold
 from jlora._forward._ops import Refusal, Use
 from jlora._interpret import contractions, control, moves, roles
@@ -130,6 +130,7 @@ class Interpreter:
         """The array of an expression; an entry in the report unless it is a vector, which costs nothing."""
         if not is_weight(value):
             return value
+        _table.check_whole(value, reason)
         name = eqn if isinstance(eqn, str) else eqn.primitive.name
         if _ops.is_vector(value):
             self.record(value, name, Use("dense (a vector)", 0.0, 0.0))
@@ -285,7 +286,7 @@ def call(
             if key is not None:
                 key = jax.random.fold_in(key, stable_hash(s.leaf.path))
             base = bases[len(expressions)]
-            shown = path if me.watched else None
+            shown = path if me.watched or s.recipe.rows else None  # of tables there are few
             expressions.append(express(s.leaf, s.recipe, base, get, key=key, origin=len(expressions), path=shown))
     want = [True] * len(closed.jaxpr.outvars)
     outs, _ = me.counted({}, lambda: chosen(me.run(closed.jaxpr, closed.consts, expressions, want), want))

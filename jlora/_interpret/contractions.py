@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, cast
 import jax
 
 from jlora._algebra._weight import Weight, is_weight
-from jlora._forward import _conv, _dot, _ops, _rows
+from jlora._forward import _conv, _dot, _ops, _rows, _table
 from jlora._forward._anew import anew, bulky
 from jlora._forward._conv import ConvParams, RaggedParams
-from jlora._forward._ops import Refusal, Use
+from jlora._forward._ops import Note, Refusal, Use
 from jlora._forward._rows import GatherParams
 from jlora._forward._rule import Written
 from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, expression
@@ -34,15 +34,19 @@ def _dot_general(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[
     me.meet(w, x, [*zip(contracted, other, strict=True)], [*zip(batch, other_batch, strict=True)])
     if _ops.is_vector(w):
         return me.bind(eqn, me.arrays([w, x] if left else [x, w], eqn, "a vector"))
-    if _ops.is_dense_delta(w):
-        me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
-        bind = lambda w, x, _: me.bind(eqn, [w.dense(), x] if left else [x, w.dense()])[0]
-        return [_met(me, bind, w, x)]
     params = ("dimension_numbers", "precision", "preferred_element_type", "out_sharding")
     written = Written(left, **{name: eqn.params[name] for name in params if name in eqn.params})
     note = functools.partial(me.record, w, eqn.primitive.name)
-    dot = lambda w, x, mode: _dot.dot(w, x, written, forward_mode=mode, note=note)
-    return [_met(me, dot, me.used(w), x)]
+
+    def plain(w: Weight, note: Note) -> jax.Array:
+        if _ops.is_dense_delta(w):
+            note(Use("dense delta", float(math.prod(w.shape)), 0.0))
+            bind = lambda w, x, _: me.bind(eqn, [w.dense(), x] if left else [x, w.dense()])[0]
+            return _met(me, bind, w, x)
+        dot = lambda w, x, mode: _dot.dot(w, x, written, forward_mode=mode, note=note)
+        return _met(me, dot, me.used(w), x)
+
+    return [_table.dot(w, x, written, plain, note) if w.rows else plain(w, note)]
 
 
 def _met(me: Interpreter, use: Callable[[Weight, jax.Array, bool], jax.Array], w: Weight, x: jax.Array) -> jax.Array:
@@ -58,13 +62,16 @@ def _gather(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]
         raise Refusal("a vector")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base: me.bind(eqn, [base, indices])[0]
-    return [_rows.lookup(me.used(w), indices, cast(GatherParams, eqn.params), bind, me.forward_mode, note)]
+    lookup = _table.lookup if w.rows else _rows.lookup
+    return [lookup(me.used(w), indices, cast(GatherParams, eqn.params), bind, me.forward_mode, note)]
 
 
 def _ragged(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     x, w, sizes, *more = values
     if not is_weight(w) or is_weight(x) or is_weight(sizes) or more or eqn.params.get("group_offset") is not None:
         raise Refusal("a ragged dot in another form")
+    if w.rows:
+        raise Refusal("a ragged dot with rows put in")
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base, x, sizes: me.bind(eqn, [x, base, sizes])[0]
     return [_conv.ragged(me.used(w), x, sizes, cast(RaggedParams, eqn.params), bind, me.forward_mode, note)]
@@ -74,6 +81,8 @@ def _convolution(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[
     x, w = values
     if not is_weight(w) or is_weight(x):
         raise Refusal("a convolution with the weight as its input")
+    if w.rows:
+        raise Refusal("a convolution with rows put in")
     if w.plain and _ops.is_dense_delta(w):
         me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
         return [_met(me, lambda w, x, _: me.bind(eqn, [x, w.dense()])[0], w, x)]

@@ -18,6 +18,7 @@ from jlora._algebra._reshape import reshaped
 from jlora._algebra._unmade import Lazy
 from jlora._algebra._weight import Weight, is_weight
 from jlora._algebra._words import Labels
+from jlora._forward import _table
 from jlora._forward._ops import Refusal, Use
 from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, aval, expression
 from jlora._types import Cut, MeshAxes
@@ -164,6 +165,9 @@ def _slice(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool])
     before, after = w.shape, aval(eqn.outvars[0]).shape
     start, stop = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or (1,) * len(after)
+    if _table.is_one_row(w, after) and after != before:
+        (row,) = (n for n, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
+        return [_one_row(me, eqn, w, jnp.int32(start[row]), ())]
     cuts: list[Cut | None] = [
         None if after[n] == before[n] else functools.partial(_static_cut, a=a, b=b, step=s)
         for n, (a, b, s) in enumerate(zip(start, stop, steps, strict=True))
@@ -214,11 +218,21 @@ def _pick(array: jax.Array, n: int, *, k: int) -> jax.Array:
     return lax.index_in_dim(array, k, n, keepdims=False)
 
 
+def _one_row(me: Interpreter, eqn: Eqn, w: Weight, at: jax.Array, starts: Sequence[jax.Array]) -> jax.Array:
+    """A slice of one row of a table that rows are put into."""
+    bind = lambda base: me.bind(eqn, [base, *starts])[0]
+    note = functools.partial(me.record, w, eqn.primitive.name)
+    return _table.one_row(me.used(w), at, bind, me.forward_mode, note)
+
+
 def _dynamic_slice(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     w, starts = values[0], [v for v in values[1:] if not is_weight(v)]
     if not is_weight(w) or not len(values) - 1 == len(starts) == len(w.shape):
         raise Refusal("a dynamic slice in another form")
     sizes = eqn.params["slice_sizes"]
+    if _table.is_one_row(w, sizes) and sizes != w.shape:
+        (row,) = (n for n, (a, b) in enumerate(zip(w.shape, sizes, strict=True)) if a != b)
+        return [_one_row(me, eqn, w, starts[row], starts)]
     cuts: list[Cut | None] = [
         None if size == w.shape[n] else functools.partial(_dynamic_cut, start=i, size=size)
         for n, (i, size) in enumerate(zip(starts, sizes, strict=True))

@@ -116,6 +116,12 @@ def leaf_name(path: str) -> str:
     return _named(path)[0]
 
 
+def counts_types(path: str) -> bool:
+    """Whether the names of a table say that it has a row for each type, segment, language or class."""
+    _, owner, above = _named(path)
+    return any(_is("types", name) for name in (leaf_name(path), owner, *above))
+
+
 def owner(path: str) -> str:
     """The name of what a leaf belongs to, as the user wrote it but for numbers at its end."""
     names = steps(path)

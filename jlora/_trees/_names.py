@@ -105,6 +105,12 @@ NAMES = {
             "Flax embedding; gemma input_embedding; Equinox embedding; HF wte, embed_tokens; Haiku; praxis emb_var",
         ),
     ),
+    "types": (
+        Names(
+            r"(.*_)?(types?|segments?|langs?|languages?|class|classes|labels?|tasks?|speakers?|entity|entities)(_.*)?",
+            "HF token_type_embeddings, lang_embeddings; T5X segment; flax DiT label_embed",
+        ),
+    ),
 }  # fmt: skip
 
 # Leaves that are a table in a module called as one: Equinox's `embedding/weight`, not Flax's `embedding/kernel`.

@@ -93,7 +93,8 @@ def _matrices(caller: str, adapted: Adapted) -> Iterator[tuple[Site, Weight]]:
 
 def _factored(site: Site, weight: Weight) -> Factors | None:
     """The products of a weight as one pair, None where one of them is no low-rank product."""
-    pairs = [_pair(site, weight, term) for term in weight.terms] if weight.plain and not weight.gain else []
+    alone = weight.plain and not weight.gain and not weight.rows
+    pairs = [_pair(site, weight, term) for term in weight.terms] if alone else []
     if not pairs or any(pair is None for pair in pairs):
         return None
     a, b = (jnp.concatenate(parts, -2) for parts in zip(*filter(None, pairs), strict=True))

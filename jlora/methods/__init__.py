@@ -27,6 +27,7 @@ from jlora.methods.lora_fa import LoRAFA as LoRAFA
 from jlora.methods.lora_xs import LoRAXS as LoRAXS
 from jlora.methods.mica import MiCA as MiCA
 from jlora.methods.miss import MiSS as MiSS
+from jlora.methods.new_tokens import NewTokens as NewTokens
 from jlora.methods.oft import OFT as OFT
 from jlora.methods.psoft import PSOFT as PSOFT
 from jlora.methods.randlora import RandLoRA as RandLoRA
@@ -36,6 +37,7 @@ from jlora.methods.sora import SoRA as SoRA
 from jlora.methods.ssf import SSF as SSF
 from jlora.methods.sum import Sum as Sum
 from jlora.methods.tied import TiedLoRA as TiedLoRA
+from jlora.methods.trained_tokens import TrainedTokens as TrainedTokens
 from jlora.methods.vblora import VBLoRA as VBLoRA
 from jlora.methods.vera import VeRA as VeRA
 

@@ -58,7 +58,7 @@ class Sum(Method):
         for word in ("gain", "left", "right"):
             if getattr(first, word) and getattr(second, word):
                 raise ValueError(f"Sum: both methods have a {word}, and their order would matter")
-        if not (first.additive or second.additive):
+        if not any(dataclasses.replace(recipe, rows=()).additive for recipe in (first, second)):
             raise ValueError("Sum: neither method simply adds to W0")
         for recipe in (first, second):
             if recipe.gain is not None and any(isinstance(w, Function) and w.base for w in recipe.gain.operands):
@@ -68,6 +68,7 @@ class Sum(Method):
             first.gain or second.gain,
             first.left or second.left,
             first.right or second.right,
+            (*first.rows, *second.rows),
         )
 
     def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
@@ -129,4 +130,5 @@ def renamed(recipe: Recipe, names: dict[Place, str], path: str, dtype: str) -> R
         return dataclasses.replace(d, operands=tuple(map(word, d.operands)), **own)
 
     others = (None if d is None else delta(d) for d in (recipe.gain, recipe.left, recipe.right))
-    return Recipe(tuple(map(delta, recipe.deltas)), *others)
+    rows = tuple(dataclasses.replace(r, array=array(r.array)) for r in recipe.rows)
+    return Recipe(tuple(map(delta, recipe.deltas)), *others, rows)

@@ -23,9 +23,9 @@ def decay_mask(adapted: Adapted) -> Callable[[PyTree], PyTree]:
     Decay towards zero is a pull towards the pretrained weight where a zero in the factor makes its update zero: a and b
     of LoRA, lam of AdaLoRA, the angles of OFT, BOFT and RoAd, SSF's beta, a whole leaf under `Full`. Elsewhere it pulls
     away from the pretrained weight: DoRA's m, IA3's l, SSF's gamma (W would shrink to zero), and a and b of a pair
-    (PiSSA, OLoRA, LoRA-GA), whose zero is -a0 b0. That is read off the equations: a factor may be decayed if each
-    network of an update that it stands in vanishes with it, and each gain or rotation that stands on it alone is then
-    the identity.
+    (PiSSA, OLoRA, LoRA-GA), whose zero is -a0 b0; or to nothing at all (new rows of a table). That is read off the
+    equations: a factor may be decayed if each network of an update that it stands in vanishes with it, and each gain or
+    rotation that stands on it alone is then the identity.
 
     Args:
       adapted: the `Adapted` that is trained; values of trained factors are not read.
@@ -89,6 +89,8 @@ def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
     updates = [words for delta in site.recipe.deltas if (words := _words(delta, x))]
     if updates:  # a gain that reads it as well (DoRA's norm) reads what is then no update
         return all(any(_vanishes(site, word, x, adapted) for word in words) for words in updates)
+    if any(rows.array == x and rows.new(site.leaf) for rows in site.recipe.rows):
+        return False
     networks = {"gain": site.recipe.gain, "left": site.recipe.left, "right": site.recipe.right}
     stands = {side: words for side, delta in networks.items() if delta is not None and (words := _words(delta, x))}
     if any(isinstance(word, Array) for words in stands.values() for word in words):

@@ -210,7 +210,7 @@ def _whole(site: Site) -> bool:
     """Whether W0 + dW is made before it meets anything: a vector, or a delta of the weight's own shape."""
     recipe, leaf = site.recipe, site.leaf
     vector = not leaf.axes("ik") or len(leaf.axes("iok")) < 2
-    alone = recipe.gain is recipe.left is recipe.right is None
+    alone = bool(recipe.deltas) and recipe.gain is recipe.left is recipe.right is None
     return vector or alone and all(sum(map(bool, bound.labels)) == 1 for bound in _bound(site))
 
 

@@ -125,7 +125,7 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
                 like = len(shape) == len(labels)
                 own = [entry.get(labels[n]) if like and want[n] == size else None for n, size in enumerate(shape)]
                 put(array, own)
-        if bound.delta in site.recipe.deltas:
+        if bound.delta in site.recipe.scaled(leaf):
             put(_words.scale_of(bound.delta), [])
     return found
 

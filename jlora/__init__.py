@@ -13,6 +13,8 @@ from jlora import quant as quant
 from jlora import rank as rank
 from jlora import shard as shard
 from jlora import targets as targets
+from jlora._gates import invoked as invoked
+from jlora._gates import with_gates as with_gates
 from jlora._merge import merge as merge
 from jlora._merge import merge_report as merge_report
 from jlora._merge import scale as scale

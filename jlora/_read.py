@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jlora._algebra._express import express
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Recipe
+from jlora._gates import check_everywhere
 from jlora._plan import _sites
 from jlora._plan._sites import Site
 from jlora._trees import _packed, _tree
@@ -60,11 +61,17 @@ def completed(found: Adapted | Packed, name: str = "") -> Adapted:
 
 
 def weights(adapted: Adapted, leaves: list[PyTree]) -> list[Weight]:
-    """The expression of every adapted weight over the base's leaves."""
+    """The expression of every adapted weight over the base's leaves, to be made dense.
+
+    Raises:
+      ValueError: gates without a value, or with positions.
+    """
+    check_everywhere(adapted)
     get = factors_of(adapted)
     sites = adapted.frozen.plan.sites
     bases = held([(s.leaf.path, leaves[s.index]) for s in sites])
-    return [express(s.leaf, s.recipe, w0, get) for s, w0 in zip(sites, bases, strict=True)]
+    gates = adapted.frozen.gates
+    return [express(s.leaf, s.recipe, w0, get, gates=gates) for s, w0 in zip(sites, bases, strict=True)]
 
 
 def replaced(adapted: Adapted, values: Sequence[PyTree]) -> PyTree:

@@ -1,7 +1,7 @@
 """Several adapters of one plan as one, for `jax.vmap`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -80,12 +80,26 @@ def stack(adapters: Sequence[Adapted]) -> Stacked:
     fill = lambda same, x, *xs: x if same else jnp.stack((x, *xs))
     factors = jax.tree.map(fill, shared, *[a.frozen.factors for a in every])
     key = None if keys[0] is None else jnp.stack(keys)
-    frozen = dataclasses.replace(first.frozen, factors=factors, key=key)
+    gates, gate_axes = _gates([a.frozen.gates for a in every])
+    frozen = dataclasses.replace(first.frozen, factors=factors, key=key, gates=gates)
     axes = jax.tree.map(lambda same: None if same else 0, shared)
     return Stacked(
         Adapted(trainable, frozen),
-        Adapted(0, dataclasses.replace(first.frozen, base=None, factors=axes, key=None if key is None else 0)),
+        Adapted(
+            0,
+            dataclasses.replace(first.frozen, base=None, factors=axes, key=None if key is None else 0, gates=gate_axes),
+        ),
     )
+
+
+def _gates(every: Sequence[Mapping[str, jax.Array]]) -> tuple[dict[str, jax.Array], dict[str, int | None]]:
+    """The gates of several adapters as one, and their axes: one array in all stays that array."""
+    first = every[0]
+    if any(set(gates) != set(first) for gates in every):
+        raise ValueError("stack: some adapters have gates that others have not; with_gates comes behind it")
+    same = {name: all(gates[name] is first[name] for gates in every) for name in first}
+    made = {name: first[name] if same[name] else jnp.stack([gates[name] for gates in every]) for name in first}
+    return made, {name: None if same[name] else 0 for name in first}
 
 
 def unstack(adapted: Adapted) -> list[Adapted]:

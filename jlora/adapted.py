@@ -33,24 +33,29 @@ class Frozen:
       factors: frozen factors and scales, `{group: {factor: array}}`.
       key: a dropout key, or None.
       plan: which weight gets which recipe; static.
+      gates: the values of gates, `{name: array}`: no part of what is saved, and no child of the tree where empty.
     """
 
     base: PyTree
     factors: PyTree
     key: PyTree
     plan: Plan
+    gates: PyTree = dataclasses.field(default_factory=dict)
+
+    def _children(self) -> tuple[str, ...]:
+        empty = isinstance(self.gates, Mapping) and not self.gates
+        return ("base", "factors", "key", *([] if empty else ["gates"]))
 
     def tree_flatten_with_keys(self) -> tuple[Children, Plan]:
-        names = ("base", "factors", "key")
-        return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names), self.plan
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in self._children()), self.plan
 
     def tree_flatten(self) -> tuple[tuple[PyTree, ...], Plan]:
-        return (self.base, self.factors, self.key), self.plan
+        return tuple(getattr(self, n) for n in self._children()), self.plan
 
     @classmethod
     def tree_unflatten(cls, plan: Plan, children: tuple[PyTree, ...]) -> "Frozen":
-        base, factors, key = children
-        return cls(base, factors, key, plan)
+        base, factors, key, *gates = children
+        return cls(base, factors, key, plan, *gates)
 
     def __repr__(self) -> str:
         return f"Frozen({len(self.plan.sites)} adapted weights)"

@@ -1,5 +1,6 @@
 """`lift`: the same function, for adapted parameters."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _answers, _merge, _read
+from jlora import _answers, _gates, _merge, _read
 from jlora._modules import check_stateless, watched
 from jlora._plan import _fits
 from jlora._trees import _tree
@@ -40,7 +41,9 @@ def _still(x: Value) -> Value:
 
 
 def _stopped(adapted: Adapted) -> Adapted:
-    return Adapted(adapted.trainable, jax.tree.map(_still, adapted.frozen))
+    """An adapter whose frozen half gets no gradient, but the gates: a router may be trained through them."""
+    still = jax.tree.map(_still, adapted.frozen)
+    return Adapted(adapted.trainable, dataclasses.replace(still, gates=adapted.frozen.gates))
 
 
 def completed(found: Sequence[Adapted | Packed], paths: Sequence[str]) -> list[Adapted]:
@@ -48,6 +51,7 @@ def completed(found: Sequence[Adapted | Packed], paths: Sequence[str]) -> list[A
     for x in found:
         if is_adapted(x):
             _fits.check_one("a lifted function", x.frozen.plan, x.trainable, x.frozen.factors)
+            _gates.check_given("a lifted function", x)
     return [_read.completed(x, path or "a quantised weight") for x, path in zip(found, paths, strict=True)]
 
 

@@ -563,7 +563,12 @@ def in_turn(made: list[Any], each: int = 2) -> list[Any]:
 
 
 def adapted(row: Row, case: zoo.Case, params: Any) -> jlora.Adapted:
-    """The model of a case under a method, which leaves out what its formula cannot take."""
+    """The model of a case under a method, which leaves out what its formula cannot take; gates are one half."""
+    made = _adapted(row, case, params)
+    return jlora.with_gates(made, **dict.fromkeys(made.frozen.plan.gates, 0.5))
+
+
+def _adapted(row: Row, case: zoo.Case, params: Any) -> jlora.Adapted:
     axes, spec = dict(case.axes or {}), row.spec(case.target)
     if row.fits is anything:
         return jlora.adapt(params, spec, axes=axes)

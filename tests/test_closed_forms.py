@@ -330,6 +330,11 @@ VARIANTS = {
     "miss_bat": (
         jlora.MiSS(rank=2, bat=True, target="kernel"), forms.miss_bat, ["scan", "into_heads", "convolution_3d"]
     ),
+    "gated": (  # by one half everywhere: see `methods.adapted`
+        jlora.Gated(jlora.LoRA(rank=2, alpha=3, target="kernel")),
+        partial(forms.lora, s=3 / 4),
+        ["matrix", "experts", "into_heads", "convolution_2d"],
+    ),
     "sum_of_three": (
         jlora.Sum(jlora.LoRA(rank=2, alpha=3), jlora.Sum(jlora.LoRA(rank=1), jlora.KronA()), target="kernel"),
         lambda W0, f: (

@@ -23,7 +23,7 @@ FLOORS = {
         "_express",
     ),
     "_plan": ("_sites", "_resolve", "_fits", "_pairs"),
-    "_forward": ("_anew", "_dropout", "_rule", "_ops", "_dot", "_rows", "_table", "_conv"),
+    "_forward": ("_anew", "_dropout", "_gates", "_rule", "_ops", "_dot", "_rows", "_table", "_conv"),
 }  # fmt: skip
 ROOMS = (
     "_version", "_types", "_answers", "_keys", "_dtypes",  # what everybody says
@@ -31,7 +31,7 @@ ROOMS = (
     *(f"_algebra.{room}" for room in FLOORS["_algebra"]),
     "targets", "network", "methods",
     *(f"_plan.{room}" for room in FLOORS["_plan"]),
-    "adapted", "_stack", "_read", "_merge", "quant",  # methods know no jaxpr
+    "adapted", "_gates", "_stack", "_read", "_merge", "quant",  # methods know no jaxpr
     *(f"_forward.{room}" for room in FLOORS["_forward"]),
     "_interpret", "_modules", "lift", "explain", "init",
     "optim",  # one room knows jaxprs

@@ -1,7 +1,8 @@
 """From a recipe and its arrays to the expression of one weight."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import cast
 
 import jax
@@ -13,7 +14,7 @@ from jlora._algebra._rows import Put, Rows
 from jlora._algebra._term import Drop, Operand, Term
 from jlora._algebra._unmade import Fed, Lazy
 from jlora._algebra._weight import Weight
-from jlora._algebra._words import Array, Base, Delta, Labels, Recipe, Word
+from jlora._algebra._words import Array, Base, Delta, Gate, Labels, Recipe, Word
 from jlora._dtypes import alike, widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._packed import Packed
@@ -26,12 +27,15 @@ def express(
     base: jax.Array | Packed,
     lookup: Callable[[str, str], jax.Array],
     *,
+    gates: Mapping[str, jax.Array] = MappingProxyType({}),
     key: Key | None = None,
     origin: int = -1,
     path: str | None = None,
 ) -> Weight:
-    """The expression of one leaf, an array or `Packed`; `lookup(group, name)` gives the arrays of its recipe."""
-    reader = _Reader(leaf, _w0(leaf, base), lookup)
+    """The expression of one leaf, an array or `Packed`; `lookup(group, name)` gives the arrays of its recipe, `gates`
+    the values of its gates.
+    """
+    reader = _Reader(leaf, _w0(leaf, base), lookup, gates)
     streams = list(dict.fromkeys(d.s for d in recipe.deltas))
     made = Weight(
         base=reader.w0,
@@ -79,6 +83,7 @@ class _Reader:
     leaf: Leaf
     w0: jax.Array | Lazy
     lookup: Callable[[str, str], jax.Array]
+    gates: Mapping[str, jax.Array]
 
     @property
     def atoms(self) -> Labels:
@@ -128,6 +133,10 @@ class _Reader:
     def _operand(self, word: Word, labels: Labels) -> Operand:
         if isinstance(word, Base):
             return Operand((), None, (), ())
+        if isinstance(word, Gate):
+            value = self.gates[word.name]
+            at = tuple(f"@{n}" for n in range(value.ndim - len(labels)))
+            return Operand((value,), None, (), at + labels, gate=word.name, at=at)
         if isinstance(word, Array):
             value, front = self._get(word)
             return Operand((value,), None, (), front + labels)

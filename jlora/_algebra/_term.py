@@ -14,12 +14,18 @@ _static = lambda: dataclasses.field(metadata={"static": True})
 Sides: TypeAlias = tuple[tuple[str, int], ...]  # labels and their sizes
 
 
+class Positional(ValueError):
+    """A weight is asked for where none is: its gate differs from position to position, or does not fit these."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operand:
     """A labelled array, or a function of arrays that share leading stack labels; no array at all stands for W0.
 
     `sides` is W0's alone: axes that it shows under labels of another operand, `(atoms, ((label, size), ...))`.
+    `gate` and `at` are a gate's: its name, and those of its labels, in front, that are no axes of the weight but
+    positions of the activation that it meets.
     """
 
     arrays: tuple[jax.Array, ...]
@@ -27,6 +33,8 @@ class Operand:
     stacks: tuple[Labels, ...] = _static()
     labels: Labels = _static()
     sides: tuple[tuple[Labels, Sides], ...] = dataclasses.field(default=(), metadata={"static": True})
+    gate: str = dataclasses.field(default="", metadata={"static": True})
+    at: Labels = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def is_base(self) -> bool:
@@ -100,6 +108,11 @@ class Term:
     operands: tuple[Operand, ...]
     blocks: Blocks = _static()
     dropout: Drop = _static()
+
+    @property
+    def gates(self) -> tuple[Operand, ...]:
+        """The gates that differ from position to position."""
+        return tuple(o for o in self.operands if o.at)
 
     def sizes(self) -> dict[str, int]:
         """The size of every label of an operand that is not W0."""

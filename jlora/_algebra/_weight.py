@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jlora._algebra._contract import View, contract
 from jlora._algebra._mesh import automatic, explicit_mesh, placed, reshaped
 from jlora._algebra._rows import Put, changed
-from jlora._algebra._term import Drop, Operand, Sides, Term
+from jlora._algebra._term import Drop, Operand, Positional, Sides, Term
 from jlora._algebra._unmade import Lazy, again
 from jlora._algebra._words import Labels
 from jlora._dtypes import wide
@@ -81,6 +81,21 @@ class Weight:
     @property
     def dtype(self) -> DType:
         return self.base.dtype
+
+    @property
+    def named(self) -> str:
+        """What it is called in a message."""
+        return "a weight" if self.path is None else repr(self.path)
+
+    @property
+    def positional(self) -> bool:
+        """Whether it differs from position to position of what it meets."""
+        return any(t.gates for t in self.terms)
+
+    def gated(self, *terms: Term) -> str:
+        """In words, the gates of some terms that make it differ so; of all by default."""
+        gates = dict.fromkeys((o.gate, o.arrays[0].shape) for t in terms or self.terms for o in t.gates)
+        return " and ".join(f"its gate {name!r} of shape {shape} has positions" for name, shape in gates)
 
     # --- W0 ---------------------------------------------------------------------------------------------------
 
@@ -151,24 +166,27 @@ class Weight:
             labels.append(o.labels if view is None else view.labels)
         return values, labels
 
-    def matrix(self, term: Term, dtype: DTypeLike) -> jax.Array:
-        """The dense dW of one product, its axes the atoms in their present order."""
+    def matrix(self, term: Term, dtype: DTypeLike, kept: Labels = ()) -> jax.Array:
+        """The dense dW of one product, its axes the atoms in their present order, behind those of labels to be kept."""
+        if term.gates:
+            raise Positional(f"{self.named}: {self.gated(term)}, so that there is no one matrix of it")
         values, labels = self.operands(term)
         runs = [b for b in term.blocks if b[0]]
-        out = tuple(x for _, made in runs for x in made)
+        out = (*kept, *(x for _, made in runs for x in made))
         order = [a for atoms, _ in runs for a in atoms]
+        n = len(kept)
 
         def made(*values: jax.Array) -> jax.Array:
             dense = contract([v.astype(dtype) for v in values], labels, out, precision=lax.Precision.HIGHEST)
-            dense = dense.reshape([self.size[a] for a in order])
-            return lax.transpose(dense, [order.index(a) for a in self.atoms])
+            dense = dense.reshape([*dense.shape[:n], *(self.size[a] for a in order)])
+            return lax.transpose(dense, [*range(n), *(n + order.index(a) for a in self.atoms)])
 
         if all(atoms == labels for atoms, labels in runs) or explicit_mesh(values) is None:
             return made(*values)
         # a flat side is cut where W0 is, which no factor of it knows
         at = jax.typeof(self.base).sharding.spec if self.lazy is None else jax.eval_shape(self.w0).sharding.spec
         first = {g[0]: entry for g, entry in zip(self.axes, (*at, *[None] * len(self.axes)), strict=False) if g}
-        return automatic(made, values, PartitionSpec(*(first.get(a) for a in self.atoms)))
+        return automatic(made, values, PartitionSpec(*[None] * n, *(first.get(a) for a in self.atoms)))
 
     def delta(self) -> jax.Array:
         """What is added to W0, dense and in at least float32, in the shape of `base`."""
@@ -201,11 +219,17 @@ class Weight:
         return dataclasses.replace(self, **changes)
 
     def flattened(self, term: Term) -> Term:
-        """A product as one dense array whose axes are the atoms: what is left when labels no longer suffice."""
-        value = self.matrix(term, wide(self.dtype))
+        """A product as one dense array whose axes are the atoms: what is left when labels no longer suffice.
+
+        A gate on positions stays beside it, and the array keeps the gate's own letters.
+        """
+        others = dataclasses.replace(term, operands=tuple(o for o in term.operands if not o.at))
+        met = {x for o in term.gates for x in o.labels}
+        letters = tuple(dict.fromkeys(x for o in others.operands for x in o.labels if x in met))
+        value = self.matrix(others, wide(self.dtype), letters)
         blocks = tuple(((a,), (a,)) for a in self.atoms)
         kept = dataclasses.replace(term.dropout, letters=())  # its ranks are summed over
-        return Term((Operand((value,), None, (), self.atoms),), blocks, kept)
+        return Term((Operand((value,), None, (), (*letters, *self.atoms)), *term.gates), blocks, kept)
 
     def simplified(self, atom: str) -> "Weight":
         """The same weight with `atom` a plain label of every product, so that it can be sliced or split."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jlora._algebra import _words
-from jlora._algebra._words import Array, Base, Delta, Function, Recipe, Word
+from jlora._algebra._words import Array, Delta, Function, Gate, Recipe, Word
 from jlora._trees._leaf import Leaf
 from jlora._types import DType, Place, Shape, Shaped
 
@@ -24,9 +24,10 @@ def check(recipe: Recipe, leaf: Leaf) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _check(recipe: Recipe, leaf: Leaf) -> None:
-    for delta, sides in recipe.networks:
+    for n, (delta, sides) in enumerate(recipe.networks):
         try:
             _check_letters(delta, sides)
+            _check_gates(delta, n < len(recipe.deltas))
             bound = _words.bind(delta, leaf, sides)
             for word, labels in bound.words:
                 if isinstance(word, Array):
@@ -78,7 +79,7 @@ def check_constants(arrays: Arrays, dtype_of: Callable[[Array], np.dtype]) -> No
 
 
 def _named(words: Sequence[Word]) -> str:
-    name = lambda w: w.name if isinstance(w, Array) else type(w).__name__
+    name = lambda w: w.name if isinstance(w, Array | Gate) else type(w).__name__
     return ", ".join(map(name, words))
 
 
@@ -94,7 +95,7 @@ def _check_letters(delta: Delta, sides: str) -> None:
         )
     sized = dict(delta.sizes)
     for word, letters in zip(delta.operands, operands, strict=True):
-        needs = [] if isinstance(word, Base | Function) or word.shape is not None else letters
+        needs = letters if isinstance(word, Gate) or isinstance(word, Array) and word.shape is None else []
         for letter in needs:
             if letter not in ("I", "O", "K") and letter not in sized:
                 blanks = "; letters are separated by blanks" if len(letter) > 1 else ""
@@ -118,6 +119,27 @@ def _check_letters(delta: Delta, sides: str) -> None:
     for letter in (*delta.ranks, *(x for x, _ in delta.rank_dropout)):
         if letter not in held:
             raise ValueError(f"no operand carries {letter!r}, which is said to be a rank")
+
+
+def _check_gates(delta: Delta, added: bool) -> None:
+    """A gate multiplies what is added to W0, by letters that are summed and that no rank operation changes."""
+    left, right = delta.equation.split("->")
+    made = {"I", "O", "K", *right.replace("(", " ").replace(")", " ").split()}
+    for word, letters in zip(delta.operands, left.split(","), strict=True):
+        if not isinstance(word, Gate):
+            continue
+        if not added:
+            raise ValueError(
+                f"the gate {word.name!r} stands in a gain, an L or an R, which are the same at every position: a gate "
+                "stands in a delta"
+            )
+        for letter in letters.split():
+            if letter in made or letter in delta.ranks:
+                what = "a rank" if letter in delta.ranks else "an axis of the weight"
+                raise ValueError(
+                    f"the gate {word.name!r} has the letter {letter!r}, which is {what}: its letters are the method's "
+                    "own, and summed"
+                )
 
 
 def _check_array(word: Array, labels: Sequence[str], shape: Sequence[int | None]) -> None:

@@ -98,7 +98,31 @@ class Base:
         return ()
 
 
-Word: TypeAlias = "Array | Function | Base"
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A factor of a delta that the caller gives with each call, and that differs from position to position.
+
+    Its value is an array `(positions..., letters...)`: its leading axes are the leading free axes of the activation
+    that the weight meets, such as batch and sequence, and its own letters, in the order of the equation, come last. It
+    has no stack axes: one gate is that of all layers. Nothing is stored for it; `jlora.with_gates` takes its value.
+
+    Attributes:
+      name: what `with_gates` calls it; deltas whose gates have one name share its value.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"a gate has a name, Gate('active'), not {self.name!r:.60}")
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """None: its value is no part of an adapter."""
+        return ()
+
+
+Word: TypeAlias = "Array | Function | Base | Gate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +177,14 @@ class Delta:
             object.__setattr__(self, "operands", (*self.operands, *ones))
 
     @property
+    def gates(self) -> tuple[tuple[str, Shape], ...]:
+        """Each of its gates, and the sizes of that one's own letters."""
+        held = self.equation.partition("->")[0].split(",")
+        sizes = lambda letters: tuple(dict(self.sizes)[x] for x in letters.split())
+        pairs = zip(self.operands, held, strict=True)
+        return tuple((w.name, sizes(letters)) for w, letters in pairs if isinstance(w, Gate))
+
+    @property
     def rates(self) -> tuple[float, ...]:
         """Every rate of dropout."""
         return (self.dropout, self.module_dropout, *(rate for _, rate in self.rank_dropout))
@@ -182,6 +214,11 @@ class Recipe:
         words = [w for d in self.deltas for w in d.operands]
         reads = any(isinstance(w, Base) or isinstance(w, Function) and w.base for w in words)
         return not reads and self.gain is self.left is self.right is None and not self.rows
+
+    @property
+    def gates(self) -> tuple[tuple[str, Shape], ...]:
+        """The gates of its deltas."""
+        return tuple(gate for d in self.deltas for gate in d.gates)
 
     @property
     def networks(self) -> tuple[tuple[Delta, str], ...]:

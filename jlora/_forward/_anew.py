@@ -42,7 +42,7 @@ def bulky(w: Weight, x: Shaped) -> bool:
         made = sum(map(_made, term.operands))
         if made >= whole:
             return True
-        labelled = [o for o in term.operands if o.labels or o.is_base]
+        labelled = [o for o in term.operands if (o.labels or o.is_base) and not o.at]
         if len(labelled) > 2:
             made += whole if any(o.is_base for o in labelled) else _joined(term)
         if made > elements(x.shape):

@@ -15,6 +15,7 @@ from jlora._algebra._term import Term
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._forward._dropout import thinned
+from jlora._forward._gates import met
 from jlora._forward._ops import Note, Refusal, Use, check_real, product
 from jlora._types import DType, Precision, Shape
 
@@ -79,6 +80,8 @@ def ragged(
         raise Refusal("a ragged dot over joined axes")
     if w.gain or not w.plain:
         raise Refusal("a ragged dot under a gain")
+    if w.positional:
+        raise Refusal("a ragged dot, whose rows are sorted by expert: they are no positions")
     group = w.axes[d.rhs_group_dimensions[0]][0]
     y = w.given(lambda _: bind, x, group_sizes, forward_mode=forward_mode)
     flops = 0.0
@@ -217,6 +220,11 @@ def conv(
         raise Refusal("a convolution over joined window axes")
     convolved = Convolved(params, tuple(w.axes[n][0] if w.axes[n] else None for n in window_axes))
     y = w.given(lambda _: bind, x, forward_mode=forward_mode) if w.plain else None
+    if w.positional:  # a gate's positions are those of the result: what has one of its own has been summed by then
+        made = jax.eval_shape(bind, jax.ShapeDtypeStruct(w.shape, w.dtype), x)
+        labels = tuple(f"y{n}" for n in range(made.ndim))
+        free = tuple(label for n, label in enumerate(labels) if n != convolved.numbers.out_spec[1])
+        w = met(w, made, labels, free, "the result of a convolution")
     flops = 0.0
     for t in w.terms:
         xt, t = thinned(w, t, x)

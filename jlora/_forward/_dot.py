@@ -25,6 +25,7 @@ from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
 from jlora._forward._dropout import thinned
+from jlora._forward._gates import met
 from jlora._forward._ops import Note, Refusal, Use, check_real, label_sizes, product, same_varying
 from jlora._forward._rule import Dot, Product, Written, cost, rule
 from jlora._types import DType
@@ -51,6 +52,11 @@ class Axes:
     x_shape: tuple[int, ...]
     y_shape: tuple[int, ...]
     flops: float
+
+    @property
+    def free(self) -> Labels:
+        """The activation's own axes, in their order."""
+        return tuple(label for label, group in zip(self.x, self.x_groups, strict=True) if group is None)
 
     @property
     def x_axes(self) -> list[tuple[str, Labels | None]]:
@@ -86,6 +92,7 @@ def dot(w: Weight, x: jax.Array, written: Written, *, forward_mode: bool, note: 
     """
     check_real(x)
     axes = _labelled(w, x, written)
+    w = met(w, x, axes.x, axes.free)
     on = lambda o, groups: set(o.labels) <= {a for g in groups for a in g or ()}
     if not all(on(o, axes.x_groups) or on(o, axes.y_groups) for o in w.gain):
         w = w.multiplied()
@@ -154,7 +161,7 @@ def _parts(w: Weight, x: jax.Array, axes: Axes, written: Written, compute: DType
             parts.xs.append(x_term)
         made, values = _meeting(w, term, axes, branch)
         if made.base < 0:
-            made, values = _combined(made, values, label_sizes(w, values, made.operands))
+            made, values = _combined(made, values, label_sizes(w, values, made.operands), set(axes.free))
         elif not w.plain and _sides(made) is not None and explicit_mesh([x, *w.held, *_arrays(values)]) is None:
             parts.passed.append(_passed(w, made, x_term, values, written, compute, forward_mode))
             continue
@@ -208,12 +215,12 @@ def _may_merge(w: Weight, x: jax.Array, parts: Parts, written: Written) -> bool:
 
     Not where the sum would round away what the product does not (below float32), where a dropout tells the two apart,
     and not on a mesh: W0 may be cut there, so is the sum then, and what is made anew in the backward pass is gathered
-    anew.
+    anew. Nor where a gate has positions, each of which has a dW of its own.
     """
     full32 = x.dtype == w.dtype == jnp.float32 and written.preferred_element_type in (None, jnp.float32)
     arrays = [x, *w.held, *parts.operands]
     alone = explicit_mesh(arrays) is None and not spread(arrays)
-    return w.plain and w.lazy is None and full32 and len(parts.xs) == 1 and alone
+    return w.plain and w.lazy is None and full32 and len(parts.xs) == 1 and alone and not w.positional
 
 
 def _run(made: Dot, w: Weight, parts: Parts, forward_mode: bool) -> jax.Array:
@@ -243,25 +250,27 @@ def _arrays(values: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _combined(
-    product: Product, values: Sequence[jax.Array], size: Mapping[str, int]
+    product: Product, values: Sequence[jax.Array], size: Mapping[str, int], free: set[str]
 ) -> tuple[Product, Sequence[jax.Array]]:
     """A product of many operands as one of two, where each stands on one side: `r I, r, r O` is `(r I)(r O)`.
 
-    What is left is a low-rank update, whose gradients share their intermediate results; autodiff knows the rest.
+    What is left is a low-rank update, whose gradients share their intermediate results; autodiff knows the rest. An
+    operand with positions, labels that are `free`, stays apart: a factor joined with it would be one a position.
     """
     inputs, outputs = set(product.x), set(product.out)
     facing = lambda ls: (bool(set(ls) & (inputs - outputs)), bool(set(ls) & (outputs - inputs)))
-    faces = [facing(ls) for ls in product.operands]
-    before, after, between = ([n for n, f in enumerate(faces) if f == side] for side in ((1, 0), (0, 1), (0, 0)))
-    labelled = sum(bool(ls) for ls in product.operands)
+    faces = {n: facing(ls) for n, ls in enumerate(product.operands) if not set(ls) & free}
+    apart = [n for n in range(len(product.operands)) if n not in faces]
+    before, after, between = ([n for n, f in faces.items() if f == side] for side in ((1, 0), (0, 1), (0, 0)))
+    labelled = sum(bool(product.operands[n]) for n in faces)
     if labelled < 3 or not before or not after or len(before) + len(after) + len(between) < len(faces):
         return product, values
     total = lambda side: sum(values[n].size for n in side)
     min(before, after, key=total).extend(between)  # gates cost least where there is least
 
     def joined(side: list[int], other: list[int]) -> Labels:
-        met = {x for n in other for x in product.operands[n]} | inputs | outputs
-        held = dict.fromkeys(x for n in side for x in product.operands[n] if x in met)
+        known = {x for n in (*other, *apart) for x in product.operands[n]} | inputs | outputs
+        held = dict.fromkeys(x for n in side for x in product.operands[n] if x in known)
         return tuple(sorted(held, key=lambda x: (x in inputs) + (x in outputs)))  # ranks first
 
     names = joined(before, after), joined(after, before)
@@ -274,6 +283,7 @@ def _combined(
             )
             for side, ls in zip((before, after), names, strict=True)
         ]
+    names, made = (*names, *(product.operands[n] for n in apart)), [*made, *(values[n] for n in apart)]
     return dataclasses.replace(product, operands=names), made
 
 

@@ -34,6 +34,8 @@ Note = Callable[[Use], None]
 
 def is_vector(w: Weight) -> bool:
     """Whether there is nothing to contract but a single axis: made dense, it costs nothing."""
+    if w.positional:
+        return False
     return sum(not a.startswith("s") for a in w.atoms) <= 1 or not any(a[0] in "ik" for a in w.atoms)
 
 

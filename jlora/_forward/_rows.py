@@ -16,6 +16,7 @@ from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
 from jlora._forward._dropout import thinned
+from jlora._forward._gates import met
 from jlora._forward._ops import Note, Refusal, Use, product
 from jlora._types import DType, Shape
 
@@ -177,6 +178,8 @@ def lookup(
         axes = tuple(g for n, g in enumerate(w.axes) if n != rows.axis)
         return w.along(atom, base, rows.of, drop=True).replace(axes=axes)
     assert base is not None
+    batch = tuple(f"row{n}" for n in range(rows.count))
+    w = met(w, indices, (*batch, "index"), batch, "a lookup with indices")
     width = math.prod(s for n, s in enumerate(w.shape) if n != rows.axis)
     letters = [_letters(t, atom, width) for t in w.terms]
     y = base if w.plain else jnp.zeros_like(base)
@@ -212,7 +215,7 @@ def _rows_of_term(
             ls = (*batch, *ls)
         picked.append(a.astype(dtype))
         labels.append(ls)
-    lead = next(n for n, ls in enumerate(labels) if batch[0] in ls)
+    lead = next(n for n, (_, ls) in enumerate(operands) if set(letters) & set(ls))
     x, x_labels = picked.pop(lead), labels.pop(lead)
     made = tuple(m for _, ms in runs for m in ms)
     with jax.named_scope("delta"):

@@ -19,6 +19,7 @@ from jax.extend import core, source_info_util
 from jlora import _read
 from jlora._algebra._express import express
 from jlora._algebra._mesh import typed
+from jlora._algebra._term import Positional
 from jlora._algebra._weight import Operand, Weight, is_weight
 from jlora._forward import _ops, _table
 from jlora._forward._dropout import fold
@@ -137,6 +138,12 @@ class Interpreter:
         else:
             known = (source(e) for e in (*reversed(self.around), eqn) if not isinstance(e, str))
             where = next(filter(None, known), "")
+            if value.positional:
+                at = f" at {where}" if where else ""
+                raise Positional(
+                    f"{value.named}: {value.gated()}, so that there is no dense weight, and {name} asks for one "
+                    f"({reason}{at}). Leave this weight to no gated method (exclude=...)"
+                )
             plan = "dense" if value.key is None else "dense, no dropout"
             self.record(value, name, Use(plan, 0.0, 0.0), f"{reason} at {where}" if where else reason)
         return value.dense()
@@ -261,6 +268,17 @@ def call(
 ) -> Value:
     """`fn` on a call's arguments, with expressions where the Adapteds' weights stand."""
     me = me or Interpreter(forward_mode)
+    try:
+        return _called(fn, found, fill, me)
+    except Positional:
+        if me.watched:
+            raise
+        # equal layers share a program, and so have no names: with them, once more, for the message
+        return _called(fn, found, fill, Interpreter(forward_mode, rows=[]))
+
+
+def _called(fn: Callable[..., Value], found: list[Adapted], fill: Fill, me: Interpreter) -> Value:
+    """`call` by one interpreter."""
     leaves = [_tree.leaves(a.frozen.base) for a in found]
     bases = _read.held([(s.leaf.path, leaves[k][s.index]) for k, a in enumerate(found) for s in a.frozen.plan.sites])
     beside: list[PyTree] = []
@@ -274,7 +292,7 @@ def call(
         beside[:] = [treedef, inside, [None if i else o for o, i in zip(outs, inside, strict=True)]]
         return [o for o, i in zip(outs, inside, strict=True) if i]
 
-    if not forward_mode:  # which has no backward pass to notice
+    if not me.forward_mode:  # which has no backward pass to notice
         found = [noticed(a) for a in found]
     closed = jax.make_jaxpr(traced)(*map(typed, bases))
     me.check(closed, found, leaves)
@@ -287,7 +305,9 @@ def call(
                 key = jax.random.fold_in(key, stable_hash(s.leaf.path))
             base = bases[len(expressions)]
             shown = path if me.watched or s.recipe.rows else None  # of tables there are few
-            expressions.append(express(s.leaf, s.recipe, base, get, key=key, origin=len(expressions), path=shown))
+            origin, gates = len(expressions), a.frozen.gates
+            made = express(s.leaf, s.recipe, base, get, gates=gates, key=key, origin=origin, path=shown)
+            expressions.append(made)
     want = [True] * len(closed.jaxpr.outvars)
     outs, _ = me.counted({}, lambda: chosen(me.run(closed.jaxpr, closed.consts, expressions, want), want))
     treedef, inside, others = beside

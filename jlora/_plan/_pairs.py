@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._algebra import _words
-from jlora._algebra._words import Array, Bound, Difference, Function, Labels, Word
+from jlora._algebra._words import Array, Bound, Difference, Function, Gate, Labels, Word
 from jlora._plan._sites import Plan, Site
 from jlora._types import Place
 
@@ -146,7 +146,8 @@ def _pair(site: Site, bound: Bound, letter: str) -> Pair | None:
     one, two = members.get("i"), members.get("o")
     if len(sided) != 2 or one is None or two is None:
         return None
-    others = len(bound.words) - 2 - len(gates)
+    apart = [labels for word, labels in bound.words if isinstance(word, Gate) and not labels]  # a number for all ranks
+    others = len(bound.words) - 2 - len(gates) - len(apart)
     stack, path = site.leaf.stack, site.leaf.path
     rank = min([bound.sizes[letter], *(m.array.shape[0] for m in (one, two) if m.start and m.array.shape)])
     return Pair(one, two, gates, others, path, rank, math.prod(stack), (path, bound.delta.s), len(stack))

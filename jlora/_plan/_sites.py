@@ -48,6 +48,14 @@ class Plan:
                 found[place] = (shape, array.trained)
         return found
 
+    @functools.cached_property
+    def gates(self) -> dict[str, tuple[Shape, ...]]:
+        """`{name: the sizes of its own letters}` of every gate; there is more than one only where methods differ."""
+        found: dict[str, dict[Shape, None]] = {}
+        for name, sizes in (gate for site in self.sites for gate in site.recipe.gates):
+            found.setdefault(name, {})[sizes] = None
+        return {name: tuple(every) for name, every in found.items()}
+
     def __repr__(self) -> str:
         # JAX prints plans where two structures differ: one line, but unlike for unlike plans
         digest = zlib.crc32(repr((self.sites, self.methods)).encode())

@@ -12,6 +12,7 @@ from jlora import _answers, _read
 from jlora._algebra import _contract
 from jlora._algebra._weight import Weight
 from jlora._forward import _ops
+from jlora._gates import opened
 from jlora._plan import _resolve, _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _table, _tree
@@ -199,7 +200,7 @@ def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[tuple[float, floa
     found: list[tuple[float, float]] = []
 
     def look(base: Any, factors: Any) -> None:
-        adapted = Adapted({}, Frozen(params, factors, None, plan))
+        adapted = Adapted({}, Frozen(params, factors, None, plan, opened(plan)))
         for site, weight in zip(plan.sites, _read.weights(adapted, base), strict=True):
             forward, backward = _weight_flops(site, weight, tokens)
             found.append((forward / tokens, backward / tokens))

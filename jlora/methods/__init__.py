@@ -11,6 +11,7 @@ from jlora.methods.delora import DeLoRA as DeLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.fourierft import FourierFT as FourierFT
 from jlora.methods.full import Full as Full
+from jlora.methods.gated import Gated as Gated
 from jlora.methods.glora import GLoRA as GLoRA
 from jlora.methods.gralora import GraLoRA as GraLoRA
 from jlora.methods.hira import HiRA as HiRA

@@ -170,6 +170,16 @@ class Method:
         return type(self).__name__
 
 
+def inherit(method: Method, inner: Method) -> None:
+    """Takes over the `target` and `exclude` of the method that stands in this one; ValueError if it says others."""
+    listed = lambda target: tuple(target) if isinstance(target, list) else target
+    for name in ("target", "exclude"):
+        mine, theirs = listed(getattr(method, name)), listed(getattr(inner, name))
+        if theirs != () and mine not in ("", (), theirs):  # a plan keeps methods without their targets
+            raise ValueError(f"{type(method).__name__}({name}={mine!r}): the {name} stands on the inner method")
+        object.__setattr__(method, name, theirs)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropping(Method):
     """A method of which something is dropped in training, where there is a key (`jlora.with_dropout`).

@@ -19,9 +19,8 @@ from jlora._algebra._unmade import KEPT
 from jlora._algebra._words import Array, Bound, Delta, Function, Labels, Recipe, constant
 from jlora._dtypes import alike
 from jlora._trees._leaf import Leaf
-from jlora._trees._tree import Target
 from jlora._types import W0, Keys, Place
-from jlora.methods.base import Method, of_the_weight
+from jlora.methods.base import Method, inherit, of_the_weight
 from jlora.methods.sum import apart, renamed
 
 # The operands of a delta, its scale among them; their labels; and its equation.
@@ -125,11 +124,7 @@ class DoRA(Method):
         if not isinstance(self.inner, Method):
             raise TypeError(f"DoRA takes a method, DoRA(LoRA(rank=8)), not {self.inner!r}")
         super().__post_init__()
-        for name in ("target", "exclude"):
-            mine, inner = _tuple(getattr(self, name)), _tuple(getattr(self.inner, name))
-            if inner != () and mine not in ("", (), inner):  # a plan keeps methods without their targets
-                raise ValueError(f"DoRA({name}={mine!r}): the {name} stands on the inner method")
-            object.__setattr__(self, name, inner)
+        inherit(self, self.inner)
 
     def _inside(self, leaf: Leaf) -> tuple[Recipe | None, dict[Place, str]]:
         """The inner method's recipe, and new names for those of its factors that are named as DoRA's own."""
@@ -145,6 +140,10 @@ class DoRA(Method):
             raise ValueError(
                 f"DoRA({self.inner.describe()}): the inner method must add to W0, not rescale or turn it, and what it "
                 "adds must not depend on W0"
+            )
+        if inner.gates:
+            raise ValueError(
+                f"DoRA({self.inner.describe()}): at each position it would be another weight, with a norm of its own"
             )
         kept = [n for n, role in enumerate(leaf.roles) if role != "s"]
         roles = "".join(leaf.roles[n] for n in kept)
@@ -183,7 +182,3 @@ class DoRA(Method):
 
     def describe(self) -> str:
         return f"DoRA({self.inner.describe()})"
-
-
-def _tuple(target: Target) -> Target:
-    return tuple(target) if isinstance(target, list) else target

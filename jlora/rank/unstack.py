@@ -93,4 +93,4 @@ def unstack(adapted: Adapted, params: PyTree, names: Callable[[str, tuple[int, .
     methods = tuple(dict.fromkeys(site.method for site in sites.values()))
     new = _sites.intern(tuple(sites[n] for n in sorted(sites)), methods, plan.notes)
     _fits.check_trainable(halves[True], new)
-    return Adapted(halves[True], Frozen(params, halves[False], adapted.frozen.key, new))
+    return Adapted(halves[True], Frozen(params, halves[False], adapted.frozen.key, new, adapted.frozen.gates))

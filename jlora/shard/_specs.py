@@ -74,7 +74,8 @@ def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
     factors = jax.tree_util.tree_map_with_path(at, frozen.factors)
     key = None if frozen.key is None else PartitionSpec()
     trainable = jax.tree_util.tree_map_with_path(at, adapted.trainable)
-    return Adapted(trainable, Frozen(base, factors, key, frozen.plan))
+    gates = jax.tree.map(lambda _: PartitionSpec(), frozen.gates)
+    return Adapted(trainable, Frozen(base, factors, key, frozen.plan, gates))
 
 
 def _of_leaf(leaf: Any, kernel: Entries, sizes: Sizes) -> Any:

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jlora import _answers, _read
 from jlora._algebra._rows import shorter, taller
 from jlora._algebra._weight import Weight
-from jlora._trees import _packed, _table, _tree
-from jlora._trees._packed import is_packed
+from jlora._trees import _compound, _table, _tree
+from jlora._trees._compound import is_compound
 from jlora._types import PyTree
 from jlora.adapted import Adapted, check_adapted, check_any, is_adapted
 
@@ -35,8 +35,8 @@ def merge(adapted: Adapted) -> PyTree:
     """
     leaves = _tree.leaves(check_adapted("merge", adapted).frozen.base)
     whole = lambda w: taller(w.dense(), w.rows, w.axes, w.size)
-    merged = _read.replaced(adapted, [whole(w) for w in _read.weights(adapted, leaves)])
-    return jax.tree.map(_packed.dense, merged, is_leaf=is_packed)
+    merged = _read.replaced(adapted, [whole(w) for w in _read.expressions(adapted, leaves)])
+    return jax.tree.map(_compound.dense, merged, is_leaf=is_compound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def merge_report(adapted: Adapted) -> MergeReport:
     rows = []
     for site, w in zip(
         adapted.frozen.plan.sites,
-        _read.weights(adapted, _tree.leaves(adapted.frozen.base)),
+        _read.expressions(adapted, _tree.leaves(adapted.frozen.base)),
         strict=True,
     ):
         share, error = _survival(w)
@@ -165,7 +165,7 @@ def unmerge(merged: PyTree, adapted: Adapted) -> Unmerged:
         leaves[site.index] = shorter(leaves[site.index], site.recipe.rows, site.leaf)
     held = Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, base=merged))
     drift = {}
-    for site, w in zip(held.frozen.plan.sites, _read.weights(held, leaves), strict=True):
+    for site, w in zip(held.frozen.plan.sites, _read.expressions(held, leaves), strict=True):
         if w.shape != site.leaf.shape or w.w0().shape != site.leaf.shape:
             raise ValueError(f"{site.leaf.path!r} has shape {w.w0().shape}, the adapter's is {site.leaf.shape}")
         delta, w0 = w.delta(), w.w0()

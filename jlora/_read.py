@@ -12,9 +12,9 @@ from jlora._algebra._words import Recipe
 from jlora._gates import check_everywhere
 from jlora._plan import _sites
 from jlora._plan._sites import Site
-from jlora._trees import _packed, _tree
+from jlora._trees import _compound, _tree
+from jlora._trees._compound import Compound, is_compound
 from jlora._trees._leaf import Leaf
-from jlora._trees._packed import Packed, is_packed
 from jlora._types import PyTree
 from jlora.adapted import Adapted, Frozen
 from jlora.methods.base import Method
@@ -32,25 +32,25 @@ def factors_of(adapted: Adapted) -> Callable[[str, str], jax.Array]:
     return get
 
 
-def held(named: Sequence[tuple[str, PyTree]]) -> list[jax.Array | Packed]:
-    """Leaves, given with their paths, as expressions take them: arrays, and `Packed` as they are.
+def held(named: Sequence[tuple[str, PyTree]]) -> list[jax.Array | Compound]:
+    """Leaves, given with their paths, as expressions take them: arrays, and `Compound` as they are.
 
     Raises:
       TypeError: packed weights that a `tree_map` cast, all at once.
     """
-    _packed.sound(named)
-    return [leaf if is_packed(leaf) else jnp.asarray(leaf) for _, leaf in named]
+    _compound.sound(named)
+    return [leaf if is_compound(leaf) else jnp.asarray(leaf) for _, leaf in named]
 
 
-def completed(found: Adapted | Packed, name: str = "") -> Adapted:
-    """An `Adapted`, or one `Packed` leaf, with every `Packed` leaf a site: what no method took has an empty recipe."""
-    if is_packed(found):
+def completed(found: Adapted | Compound, name: str = "") -> Adapted:
+    """An adapter or a `Compound` leaf, with every `Compound` leaf a site: what no method took has an empty recipe."""
+    if is_compound(found):
         found = Adapted({}, Frozen(found, {}, None, _sites.intern((), (), ())))
     tree = _tree.flatten(found.frozen.base)
     taken = {s.index for s in found.frozen.plan.sites}
     more = []
     for n, (path, leaf) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
-        if is_packed(leaf) and n not in taken:
+        if is_compound(leaf) and n not in taken:
             where = Leaf(path or name, leaf.shape, jnp.dtype(leaf.dtype), leaf.roles)
             more.append(Site(where, n, Method(), Recipe()))
     if not more:
@@ -60,7 +60,7 @@ def completed(found: Adapted | Packed, name: str = "") -> Adapted:
     return Adapted(found.trainable, dataclasses.replace(found.frozen, plan=plan))
 
 
-def weights(adapted: Adapted, leaves: list[PyTree]) -> list[Weight]:
+def expressions(adapted: Adapted, leaves: list[PyTree]) -> list[Weight]:
     """The expression of every adapted weight over the base's leaves, to be made dense.
 
     Raises:

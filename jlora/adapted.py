@@ -14,7 +14,7 @@ from jlora._keys import checked_key, stable_hash
 from jlora._plan import _fits, _pairs, _resolve, _sites
 from jlora._plan._sites import Plan, Spec, dropouts, trainable_size
 from jlora._plan._sites import derived as derived
-from jlora._trees import _axes, _kinds, _packed, _table, _tree
+from jlora._trees import _axes, _compound, _kinds, _table, _tree
 from jlora._types import Key, PyTree, Traced
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def begun(
         try:
             if why := _answers.gone(site.leaf.path, weight):
                 raise ValueError(why)
-            made = method.initial(site.leaf, recipe, named, _packed.dense(weight))
+            made = method.initial(site.leaf, recipe, named, _compound.dense(weight))
             _wellformed.check_start(method.describe(), site.leaf, recipe, arrays, made)
         except ValueError as error:
             bad.append(str(error))

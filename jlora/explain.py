@@ -12,7 +12,7 @@ from jlora._interpret import trace as _trace
 from jlora._trees import _axes, _table
 from jlora._types import PyTree
 from jlora.adapted import is_adapted
-from jlora.lift import completed, find, is_ours
+from jlora.lift import as_adapters, find, is_ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def explain(fn: Callable[..., PyTree], *args: PyTree, **kwargs: PyTree) -> Repor
     found, where, _ = find(args, kwargs)
     if not found:
         raise ValueError("explain is called like the lifted function, with an Adapted among its arguments")
-    found = completed(found, where)
+    found = as_adapters(found, where)
     me = _interpret.Interpreter(rows=[])
     _abstractly(fn, args, kwargs, me)
     assert me.rows is not None
@@ -130,7 +130,7 @@ def _abstractly(
 
     def arrays(inputs: list[PyTree]) -> list[jax.Array]:
         found, where, refill = find(*fill(inputs))
-        out = _interpret.call(fn, completed(found, where), refill, me=me)
+        out = _interpret.call(fn, as_adapters(found, where), refill, me=me)
         return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
 
     jax.eval_shape(arrays, inputs)

@@ -45,10 +45,8 @@ from jlora.methods.starts import Start as Start
 from jlora.quant._mended import loftq as loftq
 from jlora.quant._mended import qpissa as qpissa
 
-Axes = dict[str, str] | None
 
-
-def _taken(params: PyTree, spec: Spec, axes: Axes) -> tuple[Site, ...]:
+def _taken(params: PyTree, spec: Spec, axes: dict[str, str] | None) -> tuple[Site, ...]:
     """The weights that a spec takes, with nothing added to them."""
     _answers.check_params("jlora.init", params)
     plan, _ = _resolve.resolve(_tree.flatten(params), spec, axes, True)
@@ -81,7 +79,7 @@ def gradients(
     batches: Iterable[PyTree],
     spec: Spec,
     *,
-    axes: Axes = None,
+    axes: dict[str, str] | None = None,
 ) -> dict[str, jax.Array]:
     """The mean of dL/dW over batches, for each weight that `spec` takes: what `GA` starts from.
 
@@ -125,7 +123,12 @@ def gradients(
 
 
 def activations(
-    fn: Callable[[PyTree, PyTree], PyTree], params: PyTree, batches: Iterable[PyTree], spec: Spec, *, axes: Axes = None
+    fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    spec: Spec,
+    *,
+    axes: dict[str, str] | None = None,
 ) -> dict[str, jax.Array]:
     """X^T X of the inputs of each weight that `spec` takes, summed over batches: what `EVA` and `CorDA` start from.
 

@@ -13,7 +13,7 @@ from jlora import _answers, _gates, _merge, _read
 from jlora._modules import check_stateless, watched
 from jlora._plan import _fits
 from jlora._trees import _tree
-from jlora._trees._packed import Packed, is_packed
+from jlora._trees._compound import Compound, is_compound
 from jlora._types import Fill, PyTree, Value
 from jlora.adapted import Adapted, is_adapted
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-def is_ours(x: object) -> "TypeIs[Adapted | Packed]":
+def is_ours(x: object) -> "TypeIs[Adapted | Compound]":
     """Whether a leaf of a call's arguments stands for weights that are no arrays: an `Adapted`, or a quantised one."""
-    return is_adapted(x) or is_packed(x)
+    return is_adapted(x) or is_compound(x)
 
 
 def _holds(x: PyTree, wanted: Callable[[object], bool]) -> bool:
@@ -46,7 +46,7 @@ def _stopped(adapted: Adapted) -> Adapted:
     return Adapted(adapted.trainable, dataclasses.replace(still, gates=adapted.frozen.gates))
 
 
-def completed(found: Sequence[Adapted | Packed], paths: Sequence[str]) -> list[Adapted]:
+def as_adapters(found: Sequence[Adapted | Compound], paths: Sequence[str]) -> list[Adapted]:
     """What `find` found, as adapters: a quantised leaf that stands alone is one under the path that it was found at."""
     for x in found:
         if is_adapted(x):
@@ -125,7 +125,7 @@ def lift(fn: Callable[..., Value], *, dense: bool = False, forward_mode: bool = 
         found, paths, fill = find(args, kwargs)
         if not found:
             return _plainly(fn, args, kwargs)
-        found = [_stopped(a) for a in completed(found, paths)]
+        found = [_stopped(a) for a in as_adapters(found, paths)]
         called, filled, touched = watched(fn, fill)
         if dense:
             args, kwargs = filled([_merge.merge(a) for a in found])

@@ -87,7 +87,7 @@ def test_entries_are_the_smallest_words():
     np.testing.assert_array_equal(made, want)
     large = jnp.array([0, 255, 256, 2**24 + 1, 2**31 - 1], jnp.int32)
     for dtype in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
-        np.testing.assert_array_equal(_entries.read(_entries.held(large, jnp.dtype(dtype))), large)
+        np.testing.assert_array_equal(_entries.from_digits(_entries.to_digits(large, jnp.dtype(dtype))), large)
 
 
 @pytest.mark.parametrize(
@@ -250,5 +250,5 @@ def test_draws_inside_a_trace_and_a_mesh():
     for f in (jax.vmap(one), jax.jit(jax.vmap(one)), over):
         np.testing.assert_allclose(f(places), want, atol=1e-6)
     with contextlib.suppress(ValueError):
-        _draws.words(_draws.key(0), (2**20, 2**20))
+        _draws.random_words(_draws.key(0), (2**20, 2**20))
         pytest.fail("an array too large to be counted is refused")

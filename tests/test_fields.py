@@ -68,7 +68,7 @@ FIELDS = [
 def read_again(adapted):
     """The methods of a plan, and those of its weights, by way of the text of a manifest."""
     written = json.loads(json.dumps(_manifest.write_methods(adapted.frozen.plan)))
-    table = [_manifest._read_method(record, _manifest.known([])) for record in written["methods"]]
+    table = [_manifest._read_method(record, _manifest.nameable([])) for record in written["methods"]]
     return [table[n] for n in written["rules"]], [table[n] for _, _, n in written["sites"]]
 
 

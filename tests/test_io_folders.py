@@ -608,7 +608,7 @@ def test_patterns_match_as_those_of_python():
     for _ in range(1500):
         key = keys(rng)
         try:
-            pattern = _pattern.read(key)
+            pattern = _pattern.parsed(key)
         except ValueError:
             continue
         for _ in range(8):
@@ -650,7 +650,7 @@ def test_many_patterns_are_not_built(letters, most):
 @pytest.mark.parametrize("key", ["a?" * 250 + "a" * 250, "(a|a)" * 150 + "b", "(a+)+b", "(((a*)*)*)*b", ".*.*.*.*.*x"])
 def test_patterns_take_no_longer_than_they_are_long(key):
     """`re` takes exponential time, or the fourth power of the length, for these."""
-    pattern = _pattern.read(key)
+    pattern = _pattern.parsed(key)
     assert pattern.matches("a" * 400) == key.startswith("a?") and pattern.steps < 10**6
     rows = _pattern.Patterns({key: 1})
     with pytest.raises(ValueError, match="take too long"):

@@ -171,7 +171,7 @@ def test_no_global_is_touched(monkeypatch):
 
 def test_series_are_told_apart_without_colour():
     """Lightness and marker differ between any two of the first seven; the palette is Okabe and Ito's."""
-    styles = [_style.line(n) for n in range(14)]
+    styles = [_style.series_style(n) for n in range(14)]
     assert len({(s["color"], s["marker"]) for s in styles}) == 14
     assert len({s["marker"] for s in styles[:7]}) == len({s["color"] for s in styles[:7]}) == 7
 

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1] / "jlora"
 # From the ground up: a room imports from those before it. What is no floor, but a package, counts as one room.
 FLOORS = {
     "_trees": (
-        "_packed", "_table", "_conventions", "_axis_names", "_tree", "_select", "_leaf", "_layouts", "_axes", "_choice",
-        "_names", "_kinds",
+        "_compound", "_table", "_conventions", "_axis_names", "_tree", "_select", "_leaf", "_layouts", "_axes",
+        "_choice", "_names", "_kinds",
     ),
     "_algebra": (
-        "_words", "_wellformed", "_inverse", "_mesh", "_contract", "_term", "_rows", "_unmade", "_weight", "_reshape",
-        "_express",
+        "_words", "_wellformed", "_small_inverse", "_mesh", "_contract", "_term", "_rows", "_unmade", "_weight",
+        "_reshape", "_express",
     ),
     "_plan": ("_sites", "_resolve", "_fits", "_pairs"),
     "_forward": ("_anew", "_dropout", "_gates", "_rule", "_ops", "_dot", "_rows", "_table", "_conv"),

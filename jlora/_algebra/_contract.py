@@ -26,14 +26,14 @@ Path: TypeAlias = tuple[tuple[int, ...], ...]  # which operands meet at each ste
 UNKNOWN = 1024  # rows that a plan counts on where `jax.export` leaves a size open
 
 
-def known(shape: Sequence[object]) -> tuple[int, ...]:
+def countable(shape: Sequence[object]) -> tuple[int, ...]:
     """A shape to count with: symbolic sizes (`jax.export`) cannot be compared, and stand for `UNKNOWN` rows."""
     return tuple(n if isinstance(n, int) else UNKNOWN for n in shape)
 
 
 def elements(shape: Sequence[object]) -> int:
     """How many elements an array has, as far as that is known."""
-    return math.prod(known(shape))
+    return math.prod(countable(shape))
 
 
 def plan(labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: Labels) -> tuple[Path, float]:
@@ -41,7 +41,7 @@ def plan(labels: tuple[Labels, ...], shapes: tuple[tuple[int, ...], ...], out: L
 
     Shapes may be symbolic in parts.
     """
-    return _plan(labels, tuple(map(known, shapes)), out)
+    return _plan(labels, tuple(map(countable, shapes)), out)
 
 
 @functools.lru_cache(maxsize=4096)  # some kilobytes each
@@ -220,7 +220,8 @@ class _Steps:
             (index(la, batch), index(lb, batch)),
         )
         how: How = {"precision": self.precision, "preferred_element_type": element}
-        lead = 0 if batch or self.mesh is not None else _tall(la, known(a.shape), lb, known(b.shape), contracted)
+        shape = lambda x: countable(x.shape)
+        lead = 0 if batch or self.mesh is not None else _tall(la, shape(a), lb, shape(b), contracted)
         if not lead:
             return lax.dot_general(a, b, dimensions, out_sharding=sharding, **how), result
         by_rows = functools.partial(_by_rows, lead, dimensions, how)
@@ -229,7 +230,7 @@ class _Steps:
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class Regrouped:
     """An array with its axes split, transposed, and joined or split again; `labels` are those of the result."""
 
     labels: Labels

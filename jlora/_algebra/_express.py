@@ -16,15 +16,15 @@ from jlora._algebra._unmade import Fed, Lazy
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Array, Base, Delta, Gate, Labels, Recipe, Word
 from jlora._dtypes import alike, widened
+from jlora._trees._compound import Compound
 from jlora._trees._leaf import Leaf
-from jlora._trees._packed import Packed
 from jlora._types import Key
 
 
 def express(
     leaf: Leaf,
     recipe: Recipe,
-    base: jax.Array | Packed,
+    base: jax.Array | Compound,
     lookup: Callable[[str, str], jax.Array],
     *,
     gates: Mapping[str, jax.Array] = MappingProxyType({}),
@@ -32,7 +32,7 @@ def express(
     origin: int = -1,
     path: str | None = None,
 ) -> Weight:
-    """The expression of one leaf, an array or `Packed`; `lookup(group, name)` gives the arrays of its recipe, `gates`
+    """The expression of one leaf, an array or `Compound`; `lookup(group, name)` gives the arrays of its recipe, `gates`
     the values of its gates.
     """
     reader = _Reader(leaf, _w0(leaf, base), lookup, gates)
@@ -60,9 +60,9 @@ def express(
     return made.replace(key=key, key_labels=reader.stack, origin=origin)
 
 
-def _w0(leaf: Leaf, base: jax.Array | Packed) -> jax.Array | Lazy:
+def _w0(leaf: Leaf, base: jax.Array | Compound) -> jax.Array | Lazy:
     """W0 as an array, or, of codes, as what makes it."""
-    if not isinstance(base, Packed):
+    if not isinstance(base, Compound):
         return base
     names = _words.atoms(leaf)
     parts, make = base.parts()

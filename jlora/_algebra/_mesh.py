@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jlora._algebra._words import Labels
-from jlora._trees._packed import is_packed
+from jlora._trees._compound import is_compound
 from jlora._types import AnyMesh, MeshAxes, Shaped, Value
 
 
@@ -33,14 +33,14 @@ def typed(base: Value) -> Value | jax.ShapeDtypeStruct:
     """What a trace is to see of a weight: of one that is several arrays its shape, dtype and, where their mesh has
     explicit axes, how it is cut.
     """
-    if not is_packed(base):
+    if not is_compound(base):
         return base
     mesh = explicit_mesh(jax.tree.leaves(base))
     at = None if mesh is None else NamedSharding(mesh, PartitionSpec(*base.spec()))
     return jax.ShapeDtypeStruct(base.shape, base.dtype, sharding=at)
 
 
-def spread(arrays: Sequence[Shaped]) -> bool:
+def on_several_devices(arrays: Sequence[Shaped]) -> bool:
     """Whether some array is known to live on a mesh of several devices, cut or not."""
     meshes = [jax.typeof(a).sharding.mesh for a in arrays]
     return any(mesh.shape[name] > 1 for mesh in meshes for name in mesh.axis_names if name not in mesh.manual_axes)

@@ -12,7 +12,7 @@ from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 
 
-def reshaped(w: Weight, base: jax.Array | Lazy, shape: tuple[int, ...]) -> Weight | None:
+def with_shape(w: Weight, base: jax.Array | Lazy, shape: tuple[int, ...]) -> Weight | None:
     """A weight whose W0 is `base`, of this shape; None where labels cannot say it."""
     if 0 in shape:
         return None

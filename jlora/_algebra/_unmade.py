@@ -26,7 +26,7 @@ _static = lambda: dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Making:
     """How a tuple of arrays becomes W0, as the model has moved it so far. Hashable: it names the program."""
 
     fn: Callable[..., jax.Array]
@@ -79,14 +79,14 @@ class Lazy:
     def arrays(self) -> tuple[jax.Array, ...]:
         return (*self.source.arrays, *self.scalars)
 
-    def recipe(self, axes: tuple[Labels, ...], size: Mapping[str, int]) -> Recipe:
+    def recipe(self, axes: tuple[Labels, ...], size: Mapping[str, int]) -> Making:
         """How `arrays` make it, where its axes are the given atoms."""
         assert self.source.fn is not None
         at = None
         if self.place is not None:
             mesh, entry = self.place[0], dict(self.place[1])
             at = NamedSharding(mesh, PartitionSpec(*(entry.get(g[0]) if g else None for g in axes)))
-        return Recipe(
+        return Making(
             self.source.fn,
             self.source.stacks,
             self.source.labels,

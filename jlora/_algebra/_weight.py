@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jlora._algebra._contract import View, contract
+from jlora._algebra._contract import Regrouped, contract
 from jlora._algebra._mesh import automatic, explicit_mesh, placed, reshaped
 from jlora._algebra._rows import Put, changed
 from jlora._algebra._term import Drop, Operand, Positional, Sides, Term
@@ -137,7 +137,7 @@ class Weight:
 
     # --- values -----------------------------------------------------------------------------------------------
 
-    def view(self, o: Operand) -> View:
+    def view(self, o: Operand) -> Regrouped:
         """W0 as an operand: split into its atoms, or where it shows a side under other labels, into those."""
         shown = {a: side for side in o.sides for a in side[0]}
         order, labels, shape = [], [], []
@@ -148,7 +148,7 @@ class Weight:
                 labels += [label for label, _ in made]
                 shape += [size for _, size in made]
         split = tuple(self.size[a] for a in self.atoms)
-        return View(tuple(labels), split, tuple(self.atoms.index(a) for a in order), tuple(shape))
+        return Regrouped(tuple(labels), split, tuple(self.atoms.index(a) for a in order), tuple(shape))
 
     def operands(
         self, term: Term, w0: jax.Array | jax.ShapeDtypeStruct | None = None

@@ -14,7 +14,7 @@ from jlora._algebra._words import Array, Delta, Function, Gate, Recipe, Word
 from jlora._trees._leaf import Leaf
 from jlora._types import DType, Place, Shape, Shaped
 
-Arrays: TypeAlias = Mapping[Place, tuple[Array, Shape]]
+Stored: TypeAlias = Mapping[Place, tuple[Array, Shape]]
 
 
 def check(recipe: Recipe, leaf: Leaf) -> None:
@@ -43,7 +43,7 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
         raise ValueError("two methods give the table new rows, and both would number them from its end on")
 
 
-def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Arrays, made: object) -> None:
+def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Stored, made: object) -> None:
     """Raises ValueError unless `initial` made the arrays of the recipe, and its functions make what they should."""
     if not isinstance(made, Mapping):
         raise ValueError(f"{leaf.path!r}: initial returns {{(group, name): array}}, not {type(made).__name__}")
@@ -63,7 +63,7 @@ def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Arrays, made: o
         raise ValueError(f"{where}: {error}") from error.__cause__
 
 
-def check_constants(arrays: Arrays, dtype_of: Callable[[Array], np.dtype]) -> None:
+def check_constants(arrays: Stored, dtype_of: Callable[[Array], np.dtype]) -> None:
     """Raises ValueError where a number that a factor begins with is zero, or none, in the dtype of the factors.
 
     A scale that is lost so is a dead adapter.

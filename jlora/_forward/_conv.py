@@ -16,7 +16,7 @@ from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._forward._dropout import thinned
 from jlora._forward._gates import met
-from jlora._forward._ops import Note, Refusal, Use, check_real, product
+from jlora._forward._ops import Note, Refusal, Spent, check_real, product
 from jlora._types import DType, Precision, Shape
 
 
@@ -119,7 +119,7 @@ def ragged(
         if label != end:
             raise Refusal("a ragged dot with a network that is no chain")
         y = y + h.astype(y.dtype)
-    note(Use("factored, by group", flops, 2.0 * elements(y.shape) * x.shape[1]))
+    note(Spent("factored, by group", flops, 2.0 * elements(y.shape) * x.shape[1]))
     return y
 
 
@@ -246,7 +246,7 @@ def conv(
         flops += cost
     assert y is not None
     dense = 2.0 * elements(y.shape) * math.prod(w.shape) / w.shape[out_axis]
-    note(Use("factored convolution", flops, dense))
+    note(Spent("factored convolution", flops, dense))
     return y
 
 

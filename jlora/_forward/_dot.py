@@ -19,15 +19,15 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._algebra._contract import How, contract, elements
-from jlora._algebra._mesh import explicit_mesh, reshaped, settled, spread
+from jlora._algebra._mesh import explicit_mesh, on_several_devices, reshaped, settled
 from jlora._algebra._term import Operand, Term
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
 from jlora._forward._dropout import thinned
 from jlora._forward._gates import met
-from jlora._forward._ops import Note, Refusal, Use, check_real, label_sizes, product, same_varying
-from jlora._forward._rule import Dot, Product, Written, cost, rule
+from jlora._forward._ops import Note, Refusal, Spent, check_real, label_sizes, product, same_varying
+from jlora._forward._rule import Dot, Product, Written, flops, rule
 from jlora._types import DType
 
 Groups = Sequence[Labels | None]  # of each axis, the atoms of the weight that it stands for; None for x's own
@@ -100,7 +100,7 @@ def dot(w: Weight, x: jax.Array, written: Written, *, forward_mode: bool, note: 
     after = [o for o in w.gain if not on(o, axes.x_groups)]
     x = _gained(w, before, axes.x_groups, x)
     if w.plain and not w.terms:
-        note(Use("rescaled activations" if w.gain else "W0 made anew", 0.0, axes.flops))
+        note(Spent("rescaled activations" if w.gain else "W0 made anew", 0.0, axes.flops))
         *held, x = same_varying([*w.held, x])
         y = w.given(lambda _: lambda w0, x: written(x, w0), x, held=held, forward_mode=forward_mode)
     else:
@@ -140,12 +140,12 @@ def _adapted(w: Weight, x: jax.Array, axes: Axes, written: Written, forward_mode
     compute = promoted(x.dtype, w.dtype)
     parts = _parts(w, x, axes, written, compute, forward_mode)
     if not parts.products:
-        note(Use("W0 between factors", axes.flops, axes.flops))
+        note(Spent("W0 between factors", axes.flops, axes.flops))
         return functools.reduce(jnp.add, parts.passed).astype(written.preferred_element_type or compute)
     made = Dot(axes.x, axes.w if w.plain else None, axes.y, tuple(parts.products), written, compute, merged=False)
-    factored, dense = cost(made, parts.xs, _shape_of_w0(w), parts.operands)
+    factored, dense = flops(made, parts.xs, _shape_of_w0(w), parts.operands)
     merged = dense < factored and _may_merge(w, x, parts, written)
-    note(Use("merged" if merged else "factored", dense if merged else factored, axes.flops))
+    note(Spent("merged" if merged else "factored", dense if merged else factored, axes.flops))
     y = _run(dataclasses.replace(made, merged=merged), w, parts, forward_mode)
     return functools.reduce(lambda y, part: y + part.astype(y.dtype), parts.passed, y)
 
@@ -219,7 +219,7 @@ def _may_merge(w: Weight, x: jax.Array, parts: Parts, written: Written) -> bool:
     """
     full32 = x.dtype == w.dtype == jnp.float32 and written.preferred_element_type in (None, jnp.float32)
     arrays = [x, *w.held, *parts.operands]
-    alone = explicit_mesh(arrays) is None and not spread(arrays)
+    alone = explicit_mesh(arrays) is None and not on_several_devices(arrays)
     return w.plain and w.lazy is None and full32 and len(parts.xs) == 1 and alone and not w.positional
 
 

@@ -30,7 +30,7 @@ def each(f: Callable[[Key], jax.Array], keys: Key) -> jax.Array:
     return f(keys)
 
 
-def fold(keys: jax.Array, data: ArrayLike) -> jax.Array:
+def fold_keys(keys: jax.Array, data: ArrayLike) -> jax.Array:
     """`fold_in` for a stack of keys."""
     return each(lambda key: jax.random.fold_in(key, data), keys)
 
@@ -57,7 +57,7 @@ def thinned(w: Weight, term: Term, x: X) -> tuple[X, Term]:
     drop = term.dropout
     if w.key is None or not drop:
         return x, term
-    keys = fold(w.key, drop.stream)
+    keys = fold_keys(w.key, drop.stream)
     gate = lambda n, rate, shape: each(
         lambda key: jnp.where(jax.random.bernoulli(jax.random.fold_in(key, n), 1 - rate, shape), 1 / (1 - rate), 0.0),
         keys,
@@ -70,5 +70,5 @@ def thinned(w: Weight, term: Term, x: X) -> tuple[X, Term]:
         gates.append(((), gate(1, drop.module, ())))
     more = tuple(Operand((value,), None, (), w.key_labels + labels) for labels, value in gates)
     if drop.rate and x is not None:
-        x = dropped(x, drop.rate, fold(keys.reshape(-1)[0], 0))
+        x = dropped(x, drop.rate, fold_keys(keys.reshape(-1)[0], 0))
     return x, dataclasses.replace(term, operands=(*term.operands, *more), dropout=Drop())

@@ -21,7 +21,7 @@ from jlora._types import Precision, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
+class Spent:
     """What a contraction cost: its plan in words, FLOPs of the delta as planned and of the dense dot."""
 
     plan: str
@@ -29,7 +29,7 @@ class Use:
     dense_flops: float
 
 
-Note = Callable[[Use], None]
+Note = Callable[[Spent], None]
 
 
 def is_vector(w: Weight) -> bool:

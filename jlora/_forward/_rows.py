@@ -17,7 +17,7 @@ from jlora._algebra._words import Labels
 from jlora._dtypes import promoted
 from jlora._forward._dropout import thinned
 from jlora._forward._gates import met
-from jlora._forward._ops import Note, Refusal, Use, product
+from jlora._forward._ops import Note, Refusal, Spent, product
 from jlora._types import DType, Shape
 
 
@@ -193,7 +193,7 @@ def lookup(
         flops += cost
     # as in loralib, a lookup has no dropout of its input, which is no activation
     lost = w.key is not None and any(t.dropout.rate for t in w.terms)
-    note(Use("rows of the factors, no dropout" if lost else "rows of the factors", flops, 0.0))
+    note(Spent("rows of the factors, no dropout" if lost else "rows of the factors", flops, 0.0))
     return y
 
 

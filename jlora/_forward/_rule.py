@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from jlora._algebra._contract import View, contract, plan
+from jlora._algebra._contract import Regrouped, contract, plan
 from jlora._algebra._mesh import explicit_mesh, reshaped, settled
 from jlora._algebra._words import Labels
 from jlora._types import Dimensions, DType, Precision, Shaped, Value
@@ -50,7 +50,7 @@ class Product:
     dense_shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     branch: int = 0
     base: int = -1
-    view: View | None = None
+    view: Regrouped | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +322,7 @@ def rule(dot: Dot, forward_mode: bool = False) -> Callable[[Arrays, jax.Array | 
     return functools.partial(_value if forward_mode else _custom, dot)
 
 
-def cost(dot: Dot, xs: Sequence[Shaped], base: Shaped | None, operands: Sequence[Shaped]) -> tuple[float, float]:
+def flops(dot: Dot, xs: Sequence[Shaped], base: Shaped | None, operands: Sequence[Shaped]) -> tuple[float, float]:
     """FLOPs of the products' forward pass, factored and contracted to matrices."""
     factored = dense = 0.0
     for p, ops in zip(dot.products, _chunks(dot, operands), strict=True):

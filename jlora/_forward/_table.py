@@ -13,7 +13,7 @@ from jlora._algebra._rows import Put
 from jlora._algebra._weight import Weight, is_weight
 from jlora._dtypes import promoted, wide
 from jlora._forward import _rows
-from jlora._forward._ops import Note, Refusal, Use, check_real, same_varying
+from jlora._forward._ops import Note, Refusal, Spent, check_real, same_varying
 from jlora._forward._rows import GatherParams, Rows
 from jlora._forward._rule import Written
 
@@ -49,11 +49,11 @@ def lookup(
         raise Refusal("a gather along another axis than that of the rows put in")
     told = _told(w, note)
     if _is_base(w):
-        note(Use(_plan("rows of the table", w), 0.0, 0.0))
+        note(Spent(_plan("rows of the table", w), 0.0, 0.0))
     made = _rows.lookup(bare, indices, params, bind, forward_mode, told)
     if is_weight(made):  # of a single id, which reads an expression
         made = made.dense()
-        told(Use("one row", 0.0, 0.0))
+        told(Spent("one row", 0.0, 0.0))
     y: jax.Array = made
     ids = lax.squeeze(indices, [indices.ndim - 1])
     size = w.shape[axis]
@@ -132,7 +132,7 @@ def dot(w: Weight, x: jax.Array, written: Written, plain: Callable[[Weight, Note
     if axis in wc:
         check_whole(w, "a dot that sums over the rows; jlora.merge makes the taller table")
     if _is_base(w):
-        note(Use(_plan("W0", w), 0.0, 0.0))
+        note(Spent(_plan("W0", w), 0.0, 0.0))
     y = plain(w.replace(rows=()), _told(w, note))
     compute = promoted(x.dtype, w.dtype)
     for put in (p for p in w.rows if not p.new):

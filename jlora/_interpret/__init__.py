@@ -22,8 +22,8 @@ from jlora._algebra._mesh import typed
 from jlora._algebra._term import Positional
 from jlora._algebra._weight import Operand, Weight, is_weight
 from jlora._forward import _ops, _table
-from jlora._forward._dropout import fold
-from jlora._forward._ops import Refusal, Use
+from jlora._forward._dropout import fold_keys
+from jlora._forward._ops import Refusal, Spent
 from jlora._interpret import contractions, control, moves, roles
 from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, bind_params, chosen, live, source
 from jlora._interpret.moments import moment
@@ -134,7 +134,7 @@ class Interpreter:
         _table.check_whole(value, reason)
         name = eqn if isinstance(eqn, str) else eqn.primitive.name
         if _ops.is_vector(value):
-            self.record(value, name, Use("dense (a vector)", 0.0, 0.0))
+            self.record(value, name, Spent("dense (a vector)", 0.0, 0.0))
         else:
             known = (source(e) for e in (*reversed(self.around), eqn) if not isinstance(e, str))
             where = next(filter(None, known), "")
@@ -145,10 +145,10 @@ class Interpreter:
                     f"({reason}{at}). Leave this weight to no gated method (exclude=...)"
                 )
             plan = "dense" if value.key is None else "dense, no dropout"
-            self.record(value, name, Use(plan, 0.0, 0.0), f"{reason} at {where}" if where else reason)
+            self.record(value, name, Spent(plan, 0.0, 0.0), f"{reason} at {where}" if where else reason)
         return value.dense()
 
-    def record(self, w: Weight, use: str, cost: Use, reason: str = "") -> None:
+    def record(self, w: Weight, use: str, cost: Spent, reason: str = "") -> None:
         if self.rows is not None and w.path is not None:
             self.rows.append(Row(w.path, use, cost.plan, cost.flops, cost.dense_flops, reason))
 
@@ -197,7 +197,7 @@ class Interpreter:
             return w
         number = self.numbers.get(w.origin, 0)
         self.numbers[w.origin] = number + 1
-        return w.replace(key=fold(w.key, number))
+        return w.replace(key=fold_keys(w.key, number))
 
     def entering(self, values: Sequence[Evaluated]) -> tuple[list[Evaluated], Counted, list[int]]:
         """Expressions on their way into a sub-jaxpr, and the numbers of their next uses, which go along as arrays.

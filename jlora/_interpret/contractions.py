@@ -16,7 +16,7 @@ from jlora._algebra._weight import Weight, is_weight
 from jlora._forward import _conv, _dot, _ops, _rows, _table
 from jlora._forward._anew import anew, bulky
 from jlora._forward._conv import ConvParams, RaggedParams
-from jlora._forward._ops import Note, Refusal, Use
+from jlora._forward._ops import Note, Refusal, Spent
 from jlora._forward._rows import GatherParams
 from jlora._forward._rule import Written
 from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, expression
@@ -40,7 +40,7 @@ def _dot_general(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[
 
     def plain(w: Weight, note: Note) -> jax.Array:
         if _ops.is_dense_delta(w):
-            note(Use("dense delta", float(math.prod(w.shape)), 0.0))
+            note(Spent("dense delta", float(math.prod(w.shape)), 0.0))
             bind = lambda w, x, _: me.bind(eqn, [w.dense(), x] if left else [x, w.dense()])[0]
             return _met(me, bind, w, x)
         dot = lambda w, x, mode: _dot.dot(w, x, written, forward_mode=mode, note=note)
@@ -84,7 +84,7 @@ def _convolution(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[
     if w.rows:
         raise Refusal("a convolution with rows put in")
     if w.plain and _ops.is_dense_delta(w):
-        me.record(w, eqn.primitive.name, Use("dense delta", float(math.prod(w.shape)), 0.0))
+        me.record(w, eqn.primitive.name, Spent("dense delta", float(math.prod(w.shape)), 0.0))
         return [_met(me, lambda w, x, _: me.bind(eqn, [x, w.dense()])[0], w, x)]
     note = functools.partial(me.record, w, eqn.primitive.name)
     bind = lambda base, x: me.bind(eqn, [x, base])[0]

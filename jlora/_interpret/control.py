@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._algebra._weight import Weight, is_weight
-from jlora._forward._dropout import fold
+from jlora._forward._dropout import fold_keys
 from jlora._forward._ops import Refusal
 from jlora._interpret.jaxpr import (
     CALLS,
@@ -193,7 +193,7 @@ def _while(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool])
 
     # the condition counts nothing, so it draws from keys that the body never has
     def other(v: Evaluated) -> Evaluated:
-        return v.replace(key=fold(v.key, 2**31 - 1)) if is_weight(v) and v.key is not None else v
+        return v.replace(key=fold_keys(v.key, 2**31 - 1)) if is_weight(v) and v.key is not None else v
 
     def go_on(state: State) -> jax.Array:
         numbers, now = state

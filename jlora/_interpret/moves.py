@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jlora._algebra._reshape import reshaped
+from jlora._algebra._reshape import with_shape
 from jlora._algebra._unmade import Lazy
 from jlora._algebra._weight import Weight, is_weight
 from jlora._algebra._words import Labels
 from jlora._forward import _table
-from jlora._forward._ops import Refusal, Use
+from jlora._forward._ops import Refusal, Spent
 from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, aval, expression
 from jlora._types import Cut, MeshAxes
 
@@ -92,7 +92,7 @@ def _reshape(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool
     (base,) = _moved(me, eqn, [w])
     if eqn.primitive.name == "reshape" and (order := eqn.params["dimensions"]) is not None:
         w = w.transposed(w.base, order)  # vmap of a convolution transposes so
-    moved = reshaped(w, base, aval(eqn.outvars[0]).shape)
+    moved = with_shape(w, base, aval(eqn.outvars[0]).shape)
     if moved is None:
         raise Refusal("a reshape across axes that labels cannot follow")
     return [moved]
@@ -135,7 +135,7 @@ def _cuttable(me: Interpreter, eqn: Eqn, w: Weight, axes: Sequence[int], drop: b
     """The same weight, its W0 computed if it cannot be cut along these axes before."""
     if w.lazy is None or all(w.lazy.can(a, drop) for n in axes for a in w.axes[n] if w.size[a] > 1 or not drop):
         return w
-    me.record(w, eqn.primitive.name, Use("W0 made before the cut", 0.0, 0.0))
+    me.record(w, eqn.primitive.name, Spent("W0 made before the cut", 0.0, 0.0))
     return w.solid()
 
 

@@ -12,8 +12,8 @@ from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _axes, _select, _tree
 from jlora._trees._choice import Choice, Rule
+from jlora._trees._compound import Compound
 from jlora._trees._leaf import Leaf
-from jlora._trees._packed import Packed
 from jlora._types import Traced
 from jlora.methods.base import Method
 
@@ -148,7 +148,7 @@ class Resolution:
             return
         shape, dtype = _tree.shape_dtype(tree.leaves[at])
         of = weight.site.leaf
-        said = _axes.given(path, shape, self.choice.axes) or self.choice.traced.get(path)
+        said = _axes.users_letters(path, shape, self.choice.axes) or self.choice.traced.get(path)
         roles = said or _axes.added(of, shape)
         if roles is None or not _axes.is_trainable_dtype(dtype):
             self.choice.bad.append(
@@ -193,7 +193,7 @@ def _ties(tree: _tree.Named, adapted: set[int], allow_untied: bool) -> list[str]
     """One array (or NNX variable) under two paths: adapted at one end only, the two would part."""
     ends: dict[int, list[int]] = {}
     for index, (owner, leaf) in enumerate(zip(tree.owners, tree.leaves, strict=True)):
-        if isinstance(leaf, (jax.Array, np.ndarray, Packed)) and leaf.ndim:
+        if isinstance(leaf, (jax.Array, np.ndarray, Compound)) and leaf.ndim:
             ends.setdefault(owner, []).append(index)
     bad = []
     for indices in ends.values():

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jlora._trees import _axis_names, _layouts, _table, _tree
+from jlora._trees._compound import is_compound
 from jlora._trees._leaf import Leaf
-from jlora._trees._packed import is_packed
 
 _INTO_HEADS = re.compile(r"(^|[_.])(q|k|v|qkv|kv|query|key|value|q_proj|k_proj|v_proj)([_.]|\d|$)")
 _OUT_OF_HEADS = re.compile(r"(^|[_.])(out|o|o_proj|out_proj|output|attn_vec)([_.]|\d|$)")
@@ -41,8 +41,8 @@ class Roles:
     def of(self, n: int) -> str | None:
         """The letters of leaf n, None where nothing decides; ValueError where the user's do not fit."""
         path, leaf = self.tree.paths[n], self.tree.leaves[n]
-        said = given(path, _tree.shape_dtype(leaf)[0], self.axes)
-        if is_packed(leaf):
+        said = users_letters(path, _tree.shape_dtype(leaf)[0], self.axes)
+        if is_compound(leaf):
             if said not in (None, leaf.roles):
                 raise ValueError(
                     f"{path!r} of shape {leaf.shape} was quantised with the axes {leaf.roles!r}, not {said!r}; "
@@ -156,10 +156,10 @@ def _names_heads(module: str, path: str) -> bool:
     return _INTO_HEADS.search(name) is not None or _OUT_OF_HEADS.search(name) is not None
 
 
-def given(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str | None:
+def users_letters(path: str, shape: tuple[int, ...], axes: dict[str, str] | None) -> str | None:
     """The user's letters of one weight, None where no pattern matches."""
     for pattern, letters in (axes or {}).items():
-        if _tree.search(pattern, path):
+        if _tree.matches(pattern, path):
             if len(letters) != len(shape) or set(letters) - set("iosk"):
                 raise ValueError(
                     f"axes={{{pattern!r}: {letters!r}}} does not fit {path!r} of shape {shape}: "

@@ -10,8 +10,8 @@ import numpy as np
 
 from jlora import _answers
 from jlora._trees import _axes, _select, _tree
+from jlora._trees._compound import sound
 from jlora._trees._leaf import Leaf
-from jlora._trees._packed import sound
 from jlora._types import Traced
 
 

@@ -231,7 +231,7 @@ LIBRARIES = (
 )  # fmt: skip
 
 # Names that say what a leaf is, whatever stands beside it: (pattern on the last step, number of axes or None, letters).
-NAMES: tuple[tuple[str, int | None, str], ...] = (
+BY_NAME: tuple[tuple[str, int | None, str], ...] = (
     # keras_hub/src/layers/modeling/position_embedding.py slices and adds it, vit_layers.py looks it up
     (r"position_embedding/embeddings", 2, ""),
     # nn.Embed embedding, hk.Embed and keras embeddings, gemma input_embedding, keras-hub reverse_embeddings: (rows, D)

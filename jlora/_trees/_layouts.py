@@ -182,7 +182,7 @@ def _by_name(path: str, shape: tuple[int, ...], shapes: Shapes) -> str | None:
     owner, _, name = path.rpartition("/")
     if len(shape) < 2:
         return "o" * len(shape)
-    for pattern, axes, letters in _conventions.NAMES:
+    for pattern, axes, letters in _conventions.BY_NAME:
         if re.fullmatch(f"(.*/)?({pattern})", path) and axes in (None, len(shape)):
             beside = shapes.get(f"{owner}/bias" if owner else "bias")
             if letters == "io" and beside is not None and beside != shape[1:]:

@@ -184,11 +184,11 @@ def _sharpened(part: object, tree: _tree.Named, taken: Sequence[int], left: Sequ
     """A pattern that takes the same matrices and no vector: the old one and the name of the leaf after it."""
     if not isinstance(part, str):
         return None
-    mine = {n for n in left if _tree.search(part, tree.paths[n])}
+    mine = {n for n in left if _tree.matches(part, tree.paths[n])}
     for name in sorted({tree.paths[n].rsplit("/", 1)[-1] for n in mine}):
         for glue in ("/", ".*/"):
             new = part.rstrip("/") + glue + name
-            hits = {n for n in (*taken, *left) if _tree.search(new, tree.paths[n])}
+            hits = {n for n in (*taken, *left) if _tree.matches(new, tree.paths[n])}
             if hits == mine:
                 return new
     return None

@@ -18,7 +18,7 @@ from flax import nnx
 from flax.core import meta
 
 from jlora._trees import _axis_names
-from jlora._trees._packed import is_packed
+from jlora._trees._compound import is_compound
 from jlora._types import DType, PyTree, Shape, TreeDef
 
 Target: TypeAlias = "str | Sequence[str] | Callable[[str, PyTree], bool]"
@@ -26,7 +26,7 @@ Target: TypeAlias = "str | Sequence[str] | Callable[[str, PyTree], bool]"
 
 def is_box(x: object) -> bool:
     """Whether `x` wraps a leaf: its attribute steps are no part of a path."""
-    return isinstance(x, (nnx.Variable, meta.AxisMetadata)) and not is_packed(x)
+    return isinstance(x, (nnx.Variable, meta.AxisMetadata)) and not is_compound(x)
 
 
 def escape(name: object) -> str:
@@ -64,7 +64,7 @@ class Named:
 def flatten(tree: PyTree) -> Named:
     """Flattens in JAX's own order, naming each leaf by the user's names alone.
 
-    A `Packed` weight is one leaf.
+    A `Compound` weight is one leaf.
 
     Raises:
       TypeError: keys that JAX cannot sort (an int beside a str).
@@ -76,7 +76,7 @@ def flatten(tree: PyTree) -> Named:
     def walk(node: PyTree, prefix: tuple[str, ...], inside: bool) -> None:
         below = lambda x: is_box(x) and x is not node
         try:
-            one = lambda x: below(x) or is_packed(x)
+            one = lambda x: below(x) or is_compound(x)
             children = jax.tree_util.tree_flatten_with_path(node, is_leaf=one)[0]
         except (TypeError, ValueError) as error:
             raise TypeError(
@@ -94,7 +94,7 @@ def flatten(tree: PyTree) -> Named:
                 names.append((_axis_names.of(node) if inside else None) or layers.get(paths[-1]))
 
     walk(tree, (), is_box(tree))
-    treedef = jax.tree.structure(tree, is_leaf=is_packed)
+    treedef = jax.tree.structure(tree, is_leaf=is_compound)
     if len(set(paths)) < len(paths):
         twice = sorted({p for p in paths if paths.count(p) > 1})
         raise ValueError(f"two leaves share the path {twice}: keys that print alike (0 and '0') cannot be told apart")
@@ -102,16 +102,16 @@ def flatten(tree: PyTree) -> Named:
 
 
 def leaves(tree: PyTree) -> list[PyTree]:
-    """The leaves in JAX's own order; a `Packed` weight is one."""
-    return jax.tree.leaves(tree, is_leaf=is_packed)
+    """The leaves in JAX's own order; a `Compound` weight is one."""
+    return jax.tree.leaves(tree, is_leaf=is_compound)
 
 
 def rebuilt(tree: PyTree, leaves: Sequence[PyTree]) -> PyTree:
     """The same tree with other leaves."""
-    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_packed), leaves)
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_compound), leaves)
 
 
-def search(pattern: str, path: str) -> bool:
+def matches(pattern: str, path: str) -> bool:
     """`re.search`, refusing in words what is no pattern."""
     try:
         return re.search(pattern, path) is not None

@@ -87,7 +87,7 @@ def _is_matrix(site: Site) -> bool:
 
 
 def _matrices(caller: str, adapted: Adapted) -> Iterator[tuple[Site, Weight]]:
-    every = _read.weights(check_adapted(caller, adapted), _tree.leaves(adapted.frozen.base))
+    every = _read.expressions(check_adapted(caller, adapted), _tree.leaves(adapted.frozen.base))
     return ((s, w) for s, w in zip(adapted.frozen.plan.sites, every, strict=True) if _is_matrix(s))
 
 

@@ -201,7 +201,7 @@ def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[tuple[float, floa
 
     def look(base: Any, factors: Any) -> None:
         adapted = Adapted({}, Frozen(params, factors, None, plan, opened(plan)))
-        for site, weight in zip(plan.sites, _read.weights(adapted, base), strict=True):
+        for site, weight in zip(plan.sites, _read.expressions(adapted, base), strict=True):
             forward, backward = _weight_flops(site, weight, tokens)
             found.append((forward / tokens, backward / tokens))
 

@@ -25,7 +25,7 @@ class SVD(NamedTuple):
     @property
     def matrix(self) -> jax.Array:
         """D itself, dense: `(stack..., in, out)`."""
-        return product(self.u * self.s[..., None, :], self.v.mT)
+        return matmul(self.u * self.s[..., None, :], self.v.mT)
 
 
 class Truncation(NamedTuple):
@@ -36,7 +36,7 @@ class Truncation(NamedTuple):
     spectral: jax.Array
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """a b in full precision: an accelerator's default would round to ten bits of mantissa or fewer."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
@@ -104,8 +104,8 @@ def factored_svd(a: Any, b: Any) -> SVD:
         raise ValueError(f"a {jnp.shape(a)} and b {jnp.shape(b)} differ in their rank, the last axis but one")
     qa, ra = jnp.linalg.qr(widened(a).mT)
     qb, rb = jnp.linalg.qr(widened(b).mT)
-    core = svd(product(ra, rb.mT))
-    return SVD(product(qa, core.u), core.s, product(qb, core.v))
+    core = svd(matmul(ra, rb.mT))
+    return SVD(matmul(qa, core.u), core.s, matmul(qb, core.v))
 
 
 def effective_rank(s: Any) -> jax.Array:

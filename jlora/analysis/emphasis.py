@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jlora import _answers
 from jlora._dtypes import widened
-from jlora.analysis.decompositions import SVD, check_matrix, product, svd
+from jlora.analysis.decompositions import SVD, check_matrix, matmul, svd
 from jlora.analysis.subspaces import basis, check_space
 
 
@@ -93,7 +93,7 @@ def amplification(update: SVD, weight: Any, rank: int | None = None) -> Amplific
     _answers.check_integer("amplification(rank", rank, 1, words, most=size)
     own = jnp.linalg.svd(weight, compute_uv=False)
     u, v = update.u[..., :rank], update.v[..., :rank]
-    onto = _norm(product(product(u.mT, weight), v))
+    onto = _norm(matmul(matmul(u.mT, weight), v))
     norm, whole = jnp.linalg.norm(update.s, axis=-1), _norm(weight)
     random = rank * whole / math.sqrt(weight.shape[-2] * weight.shape[-1])
     return Amplification(norm, whole, onto, jnp.linalg.norm(own[..., :rank], axis=-1), random, norm / onto)
@@ -118,9 +118,9 @@ def inside(update: SVD, weight: SVD) -> Inside:
       Array([0. , 0.5, 1. ], dtype=float32)
     """
     _check_shapes(update, basis(weight, "left").shape[-2], weight.v.shape[-2])
-    left = product(weight.u.mT, update.u * update.s[..., None, :])
-    right = product(weight.v.mT, update.v * update.s[..., None, :])
-    both = product(left, product(update.v.mT, weight.v))
+    left = matmul(weight.u.mT, update.u * update.s[..., None, :])
+    right = matmul(weight.v.mT, update.v * update.s[..., None, :])
+    both = matmul(left, matmul(update.v.mT, weight.v))
     total = jnp.sum(update.s**2, -1)
     total = jnp.where(total > 0, total, 1)[..., None]
     corner = jnp.cumsum(jnp.cumsum(both**2, -2), -1)
@@ -171,4 +171,4 @@ def intruders(
     words = f"there are {new.shape[-1]} singular vectors; write k of 1 to that"
     _answers.check_integer("intruders(k", k, 1, words, most=new.shape[-1])
     _answers.check_number("intruders(epsilon", epsilon, lambda x: 0 < x <= 1, "a bound on |cos|, above 0 and at most 1")
-    return jnp.max(jnp.abs(product(old.mT, new[..., :k])), -2) < epsilon
+    return jnp.max(jnp.abs(matmul(old.mT, new[..., :k])), -2) < epsilon

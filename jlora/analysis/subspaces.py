@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jlora import _answers
 from jlora._dtypes import widened
-from jlora.analysis.decompositions import SVD, check_matrix, check_svd, product
+from jlora.analysis.decompositions import SVD, check_matrix, check_svd, matmul
 
 
 class Distances(NamedTuple):
@@ -80,7 +80,7 @@ def similarity(one: SVD, other: SVD, side: Literal["left", "right"] = "left") ->
     """
     u, v = basis(one, side), basis(other, side)
     check_space(u, v)
-    square = product(u.mT, v) ** 2
+    square = matmul(u.mT, v) ** 2
     shared = jnp.cumsum(jnp.cumsum(square, -2), -1)
     i, j = (jnp.arange(1, n + 1) for n in square.shape[-2:])
     smaller = jnp.minimum(i[:, None], j[None, :]).astype(square.dtype)
@@ -136,9 +136,9 @@ def principal_angles(a: Any, b: Any) -> jax.Array:
     if a.shape[-1] < b.shape[-1]:  # the residual is taken of the smaller subspace
         a, b = b, a
     qa, qb = jnp.linalg.qr(a)[0], jnp.linalg.qr(b)[0]
-    shared = product(qa.mT, qb)
+    shared = matmul(qa.mT, qb)
     cosine = jnp.linalg.svd(shared, compute_uv=False)
-    sine = jnp.linalg.svd(qb - product(qa, shared), compute_uv=False)[..., ::-1]
+    sine = jnp.linalg.svd(qb - matmul(qa, shared), compute_uv=False)[..., ::-1]
     small = cosine**2 >= 0.5
     return jnp.where(small, jnp.arcsin(jnp.clip(sine, 0, 1)), jnp.arccos(jnp.clip(cosine, 0, 1)))
 

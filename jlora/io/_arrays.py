@@ -120,8 +120,8 @@ def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str,
     made_again = derived(adapted.frozen.plan)
     for (group, factor), (leaf, side) in leaves.items():
         name = stored_name(side, group, factor)
-        array, said = record(leaf, f"{side} factor {group!r}: {factor!r}")
-        if (group, factor) in made_again and said == record(made_again[group, factor](), name)[1]:
+        array, said = as_stored(leaf, f"{side} factor {group!r}: {factor!r}")
+        if (group, factor) in made_again and said == as_stored(made_again[group, factor](), name)[1]:
             drawn[name] = said["sha256"]
             continue
         factors[name] = said
@@ -130,7 +130,7 @@ def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str,
     return arrays, factors, drawn
 
 
-def record(leaf: Any, where: str) -> tuple[np.ndarray, dict[str, Any]]:
+def as_stored(leaf: Any, where: str) -> tuple[np.ndarray, dict[str, Any]]:
     """An array as Orbax stores it, and what a manifest says of it."""
     array, key = _host(leaf, where)
     said = {"shape": list(array.shape), "dtype": array.dtype.name, "key": key, "sha256": _digest(array)}
@@ -139,7 +139,7 @@ def record(leaf: Any, where: str) -> tuple[np.ndarray, dict[str, Any]]:
 
 def check_drawn(value: jax.Array, sha256: str, where: str) -> None:
     """ValueError unless a factor that was made again is the one that was trained beside."""
-    if record(value, where)[1]["sha256"] != sha256:
+    if as_stored(value, where)[1]["sha256"] != sha256:
         raise ValueError(f"{where} is made again from its seed, and comes out otherwise than when it was saved")
 
 

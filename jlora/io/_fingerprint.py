@@ -13,7 +13,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jlora._trees import _tree
-from jlora._trees._packed import is_packed, sound
+from jlora._trees._compound import is_compound, sound
 from jlora.io._record import several
 
 SAMPLES = 1024
@@ -94,12 +94,12 @@ def fingerprint(params: Any, tree: _tree.Named) -> list[list[Any]]:
     boxes = [x for x in jax.tree.leaves(params, is_leaf=is_stream) if is_stream(x)]
     streams = {id(x) for box in boxes for x in jax.tree.leaves(box)}
     # a quantised leaf is known by its codes, its scales, ...: weights that differ by a factor have the same codes
-    known = [jax.tree.leaves(x) if is_packed(x) else [x] for x in tree.leaves]
+    known = [jax.tree.leaves(x) if is_compound(x) else [x] for x in tree.leaves]
     values = iter(samples([None if id(x) in streams else x for x in itertools.chain.from_iterable(known)]))
     rows = []
     for path, leaf, arrays in zip(tree.paths, tree.leaves, known, strict=True):
         shape, dtype = _tree.shape_dtype(leaf)
-        dtype = f"{leaf.describe()} of {dtype}" if is_packed(leaf) else dtype
+        dtype = f"{leaf.describe()} of {dtype}" if is_compound(leaf) else dtype
         mine = [next(values) for _ in arrays]
         digest = None if any(x is None for x in mine) else ":".join(_digest(x) for x in mine if x is not None)
         rows.append([path, list(shape), str(dtype), digest])

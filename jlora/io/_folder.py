@@ -108,7 +108,7 @@ def temporary(parent: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def beside(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside the target, whose parents are made, and taken away again if nothing comes of it."""
     missing = [p for p in target.parents if not os.path.lexists(p)]
     try:

@@ -54,7 +54,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def known(extra: Sequence[type[Method]]) -> dict[str, type[Method]]:
+def nameable(extra: Sequence[type[Method]]) -> dict[str, type[Method]]:
     """The methods a file may name: those of `jlora.methods` and the ones the caller passes."""
     found = {k: v for k, v in vars(methods).items() if _is_method(v) and v is not Method}
     if not isinstance(extra, (list, tuple)):
@@ -148,7 +148,7 @@ def _hint(cls: type, field: dataclasses.Field) -> Any:
 
 def read_plan(content: Mapping[str, Any], tree: _tree.Named, extra: Sequence[type[Method]], where: str) -> Plan:
     """The plan of a manifest over a tree of parameters. All that does not fit is named at once."""
-    classes, table = known(extra), []
+    classes, table = nameable(extra), []
     for record in content["methods"]:
         try:
             table.append(_read_method(record, classes))

@@ -150,7 +150,7 @@ def _counts(count: re.Match[str]) -> tuple[int, int | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class Dots:
     """Where a name has dots that are any letter; names of one form are found at once.
 
     Attributes:
@@ -177,7 +177,7 @@ class Name:
     """A key that is a name: its dots are any letter, as in a regular expression, and an escaped one is a dot."""
 
     name: str
-    form: Form
+    form: Dots
 
     @staticmethod
     def read(key: str) -> "Name | None":
@@ -186,17 +186,17 @@ class Name:
         if not _NAME.fullmatch(key) or len(key) > _LONGEST:
             return None
         if "\\" not in key:
-            return Name(key, Form(len(key), frozenset(n for n, a in enumerate(key) if a == "."), whole))
+            return Name(key, Dots(len(key), frozenset(n for n, a in enumerate(key) if a == "."), whole))
         letters = re.findall(r"\\(.)|(.)", key, re.DOTALL)
         free = frozenset(n for n, (_, plain) in enumerate(letters) if plain == ".")
-        return Name("".join(a or b for a, b in letters), Form(len(letters), free, whole))
+        return Name("".join(a or b for a, b in letters), Dots(len(letters), free, whole))
 
     def matches(self, module: str) -> bool:
         """Whether it names this module."""
         return self.form.end(module) == self.name
 
 
-def read(key: str) -> "Name | Pattern":
+def parsed(key: str) -> "Name | Pattern":
     """A key of a configuration; ValueError where it is none that is read here."""
     return Name.read(key) or Pattern(key)
 
@@ -213,7 +213,7 @@ class Patterns:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.left, self.bad = _STEPS, list[str]()
-        self.names: dict[Form, dict[str, tuple[int, Any]]] = {}
+        self.names: dict[Dots, dict[str, tuple[int, Any]]] = {}
         self.others: list[tuple[int, Pattern, Any]] = []
         for place, (key, value) in enumerate(values.items()):
             self._spend(_NAMED + len(key))

@@ -21,7 +21,7 @@ from jlora.io import _pattern
 from jlora.io._pattern import Patterns
 from jlora.io._record import several
 
-NAME = "adapter_config.json"
+CONFIG_FILE = "adapter_config.json"
 #: In front of a module's name in the keys of tensors; and what peft's own modules are called.
 PREFIX = "base_model.model."
 _ROUND = ("base_model", "base_model.model")
@@ -285,7 +285,7 @@ def _targets(scales: Collection[str], known: Collection[str]) -> tuple[str, ...]
     return tuple(sorted(scales))
 
 
-def taken(saved: Collection[str], known: Collection[str], adapted: Collection[str]) -> dict[str, list[str]]:
+def taken_too(saved: Collection[str], known: Collection[str], adapted: Collection[str]) -> dict[str, list[str]]:
     """The other modules that peft would take for those that are saved whole, `{saved: others}`.
 
     It looks at the last letters of every name alone: of its own modules round the model and inside those with factors,
@@ -328,13 +328,13 @@ def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     exact = {module: "^" + re.escape(module) for module in odd}
     names = {m: m if re.fullmatch(r"[\w.-]+", m) and common[m] == 1 else exact[m] for m in odd}
     many = len(odd) * len(values) > 10**6
-    keys = [] if many else [(module, _pattern.read(key)) for module, key in names.items()]
+    keys = [] if many else [(module, _pattern.parsed(key)) for module, key in names.items()]
     if many or any(key.matches(other) for module, key in keys for other in values if other != module):
         names = exact  # its dots are any letter
     return {names[module]: value for module, value in odd.items()}
 
 
-def spelled(config: Config) -> str:
+def in_one_spelling(config: Config) -> str:
     """What a configuration says of the numbers, in one spelling."""
     return json.dumps(dataclasses.asdict(config), sort_keys=True)
 

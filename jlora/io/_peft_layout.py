@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._trees._leaf import Leaf
+from jlora._types import Shape
 
-NAME = "adapter_model.safetensors"
+TENSORS_FILE = "adapter_model.safetensors"
 DIGEST = "jlora_sha256"
 
 #: The dtypes of tensors that fit into float32, the usual dtype of factors, without loss.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-
-Shape = tuple[int, ...]
 
 
 def one_layer(leaf: Leaf, index: Shape) -> Leaf:

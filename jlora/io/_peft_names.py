@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from jlora._trees import _tree
 
 Slot: TypeAlias = tuple[str, tuple[int, ...]]
-Names: TypeAlias = "Mapping[str, str] | Callable[..., Any] | None"
+ModuleNames: TypeAlias = "Mapping[str, str] | Callable[..., Any] | None"
 
 #: What Flax calls the weight of a module that peft calls `weight`.
 WEIGHTS = ("kernel", "embedding", "scale")
@@ -101,7 +101,7 @@ class Book:
       ValueError: a template that is none.
     """
 
-    def __init__(self, names: Names, paths: Sequence[str]) -> None:
+    def __init__(self, names: ModuleNames, paths: Sequence[str]) -> None:
         if names is not None and not isinstance(names, Mapping) and not callable(names):
             raise TypeError(f"names is a dictionary {{module: path}} or a function, not {names!r:.100}")
         self.paths = dict.fromkeys(paths)

@@ -74,7 +74,7 @@ class Part:
         return whole
 
 
-class Reader:
+class Collector:
     """Takes the modules of a file, one by one, for the leaves of a tree."""
 
     def __init__(self, config: Config, tree: _tree.Named, book: Book, axes: dict[str, str] | None) -> None:

@@ -54,7 +54,7 @@ class Writer:
         saved = {self._attempt(self._save_module, site, index) for site, index in _slots(self, wholes, biases)}
         bias = self._attempt(self._biases, biases) if not self.bad else {}
         known = self.book.known() | set(self.scales)
-        for name, others in config.taken(saved - {None}, known, self.scales).items():
+        for name, others in config.taken_too(saved - {None}, known, self.scales).items():
             if others:
                 self.bad.append(
                     f"{name!r} is saved whole, and peft saves every module whose name ends in these letters, and what "

@@ -63,7 +63,7 @@ class Store:
     def save(self, target: Path, arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> None:
         """Saves arrays and what a manifest says besides them."""
         if not target.is_dir():
-            with _folder.beside(target) as made:
+            with _folder.new_folder(target) as made:
                 new = made / "new"
                 new.mkdir()
                 self._write(new, arrays, content)

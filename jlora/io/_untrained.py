@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora._algebra._words import Array, Difference, begins
 from jlora._plan._sites import Site
-from jlora._trees import _packed, _tree
+from jlora._trees import _compound, _tree
 from jlora.adapted import Adapted
 from jlora.methods.base import of_the_weight
 
@@ -78,7 +78,7 @@ def _start(adapted: Adapted) -> str:
 
 def _as_begun(adapted: Adapted, site: Site, array: Array, x: np.ndarray) -> bool:
     """Whether a factor that is made of the weight is as its method makes it, up to rounding."""
-    weight = _packed.dense(_tree.flatten(adapted.frozen.base).leaves[site.index])
+    weight = _compound.dense(_tree.flatten(adapted.frozen.base).leaves[site.index])
     key = jax.random.key(0)  # what is drawn is not what is compared
     begun = site.method.initial(site.leaf, site.recipe, lambda *_: key, weight)
     start = begun[array.group or site.leaf.path, array.name]

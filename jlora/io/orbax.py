@@ -18,7 +18,7 @@ import numpy as np
 
 from jlora._merge import MergeReport, merge, merge_report
 from jlora._trees import _tree
-from jlora._trees._packed import is_packed
+from jlora._trees._compound import is_compound
 from jlora._version import __version__
 from jlora.adapted import Adapted, Frozen, derived, is_adapted
 from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training, _untrained
@@ -81,7 +81,7 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
         "jlora": __version__,
         "factors": factors,
         "drawn": drawn,
-        "generator": _draws.NAME if drawn else None,
+        "generator": _draws.GENERATOR if drawn else None,
         **_manifest.write_methods(adapted.frozen.plan),
         "base": _fingerprint.fingerprint(adapted.frozen.base, tree),
     }
@@ -137,7 +137,7 @@ def load(
         raise ValueError(f"check={check!r}: write 'values', 'shapes' or 'none'")
     if is_adapted(params):
         raise TypeError("params is an Adapted; load takes the base: load(path, adapted.frozen.base)")
-    _manifest.known(methods)
+    _manifest.nameable(methods)
     folder = _manifest.STORE.find(path)
     if not _manifest.STORE.is_here(folder):
         if spec is None:
@@ -184,8 +184,10 @@ def _open(
     ]
     elements = sum(math.prod(_tree.shape_dtype(leaf)[0]) for leaf in tree.leaves)
     _store.check_size(asked, elements, size, str(folder))
-    if drawn and content["generator"] != _draws.NAME:
-        raise ValueError(f"{folder} was drawn by {content['generator']!r:.60}, and this jlora draws by {_draws.NAME!r}")
+    if drawn and content["generator"] != _draws.GENERATOR:
+        raise ValueError(
+            f"{folder} was drawn by {content['generator']!r:.60}, and this jlora draws by {_draws.GENERATOR!r}"
+        )
     arrays = _read_arrays(folder, content)
     sides: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
     for name, (group, factor, trained, shape) in want.items():
@@ -256,12 +258,12 @@ def export(
     replaces = _folder.check_free(target, overwrite, "_METADATA", "exported parameters")
     _arrays.check_concrete(adapted, lambda x: x, "jlora.export")
     # the names, before the work; a quantised weight will be the array that it stands for
-    stands = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape) if is_packed(x) else x
-    params = _plain_tree(jax.tree.map(stands, adapted.frozen.base, is_leaf=is_packed))
+    stands = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape) if is_compound(x) else x
+    params = _plain_tree(jax.tree.map(stands, adapted.frozen.base, is_leaf=is_compound))
     _check_loss(merge_report(adapted), allow_loss)
     _untrained.warn("export(path", adapted)
     params = _plain_tree(merge(adapted))
-    with _folder.beside(target) as folder:
+    with _folder.new_folder(target) as folder:
         new = folder / target.name
         _checkpoint.write_tree(new, jax.tree.map(_portable, params))
         _folder.sync_all(new)

@@ -15,17 +15,17 @@ from jlora._trees import _tree
 from jlora.adapted import Adapted, begun, is_adapted, join, split
 from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read, _untrained
 from jlora.io._peft_config import Config
-from jlora.io._peft_names import Book, Names
+from jlora.io._peft_names import Book, ModuleNames
 from jlora.io._peft_write import Writer
 from jlora.io._record import several
 
-_FILES = (_peft_config.NAME, _peft_layout.NAME, "adapter_model.bin")
+_FILES = (_peft_config.CONFIG_FILE, _peft_layout.TENSORS_FILE, "adapter_model.bin")
 
 
 def load(
     folder: "str | os.PathLike[str]",
     params: Any,
-    names: Names = None,
+    names: ModuleNames = None,
     *,
     axes: dict[str, str] | None = None,
     dtype: Any = "float32",
@@ -82,7 +82,7 @@ def load(
     tree = _tree.flatten(params)
     book = Book(names, tree.paths)
     where, config, tensors = _read(folder)
-    reader = _peft_read.Reader(config, tree, book, axes)
+    reader = _peft_read.Collector(config, tree, book, axes)
     for module, named in _peft_read.modules(tensors, reader.bad).items():
         reader.take(module, named)
     parts = reader.finish()
@@ -98,7 +98,8 @@ def _read(folder: "str | os.PathLike[str]") -> tuple[Path, Config, dict[str, np.
         where = _find(_folder.local(folder))
         was = _inode(where)
         try:
-            found = _peft_config.read(where / _peft_config.NAME), _peft_layout.read(where / _peft_layout.NAME)
+            tensors, config = where / _peft_layout.TENSORS_FILE, where / _peft_config.CONFIG_FILE
+            found = _peft_config.read(config), _peft_layout.read(tensors)
             _check_digest(where, *found)
         except (ValueError, OSError):
             if _inode(where) == was:
@@ -110,11 +111,12 @@ def _read(folder: "str | os.PathLike[str]") -> tuple[Path, Config, dict[str, np.
 
 def _check_digest(where: Path, config: Config, tensors: Mapping[str, np.ndarray]) -> None:
     """ValueError where jlora wrote a digest of both files, and it is not theirs."""
-    stated = _peft_layout.stated(where / _peft_layout.NAME)
-    if stated not in (None, _peft_layout.digest(tensors, _peft_config.spelled(config))):
+    stated = _peft_layout.stated(where / _peft_layout.TENSORS_FILE)
+    if stated not in (None, _peft_layout.digest(tensors, _peft_config.in_one_spelling(config))):
         raise ValueError(
             f"{where} is damaged, or was edited: its numbers do not have the digest that jlora.io.peft.save wrote into "
-            f"{_peft_layout.NAME}. If it was you, write that file again (safetensors.numpy.save_file), without one"
+            f"{_peft_layout.TENSORS_FILE}. If it was you, write that file again (safetensors.numpy.save_file), without "
+            "one"
         )
 
 
@@ -126,7 +128,7 @@ def _find(where: Path) -> Path:
     """The folder with both files; where a save was killed between two renames, the one that it was to replace."""
     if not os.path.lexists(where) and _folder.old(where).is_dir():
         where = _folder.old(where)
-    _folder.check_kind(where, _peft_config.NAME)
+    _folder.check_kind(where, _peft_config.CONFIG_FILE)
     missing = [name for name in _FILES[:2] if not (where / name).is_file()]
     if missing:
         pickled = " (adapter_model.bin is a pickle, which runs code: save it again with a newer peft)"
@@ -140,7 +142,7 @@ def _find(where: Path) -> Path:
 def save(
     folder: "str | os.PathLike[str]",
     adapted: Adapted,
-    names: Names = None,
+    names: ModuleNames = None,
     *,
     task_type: str | None = None,
     base_model: "str | os.PathLike[str] | None" = None,
@@ -187,28 +189,28 @@ def save(
     """
     target = _folder.local(folder)
     _folder.recover(target)
-    replaces = _folder.check_free(target, overwrite, _peft_config.NAME, "adapter of peft")
+    replaces = _folder.check_free(target, overwrite, _peft_config.CONFIG_FILE, "adapter of peft")
     _arrays.check_concrete(adapted, lambda x: x, "jlora.io.peft.save")
     paths = _tree.flatten(adapted.frozen.base).paths
     tensors, config = Writer(adapted, Book(names, paths)).write()
     said = _peft_config.write(config, task_type, base_model)
     _untrained.warn("jlora.io.peft.save(path", adapted)
-    with _folder.beside(target) as temporary:
+    with _folder.new_folder(target) as temporary:
         new = temporary / "adapter"
         new.mkdir()
-        (new / _peft_layout.NAME).write_bytes(_peft_layout.write(tensors, _peft_config.spelled(config)))
-        (new / _peft_config.NAME).write_bytes(said)
+        (new / _peft_layout.TENSORS_FILE).write_bytes(_peft_layout.write(tensors, _peft_config.in_one_spelling(config)))
+        (new / _peft_config.CONFIG_FILE).write_bytes(said)
         _read_back(new, tensors, config)
-        _folder.sync(new / _peft_layout.NAME, new / _peft_config.NAME, new)
+        _folder.sync(new / _peft_layout.TENSORS_FILE, new / _peft_config.CONFIG_FILE, new)
         _folder.appear(new, target, replaces, lambda entry: entry.name in _FILES)
 
 
 def _read_back(folder: Path, tensors: Mapping[str, np.ndarray], config: Config) -> None:
     """Raises OSError unless both files hold what was to be written."""
-    found = _peft_layout.read(folder / _peft_layout.NAME)
+    found = _peft_layout.read(folder / _peft_layout.TENSORS_FILE)
     same = found.keys() == tensors.keys() and all(
         found[name].dtype == a.dtype and found[name].shape == a.shape and found[name].tobytes() == a.tobytes()
         for name, a in tensors.items()
     )
-    if not same or _peft_config.read(folder / _peft_config.NAME) != config:
+    if not same or _peft_config.read(folder / _peft_config.CONFIG_FILE) != config:
         raise OSError(f"{folder} does not hold what was written to it: the disk, or what is between, lost it")

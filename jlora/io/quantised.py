@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jlora._trees import _tree
-from jlora._trees._packed import is_packed, sound
+from jlora._trees._compound import is_compound, sound
 from jlora.adapted import is_adapted
 from jlora.io import _arrays, _folder, _record, _store
 from jlora.io._manifest import FACTOR
@@ -109,13 +109,13 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
     sound(zip(tree.paths, tree.leaves, strict=True))
     arrays, leaves = {}, {}
     for leaf_path, leaf in zip(tree.paths, tree.leaves, strict=True):
-        packed = cast(Quantized, leaf) if is_packed(leaf) else None
+        packed = cast(Quantized, leaf) if is_compound(leaf) else None
         how = described(packed.codec, packed.kernel) if packed is not None else None
         parts = packed.arrays if packed is not None else {"": leaf}
         records = {}
         for name, part in parts.items():
             place = _arrays.stored_name("base", leaf_path, name)
-            array, records[name] = _arrays.record(part, f"{leaf_path!r} {name}".strip())
+            array, records[name] = _arrays.as_stored(part, f"{leaf_path!r} {name}".strip())
             if array.size:
                 arrays[place] = array
         leaves[leaf_path] = {"quantised": how, "arrays": records}
@@ -186,7 +186,7 @@ def _check_like(made: Mapping[str, Any], tree: _tree.Named, folder: Path) -> Non
     for p, leaf in zip(tree.paths, tree.leaves, strict=True):
         if p in made and _tree.shape_dtype(leaf)[0] != tuple(made[p].shape):
             bad.append(f"{p!r} has shape {tuple(made[p].shape)} in the file, {_tree.shape_dtype(leaf)[0]} here")
-        elif p in made and is_packed(leaf) and _named(leaf) != _named(made[p]):
+        elif p in made and is_compound(leaf) and _named(leaf) != _named(made[p]):
             bad.append(f"{p!r} is {_named(made[p])} in the file, {_named(leaf)} here")
     if bad:
         raise ValueError(f"{folder} is not a base of this structure:" + several(bad))
@@ -194,7 +194,7 @@ def _check_like(made: Mapping[str, Any], tree: _tree.Named, folder: Path) -> Non
 
 def _named(leaf: Any) -> str:
     """How a leaf is held, in a word."""
-    return leaf.describe() if is_packed(leaf) else "an array"
+    return leaf.describe() if is_compound(leaf) else "an array"
 
 
 def _read_leaf(leaf: Mapping[str, Any], where: str) -> _Described:

@@ -22,21 +22,21 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jlora._types import PyTree, Shape
 
-NAME = "threefry2x32"  # what a file says of how its factors were drawn
+GENERATOR = "threefry2x32"  # what a file says of how its factors were drawn
 
-Key: TypeAlias = tuple[ArrayLike, ArrayLike]  # two uint32
+RawKey: TypeAlias = tuple[ArrayLike, ArrayLike]  # two uint32
 Words: TypeAlias = tuple[jax.Array, jax.Array]  # two uint32 an element
 
 ROTATIONS = np.array([[13, 15, 26, 6], [17, 29, 16, 24]], np.uint32)
 
 
-def key(seed: int) -> Key:
+def key(seed: int) -> RawKey:
     """The key of a seed, of which the lower 32 bits count."""
     return np.uint32(0), np.uint32(seed & 0xFFFFFFFF)
 
 
 @jax.jit
-def block(key: Key, high: jax.Array, low: jax.Array) -> Words:
+def block(key: RawKey, high: jax.Array, low: jax.Array) -> Words:
     """Threefry of counters (high, low): two words for each."""
 
     def rounds(n: int, state: PyTree) -> PyTree:
@@ -54,13 +54,13 @@ def block(key: Key, high: jax.Array, low: jax.Array) -> Words:
     return lax.platform_dependent(*state, cpu=run(False), default=run(True))[:2]
 
 
-def fold_in(key: Key, n: ArrayLike) -> Key:
+def fold_in(key: RawKey, n: ArrayLike) -> RawKey:
     """Another key for every whole number; the n-th of a split, too."""
     n = jnp.asarray(n).astype(jnp.uint32)
     return block(key, 0 * n, n)
 
 
-def words(key: Key, shape: Shape) -> Words:
+def random_words(key: RawKey, shape: Shape) -> Words:
     """Two random words an element."""
     size = math.prod(shape)
     if size > 2**32:
@@ -69,24 +69,24 @@ def words(key: Key, shape: Shape) -> Words:
     return block(key, jnp.zeros_like(low), low)
 
 
-def bits(key: Key, shape: Shape) -> jax.Array:
+def bits(key: RawKey, shape: Shape) -> jax.Array:
     """uint32."""
-    x, y = words(key, shape)
+    x, y = random_words(key, shape)
     return x ^ y
 
 
-def unit(key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
+def unit(key: RawKey, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """Multiples of 2^-m in [0, 1), m the bits of the dtype's mantissa; float32 where the dtype is narrower."""
     m = jnp.finfo(dtype).nmant
     if m == 52:
-        x, y = words(key, shape)
+        x, y = random_words(key, shape)
         return x.astype(dtype) * 2.0**-32 + (y >> np.uint32(12)).astype(dtype) * 2.0**-52
     width = 32 if m > 10 else 16 if m > 7 else 8
     k = (bits(key, shape) & np.uint32(2**width - 1)) >> np.uint32(width - m)
     return k.astype(jnp.float32) * 2.0**-m
 
 
-def uniform(key: Key, shape: Shape, dtype: DTypeLike, bound: float) -> jax.Array:
+def uniform(key: RawKey, shape: Shape, dtype: DTypeLike, bound: float) -> jax.Array:
     """U(-bound, bound)."""
     u = unit(key, shape, dtype)
     if u.dtype == dtype:
@@ -98,19 +98,19 @@ def uniform(key: Key, shape: Shape, dtype: DTypeLike, bound: float) -> jax.Array
     return jnp.maximum(narrow(narrow(u * width).astype(u.dtype) - b), narrow(jnp.asarray(-b)))
 
 
-def normal(key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
+def normal(key: RawKey, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """N(0, 1), in float32 or float64."""
     least = np.nextafter(np.asarray(-1.0, dtype), np.asarray(0.0, dtype))
     u = jnp.maximum(2 * unit(key, shape, dtype) + least, least)
     return jnp.multiply(np.asarray(math.sqrt(2), dtype), lax.erf_inv(u))
 
 
-def signs(key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
+def signs(key: RawKey, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """+-1 with equal chances."""
     return jnp.where(bits(key, shape) >> np.uint32(31) == 0, 1, -1).astype(dtype)
 
 
-def entries(key: Key, n: int, of: int) -> jax.Array:
+def entries(key: RawKey, n: int, of: int) -> jax.Array:
     """n of the whole numbers below `of`, each at most once, in rising order: int32."""
-    _, _, order = lax.sort((*words(key, (of,)), lax.iota(jnp.int32, of)), num_keys=2)
+    _, _, order = lax.sort((*random_words(key, (of,)), lax.iota(jnp.int32, of)), num_keys=2)
     return jnp.sort(order[:n])

@@ -23,13 +23,13 @@ from jlora.methods.base import check_sides
 DIGITS = 4
 
 
-def held(numbers: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+def to_digits(numbers: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Numbers (..., n) below 2^31 as digits (..., n, 4), the lowest first; in float32 where the dtype is too narrow."""
     digits = jnp.stack([(numbers >> 8 * k) & 255 for k in range(DIGITS)], -1)
     return digits.astype(dtype if jnp.finfo(dtype).nmant >= 7 else jnp.float32)
 
 
-def read(digits: jax.Array) -> jax.Array:
+def from_digits(digits: jax.Array) -> jax.Array:
     """The inverse of `held`: int32."""
     whole = lax.stop_gradient(digits).astype(jnp.int32)
     return functools.reduce(lambda total, k: total + (whole[..., k] << 8 * k), range(1, DIGITS), whole[..., 0])
@@ -37,7 +37,7 @@ def read(digits: jax.Array) -> jax.Array:
 
 def scattered(values: jax.Array, digits: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
     """Zeros but for these values at these entries."""
-    return jnp.zeros(math.prod(sizes), values.dtype).at[read(digits)].add(values).reshape(sizes)
+    return jnp.zeros(math.prod(sizes), values.dtype).at[from_digits(digits)].add(values).reshape(sizes)
 
 
 def seeded(seed: int, of: int) -> Callable[..., jax.Array]:
@@ -46,7 +46,7 @@ def seeded(seed: int, of: int) -> Callable[..., jax.Array]:
 
 
 def _seeded(seed: int, of: int, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
-    return held(_draws.entries(_draws.key(seed), shape[-2], of), dtype)
+    return to_digits(_draws.entries(_draws.key(seed), shape[-2], of), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Random:
 
     def __call__(self, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Array:
         *stack, n, _ = shape
-        draw = lambda words: held(_draws.entries((words[0], words[1]), n, self.of), dtype)
+        draw = lambda words: to_digits(_draws.entries((words[0], words[1]), n, self.of), dtype)
         for _ in stack:
             draw = jax.vmap(draw)
         return draw(jax.random.bits(key, (*stack, 2), jnp.uint32))
 
 
-def check(leaf: Leaf, n: int, what: str) -> None:
+def check_entries(leaf: Leaf, n: int, what: str) -> None:
     """Raises unless a weight has n elements, and numbers of 31 bits for them."""
     check_sides(leaf)
     size = leaf.size("ik") * leaf.size("o")

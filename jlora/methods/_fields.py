@@ -67,7 +67,7 @@ def nonzero(what: str) -> Holds:
     return Holds(_strength, words + "; jlora.scale(adapted, 0) switches an adapter off")
 
 
-def names(every: str) -> Reads:
+def letters_of(every: str) -> Reads:
     """Some of these letters, in their order, each once: a string of them, or a tuple, list or set."""
 
     def read(value: object) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def settle(method: object, but: Sequence[str]) -> None:
             continue
         value = getattr(method, field)
         try:
-            object.__setattr__(method, field, settled(value, hint))
+            object.__setattr__(method, field, as_hinted(value, hint))
         except ValueError as error:
             shown = repr(value) if len(repr(value)) < 100 else f"{type(value).__name__} {repr(value)[:80]}..."
             array = isinstance(value, (jax.Array, np.ndarray)) and value.ndim == 0
@@ -119,7 +119,7 @@ def settle(method: object, but: Sequence[str]) -> None:
         raise ValueError("\n".join(bad))
 
 
-def settled(value: object, hint: object) -> object:
+def as_hinted(value: object, hint: object) -> object:
     """A value as a type hint says it; ValueError in words where it is something else. Unknown hints take anything."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -128,7 +128,7 @@ def settled(value: object, hint: object) -> object:
         words = []
         for option in args:
             try:
-                return settled(value, option)
+                return as_hinted(value, option)
             except ValueError as error:
                 words.append(str(error))
         raise ValueError(" or ".join(words))
@@ -152,7 +152,7 @@ def _annotated(value: object, hint: object, extras: Sequence[object]) -> object:
             return extra.read(value)
     words = [extra.words for extra in extras if isinstance(extra, Holds)]
     try:
-        value = settled(value, hint)
+        value = as_hinted(value, hint)
     except ValueError as error:
         raise ValueError(words[0] if words else str(error)) from None
     for extra in extras:
@@ -165,7 +165,7 @@ def _tuple(value: object, args: Sequence[object]) -> tuple[object, ...]:
     endless = args[-1] is Ellipsis
     example = "several" if endless else str(len(args))
     try:
-        words = settled(None, args[0])
+        words = as_hinted(None, args[0])
     except ValueError as error:
         words = error
     wanted = f"a tuple of {example}, each of which: {words}"
@@ -174,7 +174,7 @@ def _tuple(value: object, args: Sequence[object]) -> tuple[object, ...]:
         raise ValueError(wanted)
     each = [args[0]] * len(value) if endless else args
     try:
-        return tuple(settled(v, h) for v, h in zip(value, each, strict=True))
+        return tuple(as_hinted(v, h) for v, h in zip(value, each, strict=True))
     except ValueError:
         raise ValueError(wanted) from None
 

@@ -25,12 +25,12 @@ from jlora.methods import _draws
 BLOCK = 2**18  # entries of a dense P that are at hand at once
 
 
-def root(place: jax.Array) -> _draws.Key:
+def root(place: jax.Array) -> _draws.RawKey:
     """The key of a projection."""
     return functools.reduce(_draws.fold_in, [place[n] for n in range(3)], _draws.key(0))
 
 
-def dense(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
+def by_columns(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
     """A few columns at a time; the backward pass draws them again, as their products with theta would be P itself."""
     key, d = root(place), theta.shape[0]
     width = min(d, max(1, BLOCK // size))
@@ -85,7 +85,7 @@ def draws(place: jax.Array, bits: int, dtype: np.dtype) -> tuple[jax.Array, jax.
     return _draws.signs(signs, (n,), dtype), permutation(order, bits), _draws.normal(gauss, (n,), dtype)
 
 
-def permutation(key: _draws.Key, bits: int) -> jax.Array:
+def permutation(key: _draws.RawKey, bits: int) -> jax.Array:
     """A random order of 0, ..., 2^bits - 1 without a sort, by which millions of entries take seconds.
 
     Three rounds of what is one-to-one on numbers of so many bits: times an odd number, plus another, and the upper
@@ -110,4 +110,4 @@ def hadamard(x: jax.Array) -> jax.Array:
     return y.reshape(x.shape)
 
 
-PROJECTIONS = {"dense": dense, "sparse": sparse, "fastfood": fastfood}
+PROJECTIONS = {"dense": by_columns, "sparse": sparse, "fastfood": fastfood}

@@ -19,7 +19,7 @@ from jlora.methods import _entries
 from jlora.methods._fields import Holds, Seed, nonzero
 from jlora.methods.base import Method, zeros
 
-LARGEST = 2**20  # a side from here on has angles that 32 bits do not hold
+TOO_LONG = 2**20  # a side from here on has angles that 32 bits do not hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Waves:
         return automatic(self._made, (entries,))
 
     def _made(self, entries: jax.Array) -> jax.Array:
-        number, d = _entries.read(entries).astype(jnp.uint32), math.prod(self.sizes)
+        number, d = _entries.from_digits(entries).astype(jnp.uint32), math.prod(self.sizes)
         u = (number // self.d_out if self.into else number % self.d_out)[:, None]
         i = jnp.arange(d, dtype=jnp.uint32)[None, :]
         # u i mod d, of i = 256 h + l: no product here reaches 2^32
@@ -84,10 +84,10 @@ class FourierFT(Method):
     target: Target = targets.attention
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
-        _entries.check(leaf, self.n, f"n is {self.n}")
+        _entries.check_entries(leaf, self.n, f"n is {self.n}")
         d_in, d_out = leaf.size("ik"), leaf.size("o")
-        if max(d_in, d_out) >= LARGEST:
-            raise ValueError(f"sides of (in, out) = {(d_in, d_out)} are no longer than {LARGEST - 1}; exclude it")
+        if max(d_in, d_out) >= TOO_LONG:
+            raise ValueError(f"sides of (in, out) = {(d_in, d_out)} are no longer than {TOO_LONG - 1}; exclude it")
         group = f"fourierft/{self.seed}/{self.n}/{d_in} {d_out}"
         init, shape = _entries.seeded(self.seed, d_in * d_out), (self.n, _entries.DIGITS)
         entries = Array("entries", init, shape, trained=False, group=group, stacked=False, derived=True)

@@ -89,7 +89,7 @@ class Columns:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowsOfW0:
     """T^T L W0, in the axes of the outputs: r inputs of W0 in place of all of them."""
 
     leaf: Leaf  # of one layer of a stack, without its path: equal layers are one program
@@ -140,5 +140,5 @@ class HRA(Method):
         check_sides(leaf)
         start = InPairs(1 / math.sqrt(self.rank / 2), len(leaf.stack))
         u = Array("u", start, (self.rank, *leaf.sizes("ik")))
-        words = Function(Columns(), (u,)), Function(Rows(dataclasses.replace(leaf.layer, path="")), (u,), base=True)
+        words = Function(Columns(), (u,)), Function(RowsOfW0(dataclasses.replace(leaf.layer, path="")), (u,), base=True)
         return Recipe((Delta("r I, r O -> I O", words, (("r", self.rank),)),))

@@ -30,7 +30,7 @@ BITS = (16, 16, 32)  # of the numbers that a place holds: the halves of a hash, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProjectionOf:
     """Which projection is a weight's: `(stack..., 64)`, the bits of a hash of its path and of the layer, as +1 and -1.
 
     Data and not metadata: equal layers then share one program, and no compiler can draw P beforehand and keep it.
@@ -49,7 +49,7 @@ class Place:
         return jnp.asarray(2.0 * np.concatenate(bits, -1) - 1, dtype)
 
 
-def read(place: jax.Array) -> list[jax.Array]:
+def numbers(place: jax.Array) -> list[jax.Array]:
     """The three whole numbers of a place."""
     up = (lax.stop_gradient(place) > 0).astype(jnp.uint32)
     bits = jnp.split(up, np.cumsum(BITS)[:-1])
@@ -66,7 +66,7 @@ class Projected:
     def __call__(self, theta: jax.Array, place: jax.Array, *lam: jax.Array) -> jax.Array:
         project = jax.checkpoint(PROJECTIONS[self.kind], static_argnums=2)
         theta, *rest = alike(widened(theta), *lam)
-        flat = project(theta, jnp.stack(read(place)), math.prod(self.shape))
+        flat = project(theta, jnp.stack(numbers(place)), math.prod(self.shape))
         return math.prod(rest, start=flat.reshape(self.shape))
 
 
@@ -111,7 +111,7 @@ class IntrinsicDimension(Method):
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         theta = Array("theta", zeros, (self.d,), group=f"intrinsic/{self.seed}/{self.d}", stacked=False)
-        place = Array("place", Place(leaf.path, self.seed), (sum(BITS),), trained=False, derived=True)
+        place = Array("place", ProjectionOf(leaf.path, self.seed), (sum(BITS),), trained=False, derived=True)
         lam = (Array("lam", constant(1.0), ()),) * self.said
         made = Projected(self.projection, leaf.sizes("ik") + leaf.sizes("o"))
         sides = " ".join(s for s, roles in (("I", "ik"), ("O", "o")) if leaf.axes(roles))

@@ -17,7 +17,7 @@ from jlora.methods.base import Dropping, uniform, zeros
 from jlora.methods.krona import factorize
 
 _FACTOR = "a factor is an integer of at least 1, or -1 for the squarest; what LyCORIS makes of factor=0 is factor=1"
-Factor = Annotated[int, Holds(lambda n: n == -1 or n >= 1, _FACTOR)]
+Divisor = Annotated[int, Holds(lambda n: n == -1 or n >= 1, _FACTOR)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class LoKr(Dropping):
 
     rank: Rank = 8
     alpha: Alpha = None
-    factor: Factor = -1
+    factor: Divisor = -1
     decompose_both: bool = False
     tucker: bool = False
     target: Target = targets.attention

@@ -30,7 +30,7 @@ Begins = Annotated[Start, Holds(lambda s: isinstance(s, Start), "a value of jlor
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class IntoRange:
     """Writes an array into the range [start, start + width) of a flat side, zeros elsewhere."""
 
     start: int
@@ -147,7 +147,7 @@ class LoRA(Dropping):
         for n, (start, stop) in enumerate(self._checked_slices(d_out)):
             a_n = dataclasses.replace(a, name=f"a{n}")
             b_n = dataclasses.replace(b, name=f"b{n}", shape=(self.rank, stop - start))
-            placed = Function(Place(start, leaf.sizes("o")), (b_n,))
+            placed = Function(IntoRange(start, leaf.sizes("o")), (b_n,))
             deltas.append(self.dropped(Delta(equation, (a_n, placed), sizes, self.scale, ("r",))))
         return Recipe(tuple(deltas))
 

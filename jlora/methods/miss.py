@@ -23,11 +23,11 @@ from jlora._trees._tree import Target
 from jlora.methods._fields import Rank, at_least
 from jlora.methods.base import Dropping, check_sides, zeros
 
-Columns = Annotated[int, at_least(1, "a number of columns is an integer of at least 1")]
+Count = Annotated[int, at_least(1, "a number of columns is an integer of at least 1")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class InShard:
     """(r, sizes...) with a one where an input, counted over all its axes, has the place j in its shard."""
 
     r: int
@@ -39,7 +39,7 @@ class Places:
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class InBlocks:
     """W0 as (in / r, r, out / r, r)."""
 
     leaf: Leaf  # of one layer of a stack
@@ -76,7 +76,7 @@ class MiSS(Dropping):
     """
 
     rank: Rank = 64
-    mini: Columns | None = None
+    mini: Count | None = None
     bat: bool = False
     target: Target = targets.attention
 
@@ -101,7 +101,7 @@ class MiSS(Dropping):
         side, places = ("(i r)", ()) if d_in % r == 0 and not leaf.axes("k") else ("I", ("r I",))
         columns = "O" if self.mini is None else "q"
         equation = f"{', '.join((*places, f'r {columns}'))} -> {side} {columns if self.mini is None else '(p q)'}"
-        words: tuple[Word, ...] = (*(Function(Places(r, leaf.sizes("ik")), ()) for _ in places), Array("d", zeros))
+        words: tuple[Word, ...] = (*(Function(InShard(r, leaf.sizes("ik")), ()) for _ in places), Array("d", zeros))
         sizes = (("r", r), ("i", d_in // r), ("p", d_out // m), ("q", m))
         return Recipe((self.dropped(Delta(equation, words, sizes)),))
 
@@ -109,7 +109,7 @@ class MiSS(Dropping):
         r, d_in, d_out = self.rank, leaf.size("ik"), leaf.size("o")
         if d_in % r or d_out % r:
             raise ValueError(f"bat cuts (in, out) = {(d_in, d_out)} into blocks of {r}, which does not divide both")
-        blocks, d = Function(Blocks(leaf.layer, r), (), base=True), Array("d", zeros)
+        blocks, d = Function(InBlocks(leaf.layer, r), (), base=True), Array("d", zeros)
         sizes = (("i", d_in // r), ("p", d_out // r), *((x, r) for x in "abq"))
         turned = Delta("i a p q, p a b -> (i b) (p q)", (blocks, d), sizes)
         return Recipe((self.dropped(turned), self.dropped(Delta("p q b -> (i b) (p q)", (d,), sizes))))

@@ -22,7 +22,8 @@ from jlora._trees._tree import Target
 from jlora.methods._fields import Holds
 from jlora.methods.base import Method, zeros
 
-Group = Annotated[int, Holds(lambda n: n >= 2 and n % 2 == 0, "a group holds an even number of outputs, at least two")]
+_EVEN = "a group holds an even number of outputs, at least two"
+GroupSize = Annotated[int, Holds(lambda n: n >= 2 and n % 2 == 0, _EVEN)]
 
 
 def turned(s: jax.Array, theta: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -68,7 +69,7 @@ class RoAd(Method):
     """
 
     variant: Literal[1, 2, 4] = 1
-    group: Group = 64
+    group: GroupSize = 64
     of: str = ""
     target: Target = targets.attention
 

@@ -58,7 +58,7 @@ class SHiRA(Method):
             return None
         d_in, d_out = leaf.size("ik"), leaf.size("o")
         n = self.rank * (d_in + d_out)
-        _entries.check(leaf, n, f"rank {self.rank} is {n} entries")
+        _entries.check_entries(leaf, n, f"rank {self.rank} is {n} entries")
         entries = Array("entries", _entries.Random(d_in * d_out), (n, _entries.DIGITS), trained=False)
         function = Function(Sparse(leaf.sizes("ik") + leaf.sizes("o")), (Array("v", zeros, (n,)), entries))
         return Recipe((Delta("I O -> I O", (function,)),))

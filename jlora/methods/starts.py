@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jlora._trees._leaf import Leaf
 from jlora._types import W0, Key, PyTree, Value
 from jlora.methods.base import check_low_rank
 
-Factors = tuple[jax.Array, jax.Array]
+AB: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 def flipped(matrix: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ def flipped(matrix: jax.Array) -> jax.Array:
     return jnp.swapaxes(matrix, -1, -2)
 
 
-def best(matrix: jax.Array, rank: int, scale: float) -> Factors:
+def best(matrix: jax.Array, rank: int, scale: float) -> AB:
     """a (r, in), b (r, out) with s a^T b the best approximation of rank r, its singular values halved between them.
 
     Eckart and Young, `The approximation of one matrix by another of lower rank
@@ -111,7 +111,7 @@ class Start:
 
     paired: ClassVar[bool] = True
 
-    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> AB:
         """`a (stack..., r, in)` and `b (stack..., r, out)`, both sides flat.
 
         Args:
@@ -145,7 +145,7 @@ class PiSSA(Start):
       <https://arxiv.org/abs/2404.02948>`_, 2024.
     """
 
-    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> AB:
         check_low_rank(leaf, rank)
         return best(values(weight, leaf), rank, scale)
 
@@ -168,7 +168,7 @@ class OLoRA(Start):
       <https://arxiv.org/abs/2406.01775>`_, 2024.
     """
 
-    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> AB:
         check_low_rank(leaf, rank)
         q, r = jnp.linalg.qr(flipped(values(weight, leaf)))
         return r[..., :rank, :], flipped(q[..., :rank])
@@ -194,7 +194,7 @@ class Orthogonal(Start):
       <https://datta0.github.io/posts/rethink-lora-init/>`_.
     """
 
-    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> AB:
         if rank % 2:
             raise ValueError(f"init='orthogonal' on {leaf.path!r} halves the rank {rank}; write an even one")
         keys = jax.random.split(key, 3)
@@ -239,7 +239,7 @@ class GA(Start):
         if not self.gamma > 0:
             raise ValueError(f"GA(gamma={self.gamma}): the start is divided by its root; write a positive number")
 
-    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> AB:
         least = min(leaf.size("ik"), leaf.size("o"))
         if 2 * rank > least:
             raise ValueError(
@@ -278,7 +278,7 @@ class EVA(Start):
     paired: ClassVar[bool] = False
     moments: Mapping[str, jax.Array] = dataclasses.field(repr=False)
 
-    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> AB:
         moment = _moment(self.moments, leaf)
         if rank > moment.shape[-1]:
             raise ValueError(
@@ -328,7 +328,7 @@ class CorDA(Start):
                 f"CorDA(mode={self.mode!r}): write 'ipm' (instruction-previewed) or 'kpm' (knowledge-preserving)"
             )
 
-    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> AB:
         check_low_rank(leaf, rank)
         moment, w = alike(widened(_moment(self.moments, leaf)), widened(values(weight, leaf)))
         times = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -363,7 +363,7 @@ class Given(Start):
     paired: ClassVar[bool] = False
     pairs: Mapping[str, tuple[jax.Array, jax.Array]] = dataclasses.field(repr=False)
 
-    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> Factors:
+    def factors(self, leaf: Leaf, weight: W0, rank: int, scale: float, key: Key) -> AB:
         pair = _known(self.pairs, leaf, "pair (a, b)")
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"Given for {leaf.path!r} takes a pair (a, b) of arrays, not {_answers.kind(pair)}")

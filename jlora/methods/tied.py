@@ -15,7 +15,7 @@ from jlora._algebra._words import Array, Delta, Recipe, Word, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import Init
-from jlora.methods._fields import Holds, Rank, names
+from jlora.methods._fields import Holds, Rank, letters_of
 from jlora.methods.base import Dropping, check_sides, uniform, zeros
 from jlora.methods.vera import shared
 
@@ -60,8 +60,8 @@ class TiedLoRA(Dropping):
     """
 
     rank: Rank = 8
-    tied: Annotated[tuple[str, ...], names("ab")] = ("a", "b")
-    trained: Annotated[tuple[str, ...], names("abuv")] = ("a", "b", "u", "v")
+    tied: Annotated[tuple[str, ...], letters_of("ab")] = ("a", "b")
+    trained: Annotated[tuple[str, ...], letters_of("abuv")] = ("a", "b", "u", "v")
     group: str | None = None
     fused: Annotated[str, Holds(_is_pattern, "write a regular expression, such as 'query|key|value'")] | None = None
     target: Target = targets.attention

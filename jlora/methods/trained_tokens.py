@@ -11,13 +11,13 @@ from jlora._algebra._rows import Rows
 from jlora._algebra._words import Array, Recipe, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
-from jlora.methods._fields import Reads, settled
+from jlora.methods._fields import Reads, as_hinted
 from jlora.methods.base import Method
 
 
 def _ids(value: object) -> tuple[int, ...]:
     """Numbers of rows, ascending."""
-    ids = settled(sorted(value) if isinstance(value, (set, frozenset, range)) else value, tuple[int, ...])
+    ids = as_hinted(sorted(value) if isinstance(value, (set, frozenset, range)) else value, tuple[int, ...])
     assert isinstance(ids, tuple)
     if not ids or min(ids) < 0:
         raise ValueError("ids of tokens count from 0 on, and there is at least one")

@@ -39,7 +39,7 @@ def number(caller: str, name: str, value: object, wanted: str, fits: Callable[[f
         raise ValueError(f"{caller}({name}={value!r}): {wanted}")
 
 
-def whole(caller: str, name: str, value: object, low: int, high: float, wanted: str) -> None:
+def whole_number(caller: str, name: str, value: object, low: int, high: float, wanted: str) -> None:
     """Raises unless `value` is a whole number from `low` to `high`, or traced."""
     number(caller, name, value, wanted, lambda x: x.is_integer() and low <= x <= high)
 

@@ -16,7 +16,7 @@ Places: TypeAlias = dict[Place, jax.Array]
 Rule: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
 
 
-def chosen(caller: str, adapted: Adapted, wanted: Callable[[Pair], bool], what: str) -> Plan:
+def plan_with(caller: str, adapted: Adapted, wanted: Callable[[Pair], bool], what: str) -> Plan:
     """The plan of `adapted`, which must hold a pair that `wanted` takes: a transformation of nothing is a mistake."""
     check_adapted(caller, adapted)
     if not any(map(wanted, _pairs.pairs(adapted.frozen.plan))):

@@ -8,13 +8,13 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jlora._algebra._inverse import inverse
+from jlora._algebra._small_inverse import inverse
 from jlora._dtypes import promoted, widened
 from jlora._plan._pairs import Member, Pair
 from jlora._types import Place
 from jlora.adapted import Adapted
 from jlora.optim._checks import number
-from jlora.optim._halves import Places, chosen, transformation
+from jlora.optim._halves import Places, plan_with, transformation
 
 
 def riemannian(adapted: Adapted, eps: float = 1e-6) -> optax.GradientTransformationExtraArgs:
@@ -58,7 +58,7 @@ def riemannian(adapted: Adapted, eps: float = 1e-6) -> optax.GradientTransformat
       <https://arxiv.org/abs/2402.02347>`_, 2024.
     """
     both = lambda pair: pair.trained == 2
-    plan = chosen("riemannian", adapted, both, "two trained factors that share a rank (for LoRA-FA write lora_fa)")
+    plan = plan_with("riemannian", adapted, both, "two trained factors that share a rank (for LoRA-FA write lora_fa)")
     _check_eps("riemannian", eps)
 
     def rule(pairs: tuple[Pair, ...], updates: Places, params: Places, frozen: Places) -> Places:
@@ -121,7 +121,7 @@ def lora_fa(adapted: Adapted, eps: float = 1e-8) -> optax.GradientTransformation
     """
     # with a gate or a shared factor between, dW is no s a b, and the projection another one
     alone = lambda pair: pair.trained == 1 and not pair.gates and pair.others == 0
-    plan = chosen("lora_fa", adapted, alone, "the update s a b with one of the two frozen; write jlora.LoRAFA(...)")
+    plan = plan_with("lora_fa", adapted, alone, "the update s a b with one of the two frozen; write jlora.LoRAFA(...)")
     _check_eps("lora_fa", eps)
 
     def rule(pairs: tuple[Pair, ...], updates: Places, params: Places, frozen: Places) -> Places:

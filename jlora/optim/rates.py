@@ -7,7 +7,7 @@ from jlora._plan._pairs import Member, Pair
 from jlora.adapted import Adapted
 from jlora.methods.base import zeros
 from jlora.optim._checks import number
-from jlora.optim._halves import Places, chosen, transformation
+from jlora.optim._halves import Places, plan_with, transformation
 
 
 def lora_plus(adapted: Adapted, ratio: float | jax.Array = 16.0) -> optax.GradientTransformationExtraArgs:
@@ -45,7 +45,7 @@ def lora_plus(adapted: Adapted, ratio: float | jax.Array = 16.0) -> optax.Gradie
       Hayou et al, `LoRA+: Efficient Low Rank Adaptation of Large Models <https://arxiv.org/abs/2402.12354>`_, 2024.
     """
     both = lambda pair: pair.trained == 2
-    plan = chosen("lora_plus", adapted, both, "two trained factors that share a rank")
+    plan = plan_with("lora_plus", adapted, both, "two trained factors that share a rank")
     number("lora_plus", "ratio", ratio, "a ratio is positive; 1 changes nothing", lambda x: 0 < x < float("inf"))
 
     def rule(pairs: tuple[Pair, ...], updates: Places, params: Places, frozen: Places) -> Places:

@@ -129,12 +129,12 @@ def figure_of(ax: Any) -> Figure:
     return ax.get_figure(root=True)
 
 
-def line(n: int) -> dict[str, Any]:
+def series_style(n: int) -> dict[str, Any]:
     """Colour and marker of the n-th series; after seven of them, other pairs of the two."""
     return {"color": COLOURS[n % 7], "marker": MARKERS[(n + n // 7) % 7]}
 
 
-def given(name: str, found: Any, form: str, hint: str = "") -> None:
+def check_dict(name: str, found: Any, form: str, hint: str = "") -> None:
     """Raises unless `found` is a dictionary of what is to be drawn, in this form; `hint` says what makes one."""
     if not isinstance(found, Mapping):
         raise TypeError(f"plot.{name} takes {form}, not {_answers.kind(found)}{hint and '; write ' + hint}")
@@ -155,9 +155,9 @@ def numbers(name: str, label: str, x: Any, what: str) -> np.ndarray:
         raise ValueError(f"plot.{name}: {label!r} is {_answers.kind(x)}; {what} are numbers") from None
 
 
-def pairs(name: str, found: Any, form: str) -> None:
+def check_pairs(name: str, found: Any, form: str) -> None:
     """Raises unless `found` is a dictionary of pairs."""
-    given(name, found, form)
+    check_dict(name, found, form)
     for label, pair in found.items():
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or hasattr(pair, "_fields"):
             raise ValueError(f"plot.{name}: {label!r} is {_answers.kind(pair)}; plot.{name} takes {form}")
@@ -192,13 +192,13 @@ def written(ax: Any, *, title: str, xlabel: str, ylabel: str = "") -> None:
 def legend_of(ax: Axes, count: int, own: bool) -> None:
     """None for one series, inside for a few, beside the axis for many."""
     if count > 4:
-        beside(ax, own)
+        legend_beside(ax, own)
     elif count > 1:
         handles, labels = ax.get_legend_handles_labels()
         ax.legend(handles, [_table.shorten(label, NAME) for label in labels], loc="best")
 
 
-def beside(ax: Any, own: bool) -> None:
+def legend_beside(ax: Any, own: bool) -> None:
     """A legend to the right of the axis, where it hides nothing, for which a figure of one's own grows."""
     handles, labels = ax.get_legend_handles_labels()
     columns = -(-len(labels) // LINES)

@@ -16,13 +16,13 @@ from jlora.plot._style import (
     STYLE,
     WIDTH,
     axis_of,
+    check_dict,
     distinct,
     figure_of,
-    given,
     imported,
-    line,
     numbers,
     panels,
+    series_style,
     written,
 )
 
@@ -53,7 +53,7 @@ def allocation(ranks: Mapping[str, Any], *, title: str = "", ax: Axes | None = N
     References:
       Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023, figure 3.
     """
-    given("allocation", ranks, "{path: rank}", "jlora.rank.ranks(adapted)")
+    check_dict("allocation", ranks, "{path: rank}", "jlora.rank.ranks(adapted)")
     modules, layers, grid = _grid(ranks)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
@@ -112,9 +112,9 @@ def ranks(
       [0, 2]
     """
     form = "a history {step: {path: ranks}}"
-    given("ranks", history, form, "history[step] = jlora.rank.ranks(adapted) while training")
+    check_dict("ranks", history, form, "history[step] = jlora.rank.ranks(adapted) while training")
     for step, found in history.items():
-        given("ranks", found, f"{form}, and at step {step!r} {{path: ranks}}", "jlora.rank.ranks(adapted)")
+        check_dict("ranks", found, f"{form}, and at step {step!r} {{path: ranks}}", "jlora.rank.ranks(adapted)")
         _answers.check_number("plot.ranks(history: step", step, lambda x: x == int(x), "a step is an integer")
     if budget is not None and not callable(budget):
         raise TypeError(
@@ -130,7 +130,7 @@ def ranks(
         left, on = axes
         allocation(history[steps[-1]], title=title or f"step {steps[-1]}", ax=left)
         total = [sum(int(np.sum(r)) for r in history[t].values()) for t in steps]
-        on.plot(steps, total, label="ranks alive", markevery=max(1, len(steps) // 8), **line(0))
+        on.plot(steps, total, label="ranks alive", markevery=max(1, len(steps) // 8), **series_style(0))
         whole = range(steps[0], steps[-1] + 1)
         levels = [] if budget is None else [budget(t) for t in whole]
         if levels:

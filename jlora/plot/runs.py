@@ -16,16 +16,16 @@ from jlora.plot._style import (
     STYLE,
     WIDTH,
     axis_of,
-    beside,
+    check_dict,
+    check_pairs,
     figure_of,
-    given,
     imported,
+    legend_beside,
     legend_of,
     levelled,
-    line,
     numbers,
-    pairs,
     positive,
+    series_style,
     written,
 )
 
@@ -58,7 +58,7 @@ def pareto(
       >>> figure.axes[0].get_xscale(), figure.axes[0].get_ylabel()
       ('log', 'accuracy (%)')
     """
-    pairs("pareto", points, "{label: (parameters, score)}")
+    check_pairs("pareto", points, "{label: (parameters, score)}")
     for label, (parameters, _) in points.items():
         positive("pareto", label, parameters)
     matplotlib = imported()
@@ -70,7 +70,7 @@ def pareto(
             scores = times * np.atleast_1d(numbers("pareto", label, value, "scores"))
             means[parameters, scores.mean()] = None
             spread = [[scores.mean() - scores.min()], [scores.max() - scores.mean()]]
-            style = line(n) | {"linestyle": "none"}
+            style = series_style(n) | {"linestyle": "none"}
             on.errorbar(parameters, scores.mean(), spread if len(scores) > 1 else None, label=label, capsize=2, **style)
         front: list[tuple[float, float]] = []
         known = [point for point in means if not math.isnan(point[1])]
@@ -87,7 +87,7 @@ def pareto(
             on.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
             on.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         on.margins(0.08)
-        beside(on, ax is None)
+        legend_beside(on, ax is None)
     return figure_of(on)
 
 
@@ -107,7 +107,7 @@ def curves(
       >>> jlora.plot.curves({"LoRA": ([0, 10, 20], [[0.7, 0.5, 0.4], [0.7, 0.6, 0.4]])}).axes[0].get_ylabel()
       'loss (nats)'
     """
-    pairs("curves", series, "{label: (steps, values)}")
+    check_pairs("curves", series, "{label: (steps, values)}")
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         on: Any = axis_of(ax)
@@ -116,7 +116,7 @@ def curves(
             values = np.atleast_2d(numbers("curves", label, values, "values"))
             if values.shape[1:] != np.shape(steps):
                 raise ValueError(f"plot.curves: {label!r} has {np.shape(steps)} steps and values {values.shape}")
-            style = line(n)
+            style = series_style(n)
             on.plot(steps, values.mean(0), label=label, markevery=max(1, len(steps) // 8), **style)
             if len(values) > 1:
                 on.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
@@ -153,7 +153,7 @@ def sweep(
       >>> [tick.get_text() for tick in drawn.get_xticklabels()]
       ['1', '8', '64']
     """
-    pairs("sweep", series, "{label: (sizes, scores)}")
+    check_pairs("sweep", series, "{label: (sizes, scores)}")
     levels = levelled("sweep", levels)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
@@ -164,7 +164,7 @@ def sweep(
             if values.shape[1:] != np.shape(sizes):
                 raise ValueError(f"plot.sweep: {label!r} has {np.shape(sizes)} sizes and scores {values.shape}")
             positive("sweep", label, sizes)
-            style = line(n)
+            style = series_style(n)
             on.plot(sizes, values.mean(0), label=label, **style)
             if len(values) > 1:
                 on.fill_between(sizes, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
@@ -178,7 +178,7 @@ def sweep(
         on.set_xticks(marks, [f"{x:,.0f}" if x >= 1 else f"{x:g}" for x in marks])
         on.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         # inside, a level would run through it
-        beside(on, ax is None) if levels else legend_of(on, len(series), ax is None)
+        legend_beside(on, ax is None) if levels else legend_of(on, len(series), ax is None)
     return figure_of(on)
 
 
@@ -207,7 +207,7 @@ def scores(
       >>> [tick.get_text() for tick in drawn.get_yticklabels()]
       ['query', 'value']
     """
-    given("scores", found, "{label: scores}")
+    check_dict("scores", found, "{label: scores}")
     levels = levelled("scores", levels)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
@@ -226,7 +226,7 @@ def scores(
         on.margins(x=0.08)
         written(on, title=title, xlabel=score)
         if levels:
-            beside(on, ax is None)
+            legend_beside(on, ax is None)
     return figure_of(on)
 
 

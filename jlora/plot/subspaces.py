@@ -17,13 +17,13 @@ from jlora.plot._style import (
     STYLE,
     WIDTH,
     axis_of,
-    beside,
+    check_dict,
     figure_of,
-    given,
     imported,
+    legend_beside,
     legend_of,
-    line,
     numbers,
+    series_style,
     written,
 )
 
@@ -92,7 +92,8 @@ def spectra(series: Mapping[str, Any], *, title: str = "", ax: Axes | None = Non
       >>> jlora.plot.spectra({"query": [3.0, 1.0, 0.5]}).axes[0].get_yscale()
       'log'
     """
-    given("spectra", series, "{label: s (k,)}", "{path: x.s for path, x in jlora.analysis.updates(adapted).items()}")
+    made_by = "{path: x.s for path, x in jlora.analysis.updates(adapted).items()}"
+    check_dict("spectra", series, "{label: s (k,)}", made_by)
     for label, values in series.items():
         if isinstance(values, SVD):
             raise TypeError(
@@ -109,7 +110,7 @@ def spectra(series: Mapping[str, Any], *, title: str = "", ax: Axes | None = Non
             if np.any(s < 0):
                 raise ValueError(f"plot.spectra: {label!r} has singular values below zero")
             shown = np.where(s > 0, s, np.nan)  # a gap, where a line over what is left out would be drawn
-            on.plot(np.arange(1, len(s) + 1), shown, label=label, markevery=max(1, len(s) // 12), **line(n))
+            on.plot(np.arange(1, len(s) + 1), shown, label=label, markevery=max(1, len(s) // 12), **series_style(n))
         on.set_yscale("log")
         written(on, title=title, xlabel="index k", ylabel="singular value σ(k)")
         on.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
@@ -145,7 +146,8 @@ def amplification(
         "W on random r": "onto_random",
         "ΔW": "update",
     }
-    given("amplification", found, "{label: Amplification}", "{label: jlora.analysis.amplification(update, weight)}")
+    made_by = "{label: jlora.analysis.amplification(update, weight)}"
+    check_dict("amplification", found, "{label: Amplification}", made_by)
     for label, x in found.items():
         if not isinstance(x, Amplification):
             raise TypeError(
@@ -178,7 +180,7 @@ def amplification(
         on.set_xticks(groups, names, **turned)
         on.grid(False, axis="x")
         if legend:
-            beside(on, ax is None)
+            legend_beside(on, ax is None)
     return figure_of(on)
 
 

@@ -43,13 +43,13 @@ class Layout:
         return tuple(-(-n // b) for n, b in zip(self.axes, self.block, strict=True))
 
     def codes(self, plane: int) -> tuple[int, ...]:
-        """The shape of the bytes of codes of so many bits."""
+        """The shape of the array of bytes that holds `plane` bits of each code."""
         return tuple(-(-n * plane // 8) if a == self.pack else n for a, n in enumerate(self.axes))
 
     # --- between the weight and blocks ---------------------------------------------------------------------------
 
     def laid(self, w: jax.Array) -> jax.Array:
-        """The weight in the layout's axes, with zeros to whole blocks."""
+        """The weight in the layout's axes; of a flat one, zeros fill the last block."""
         if not self.flat:
             return w
         w = jnp.transpose(w, self.order).reshape(-1)
@@ -64,6 +64,7 @@ class Layout:
 
     @property
     def _cells(self) -> tuple[int, ...]:
+        """Each axis as two: which block, and where in it."""
         return tuple(x for pair in zip(self.counts, self.block, strict=True) for x in pair)
 
     def largest(self, w: jax.Array) -> jax.Array:
@@ -79,7 +80,7 @@ class Layout:
     # --- bits ------------------------------------------------------------------------------------------------------
 
     def packed(self, q: jax.Array, plane: int) -> jax.Array:
-        """Codes of so many bits, several to a byte: the first in the highest bits."""
+        """Codes of `plane` bits, several to a byte; the first is in the highest bits."""
         per = 8 // plane
         q = jax.lax.slice_in_dim(q, 0, self.axes[self.pack], axis=self.pack)
         if per == 1:
@@ -91,7 +92,7 @@ class Layout:
         return sum(parts[1:], parts[0])
 
     def unpacked(self, codes: jax.Array, plane: int) -> jax.Array:
-        """The inverse of `packed`; a run may be longer by the last byte's rest."""
+        """The inverse of `packed`; longer where codes do not fill the last byte."""
         per = 8 // plane
         if per == 1:
             return codes
@@ -105,6 +106,7 @@ def layout(scheme: Scheme, shape: tuple[int, ...], ins: tuple[int, ...], torch: 
     """The layout of one layer's weight whose axes `ins` are its input side; flat where `torch` asks for it."""
     outs = tuple(n for n in range(len(shape)) if n not in ins)
     order = (*outs, *ins)
+    # A block runs along the last input axis. Where that is shorter, it spans the next one too, if the sizes divide it.
     block = [1] * len(shape)
     left = scheme.block
     for n in reversed(ins):

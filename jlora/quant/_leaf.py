@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jlora._algebra._mesh import automatic
-from jlora._trees._packed import Packed
+from jlora._trees._compound import Compound
 from jlora._types import Cut, DType, Shape
 from jlora.quant._layout import Layout
-from jlora.quant._schemes import POINTS, TINY, Scheme, chosen, dynamic_codes, dynamic_levels
+from jlora.quant._schemes import POINTS, TINY, Scheme, dynamic_codes, dynamic_levels, levels_of
 
 SECOND = 256  # scales that share a second scale
 
@@ -24,7 +24,7 @@ SECOND = 256  # scales that share a second scale
 class Codec:
     """How one layer's weight becomes arrays, and they the weight again. Hashable: equal layers are one program.
 
-    Example of what it does: w = level[code] * scale, computed in float32, then cast to `dtype`.
+    w = level[code] * scale, computed in float32, then cast to `dtype`.
     """
 
     scheme: Scheme
@@ -62,14 +62,15 @@ class Codec:
         return (*codes, *(self._doubled(scales) if self.scheme.double else (scales,)))
 
     def _order(self) -> tuple[int, ...]:
-        """The axes of the scales in the order in which they are one run."""
+        """The axes of the scales in torch's order, in which bitsandbytes takes them as one run."""
         return (0,) if self.layout.flat else self.layout.order
 
     def _doubled(self, scales: jax.Array) -> tuple[jax.Array, ...]:
-        """The scales less their mean, in blocks of 256 of the run of them, on the dynamic map."""
+        """Double quantisation: the scales, less their mean, as codes on the dynamic map, in blocks of 256."""
         run = jnp.transpose(scales, self._order())
         shape, flat = run.shape, run.reshape(-1)
-        # behind a barrier, or the compiler multiplies by the rounded reciprocal of a constant
+        # Behind a barrier the compiler does not know the divisor. Else it multiplies by its rounded reciprocal, and the
+        # mean is not bitsandbytes' to the last bit.
         offset = _sum(flat) / jax.lax.optimization_barrier(jnp.float32(flat.size))
         blocks = jnp.pad(flat - offset, (0, -flat.size % SECOND)).reshape(-1, SECOND)
         real = (np.arange(blocks.size) < flat.size).reshape(blocks.shape)
@@ -90,11 +91,11 @@ class Codec:
         run = [self.layout.counts[n] for n in self._order()]
         back = [self._order().index(n) for n in range(len(run))]
         second = jnp.transpose(jnp.repeat(second, SECOND)[: math.prod(run)].reshape(run), back)
-        # Two roundings, not one: a compiler that fuses a product and a sum into one instruction (LLVM on CPU, which
-        # sees no barrier) does so with the zero, and the product comes out rounded. None may drop x * 0.0, which is NaN
-        # where x is infinite.
-        parts = chosen(q, dynamic_levels()) * second + second * np.float32(0)
-        # once a scale, not once an element, as a fusion would have it
+        # The product is to be rounded before the offset is added, as bitsandbytes has it. LLVM on CPU would make both
+        # one instruction with one rounding, whatever barrier stands between. So a zero is added first: that is what is
+        # fused, and the product comes out rounded. No compiler may drop x * 0.0, which is NaN where x is infinite.
+        parts = levels_of(q, dynamic_levels()) * second + second * np.float32(0)
+        # The barrier keeps this from being fused into what follows, and computed for each element of a block anew.
         return jax.lax.optimization_barrier(parts) + offset
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
@@ -108,7 +109,7 @@ class Codec:
         q = None
         for plane, part in zip(planes, codes, strict=True):
             part = self.layout.unpacked(part, plane)
-            if q is not None:  # planes may differ in what the last byte adds
+            if q is not None:  # a plane may be longer than another by what fills its last byte
                 n = min(q.shape[self.layout.pack], part.shape[self.layout.pack])
                 q, part = (jax.lax.slice_in_dim(x, 0, n, axis=self.layout.pack) for x in (q, part))
             q = part if q is None else q << plane | part
@@ -128,7 +129,8 @@ class Codec:
     ) -> "tuple[tuple[jax.Array, ...], Codec]":
         """The arrays cut by `f(array, axis)` along a free axis, behind `front` stack axes; and how they are read.
 
-        Second scales run across the axes, so scales are computed first: a sixty-fourth of the weight.
+        A second scale stands for 256 scales in a row, across the axes, and cannot be cut with them. So the scales are
+        computed first; they are a sixty-fourth of the weight.
         """
         planes = len(self.scheme.planes)
         scales = self._scales
@@ -143,9 +145,9 @@ class Codec:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """The sum of a vector, in the order in which torch sums on a CPU: 4 x 8 lanes, 16 rows at a time.
+    """The sum of a vector in the order in which torch sums on a CPU, which gives bitsandbytes' offset bit for bit.
 
-    One order is as good as another, but this one gives bitsandbytes' offset bit for bit.
+    torch has 8 lanes in each of 4 registers, and adds up 16 rows of them at a time.
     """
     lanes, ways = 8, 4
     n = x.size // lanes
@@ -165,7 +167,7 @@ Static: TypeAlias = tuple[Codec, str]  # of a leaf: how its arrays are read, and
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Quantized(Packed):
+class Quantized(Compound):
     """A quantised weight: one leaf, of the weight's shape and dtype, that holds codes and scales.
 
     Attributes:

@@ -9,21 +9,19 @@ import jax.numpy as jnp
 
 from jlora import _answers
 from jlora._plan import _resolve
-from jlora._trees import _packed, _tree
+from jlora._trees import _compound, _tree
+from jlora._trees._compound import is_compound
 from jlora._trees._leaf import Leaf
-from jlora._trees._packed import is_packed
 from jlora._types import PyTree
 from jlora.adapted import is_adapted
 from jlora.methods.base import check_low_rank
 from jlora.methods.lora import LoRA
-from jlora.methods.starts import Given, best
+from jlora.methods.starts import AB, Given, best
 from jlora.quant._leaf import Quantized
 from jlora.quant._quantize import codec, not_finite, quantized
 from jlora.quant._schemes import Scheme, scheme_of
 
-Axes = dict[str, str] | None
-Factors: TypeAlias = tuple[jax.Array, jax.Array]
-Best: TypeAlias = Callable[[jax.Array], Factors]  # a and b that come nearest to a matrix
+Best: TypeAlias = Callable[[jax.Array], AB]  # a and b that come nearest to a matrix
 
 
 def loftq(
@@ -32,7 +30,7 @@ def loftq(
     quantise: "Scheme | str | Callable[[jax.Array], jax.Array]",
     *,
     steps: int = 5,
-    axes: Axes = None,
+    axes: dict[str, str] | None = None,
 ) -> tuple[PyTree, LoRA]:
     """LoftQ: a quantised base Q and the a, b that mend it, W0 = Q + s a b as nearly as rank r can.
 
@@ -72,7 +70,7 @@ def loftq(
       <https://arxiv.org/abs/2310.08659>`_, 2023.
     """
 
-    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Best, s: float) -> Factors:
+    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Best, s: float) -> AB:
         mended = w
         for _ in range(steps):
             a, b = best(w - again(mended))
@@ -88,7 +86,7 @@ def qpissa(
     quantise: "Scheme | str | Callable[[jax.Array], jax.Array]",
     *,
     steps: int = 5,
-    axes: Axes = None,
+    axes: dict[str, str] | None = None,
 ) -> tuple[PyTree, LoRA]:
     """QPiSSA: the principal part of W0 in a, b, and the rest of it quantised: W0 = Q + s a b.
 
@@ -120,7 +118,7 @@ def qpissa(
       Meng et al, `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024, section 4.
     """
 
-    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Best, s: float) -> Factors:
+    def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Best, s: float) -> AB:
         a, b = best(w)
         for step in range(steps):
             q = again(w - s * jnp.swapaxes(a, -1, -2) @ b)
@@ -137,8 +135,8 @@ def _quantised(
     method: LoRA,
     quantise: "Scheme | str | Callable[[jax.Array], jax.Array]",
     steps: int,
-    axes: Axes,
-    pair: Callable[..., Factors],
+    axes: dict[str, str] | None,
+    pair: Callable[..., AB],
 ) -> tuple[PyTree, LoRA]:
     """Each weight quantised less the pair that it comes with."""
     if not isinstance(method, LoRA):
@@ -148,11 +146,11 @@ def _quantised(
         raise TypeError(f"{name} takes plain parameters, not an Adapted: adapted.frozen.base")
     _answers.check_params(name, params)
     _answers.check_integer(f"{name}(steps", steps, 1, "at least one step, an integer")
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_packed)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_compound)
     pairs = {}
     scheme = None if callable(quantise) else scheme_of(quantise)
     sites = _resolve.resolve(_tree.flatten(params), method, axes, True)[0].sites
-    plain = [(s.leaf.path, leaves[s.index]) for s in sites if not is_packed(leaves[s.index])]
+    plain = [(s.leaf.path, leaves[s.index]) for s in sites if not is_compound(leaves[s.index])]
     bad = [why for path, leaf in plain for why in not_finite(path, leaf)]
     if bad:
         raise ValueError(f"{name} cannot quantise this tree:\n  " + "\n  ".join(bad))
@@ -160,7 +158,7 @@ def _quantised(
         leaf = site.leaf
         if isinstance(leaves[site.index], jax.ShapeDtypeStruct):
             raise ValueError(f"{name} quantises the values of {leaf.path!r} of shape {leaf.shape}, and it has none")
-        if is_packed(leaves[site.index]):
+        if is_compound(leaves[site.index]):
             raise ValueError(f"{name} quantises plain weights, and {leaf.path!r} of shape {leaf.shape} is quantised")
         check_low_rank(leaf, method.rank)
         w = leaf.matrix(leaves[site.index])
@@ -177,10 +175,10 @@ def _quantised(
             kept: list[jax.Array | Quantized] = kept,
         ) -> jax.Array:
             kept[:] = [make(leaf.kernel(mended))]
-            # as stored, so that a b mends that cast, too
-            return leaf.matrix(_packed.dense(kept[0]).astype(leaf.dtype))
+            # in the weight's own dtype, as it is stored, so that a b mends the rounding of that cast too
+            return leaf.matrix(_compound.dense(kept[0]).astype(leaf.dtype))
 
         fit = lambda x: best(x, method.rank, method.scale)
         pairs[leaf.path] = pair(w, again, fit, method.scale)
-        leaves[site.index] = kept[0] if is_packed(kept[0]) else kept[0].astype(leaf.dtype)
+        leaves[site.index] = kept[0] if is_compound(kept[0]) else kept[0].astype(leaf.dtype)
     return jax.tree.unflatten(treedef, leaves), dataclasses.replace(method, init=Given(pairs))

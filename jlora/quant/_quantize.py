@@ -18,7 +18,7 @@ from jlora import _answers, targets
 from jlora._algebra._mesh import explicit_mesh
 from jlora._trees import _tree
 from jlora._trees._choice import Choice, Rule
-from jlora._trees._packed import is_packed
+from jlora._trees._compound import is_compound
 from jlora._trees._tree import Target
 from jlora._types import W0, MeshAxes, PyTree
 from jlora.adapted import Adapted, called, is_adapted
@@ -32,7 +32,7 @@ def codec(scheme: Scheme, path: str, shape: tuple[int, ...], dtype: DTypeLike, r
     """How one weight is quantised, whatever its values."""
     own = [n for n, role in enumerate(roles) if role != "s"]
     letters = "".join(roles[n] for n in own)
-    if path.rsplit("/", 1)[-1] == "embedding":  # its rows are looked up, and are the outputs where it is attended to
+    if path.rsplit("/", 1)[-1] == "embedding":  # blocks run along its rows, which are what a lookup reads
         letters = letters.translate(str.maketrans("io", "oi"))
     ins = tuple(n for n, letter in enumerate(letters) if letter in "ik") or tuple(range(len(own)))
     return Codec(scheme, layout(scheme, tuple(shape[n] for n in own), ins, torch), jnp.dtype(dtype).name)
@@ -198,8 +198,8 @@ def _codecs(choice: Choice, scheme: Scheme, torch: bool) -> dict[int, tuple[Code
 
 def _stays(array: PyTree) -> bool:
     """Whether there is nothing to quantise: codes already, no elements, or one number."""
-    if is_packed(array) or _answers.no_array(array):
-        return is_packed(array)
+    if is_compound(array) or _answers.no_array(array):
+        return is_compound(array)
     shape, _ = _tree.shape_dtype(array)
     return not shape or 0 in shape
 
@@ -214,7 +214,7 @@ def _leaf_by_leaf(plain: Sequence[PyTree], todo: Mapping[int, tuple[Codec, str]]
         if known not in made:
             made[known] = quantized(leaf, how, letters)
         leaves[n] = made[known]
-        elsewhere = any(x is leaf for x in leaves)  # under a path that stays plain, or whose turn will come
+        elsewhere = any(x is leaf for x in leaves)  # a tied array, whose other path stays plain or is still to come
         if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and not elsewhere:
             jax.block_until_ready(leaves[n])
             leaf.delete()
@@ -236,4 +236,4 @@ def dequantize(params: PyTree) -> PyTree:
       >>> bool((jlora.quant.dequantize(jlora.quantize(params))["query"]["kernel"] == 1).all())
       True
     """
-    return jax.tree.map(lambda x: x.dequantize() if is_packed(x) else x, params, is_leaf=is_packed)
+    return jax.tree.map(lambda x: x.dequantize() if is_compound(x) else x, params, is_leaf=is_compound)

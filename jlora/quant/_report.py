@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jlora import _answers
 from jlora._trees import _table, _tree
-from jlora._trees._packed import is_packed
+from jlora._trees._compound import is_compound
 from jlora._trees._table import in_bytes
 from jlora._types import PyTree, Shaped
 from jlora.adapted import is_adapted
@@ -26,6 +26,7 @@ def _bytes(leaf: PyTree) -> int:
 
 
 def _dense(leaf: Shaped) -> int:
+    """The bytes of a quantised leaf as the array that it stands for."""
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
@@ -56,11 +57,11 @@ def table(params: PyTree) -> str:
     for path, leaf in zip(tree.paths, tree.leaves, strict=True):
         shape, dtype = _tree.shape_dtype(leaf)
         size = _bytes(leaf)
-        held = leaf.describe() if is_packed(leaf) else str(dtype)
+        held = leaf.describe() if is_compound(leaf) else str(dtype)
         rows.append((path, (shape, held, size, f"{8 * size / max(math.prod(shape), 1):.4g}")))
     folded = [(path, str(n), shape, held, f"{n * b:,}", bits) for path, n, (shape, held, b, bits) in _table.fold(rows)]
     text = _table.render(("path", "leaves", "shape", "held as", "bytes", "bits"), folded, right=(1, 4, 5))
-    packed = [leaf for leaf in tree.leaves if is_packed(leaf)]
+    packed = [leaf for leaf in tree.leaves if is_compound(leaf)]
     now = sum(map(_bytes, tree.leaves))
     before = now + sum(_dense(leaf) - _bytes(leaf) for leaf in packed)
     return f"{text}\n\n{len(packed)} of {len(tree.leaves)} leaves in codes: {in_bytes(before)} are {in_bytes(now)}"
@@ -69,8 +70,8 @@ def table(params: PyTree) -> str:
 def say(paths: Sequence[str], before: Sequence[PyTree], after: Sequence[PyTree]) -> None:
     """One line on standard error on what became codes and what stayed, the largest of those by name."""
     pairs = list(zip(paths, before, after, strict=True))
-    made = [(old, new) for _, old, new in pairs if is_packed(new) and not is_packed(old)]
-    stayed = sorted((-_bytes(new), path) for path, _, new in pairs if not is_packed(new))
+    made = [(old, new) for _, old, new in pairs if is_compound(new) and not is_compound(old)]
+    stayed = sorted((-_bytes(new), path) for path, _, new in pairs if not is_compound(new))
     held = ", ".join(dict.fromkeys(new.describe() for _, new in made)) or "codes"
     text = f"jlora.quantize: {len(made)} weights as {held}"
     if made:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jlora import _merge, _read
 from jlora._merge import MergeReport, MergeRow
 from jlora._trees import _tree
-from jlora._trees._packed import is_packed
+from jlora._trees._compound import is_compound
 from jlora._types import PyTree
 from jlora.adapted import Adapted, check_adapted
 from jlora.quant._leaf import Quantized
@@ -15,6 +15,7 @@ from jlora.quant._quantize import not_finite, quantized
 
 @jax.jit
 def _survival(w0: jax.Array, merged: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How much of an update is left where `merged` became `kept`: its share, and the error over its norm."""
     wide = lambda x: x.astype(jnp.float32)
     delta, kept = wide(merged) - wide(w0), wide(kept) - wide(w0)
     square = jnp.sum(delta * delta)
@@ -51,7 +52,7 @@ def requantize(adapted: Adapted, *, allow_loss: bool = False) -> tuple[PyTree, M
     _merge.outside("requantize", check_adapted("requantize", adapted))
     leaves = _tree.leaves(adapted.frozen.base)
     out, rows, bad = list(leaves), [], []
-    for site, w in zip(adapted.frozen.plan.sites, _read.weights(adapted, leaves), strict=True):
+    for site, w in zip(adapted.frozen.plan.sites, _read.expressions(adapted, leaves), strict=True):
         held, merged = leaves[site.index], w.dense()
         out[site.index] = merged
         if not isinstance(held, Quantized):
@@ -68,4 +69,4 @@ def requantize(adapted: Adapted, *, allow_loss: bool = False) -> tuple[PyTree, M
             "quantising the merged weights again would lose most of the update; jlora.merge keeps it in arrays, "
             f"allow_loss=True quantises all the same:\n{report}"
         )
-    return jax.tree.unflatten(jax.tree.structure(adapted.frozen.base, is_leaf=is_packed), out), report
+    return jax.tree.unflatten(jax.tree.structure(adapted.frozen.base, is_leaf=is_compound), out), report

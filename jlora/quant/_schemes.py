@@ -11,8 +11,8 @@ import numpy as np
 
 from jlora import _answers
 
-POINTS = 2**16
-TINY = np.finfo(np.float32).tiny  # what a block of zeros is divided by
+POINTS = 2**16  # the grid from -1 to 1 on which bitsandbytes looks up codes of the dynamic map
+TINY = np.finfo(np.float32).tiny  # a block of zeros is divided by this, and stays zeros
 
 # bitsandbytes' table: the construction of `normal_levels`, rounded there in another precision (by at most 2e-7)
 _NF4 = (
@@ -53,7 +53,7 @@ def dynamic_levels() -> np.ndarray:
     levels = [f(0), f(1)]
     for decade in range(7):
         n = 2**decade + 1
-        step = np.float64((f(1) - f(0.1)) / f(n - 1))  # a product with it is rounded once, with the sum
+        step = np.float64((f(1) - f(0.1)) / f(n - 1))  # float64, so that product and sum below are rounded once
         i = np.arange(n)
         ends = np.where(i < n // 2, f(0.1) + step * i, f(1) - step * (n - 1 - i)).astype(f)
         middles = (ends[:-1] + ends[1:]) / f(2) * f(10.0 ** (decade - 6))
@@ -75,7 +75,7 @@ def thresholds(levels: np.ndarray) -> np.ndarray:
     return (levels[:-1] + levels[1:]) / np.float32(2)
 
 
-def nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:
+def nearest_level(x: jax.Array, levels: np.ndarray) -> jax.Array:
     """The number of the nearest level, uint8."""
     middle = thresholds(levels)
     if len(levels) <= 16:
@@ -83,12 +83,11 @@ def nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:
     return jnp.searchsorted(jnp.asarray(middle), x, side="left").astype(jnp.uint8)
 
 
-def chosen(q: jax.Array, levels: np.ndarray) -> jax.Array:
+def levels_of(q: jax.Array, levels: np.ndarray) -> jax.Array:
     """`levels[q]`.
 
-    A gather from a table in cache is the fastest way on a CPU, where the compiler would hold every select of a tree as
-    an array of its own; selects, one a bit, are elsewhere, where a gather of single elements is slow. The 256 levels of
-    a byte are always gathered.
+    On a CPU the levels are gathered from a table, which stays in its cache. Elsewhere a gather of single elements is
+    slow, and up to 16 levels are a tree of selects, one a bit; on a CPU each select would be an array in memory.
     """
 
     def gathered(q: jax.Array) -> jax.Array:
@@ -138,7 +137,7 @@ class Scheme:
 
     @property
     def planes(self) -> tuple[int, ...]:
-        """The bits of a code as powers of two, the highest first: each part is packed apart, whole bytes of it."""
+        """The bits of a code as powers of two, the highest first: 3 is (2, 1). Each part has an array of bytes."""
         return tuple(n for n in (8, 4, 2, 1) if self.bits & n)
 
     @property
@@ -153,11 +152,11 @@ class Scheme:
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Codes, uint8, of values between -1 and 1."""
-        return nearest(x, self.levels)
+        return nearest_level(x, self.levels)
 
     def decode(self, q: jax.Array) -> jax.Array:
         """The levels of codes, float32."""
-        return chosen(q, self.levels)
+        return levels_of(q, self.levels)
 
     def __str__(self) -> str:
         raise NotImplementedError
@@ -168,8 +167,8 @@ class NF(Scheme):
     """Normal float: levels at the quantiles of the normal distribution, as weights are. QLoRA has `NF(4, double=True)`.
 
     `bits` is 2, 3, 4 or 8. NF4 is bitsandbytes' table bit for bit; the others follow from the same construction, which
-    is in `levels`: two sets of quantiles, one a sign, that share the zero. (The paper's closed formula would give an
-    infinity and no zero.)
+    is in `levels`: two sets of quantiles, one for each sign, that share the zero. (The paper's closed formula would
+    give an infinity and no zero.)
 
     Example:
       >>> import jlora
@@ -234,11 +233,11 @@ class Int(Scheme):
         return f"int{self.bits}{block}{'+double' * self.double}"
 
 
-NAMES = {
+SCHEMES = {
     "nf2": NF(2), "nf3": NF(3), "nf4": NF(4), "nf8": NF(8), "int8": Int(8), "int4": Int(4, 64),
 }  # fmt: skip
-NAMES |= {f"{name}+double": dataclasses.replace(scheme, double=True) for name, scheme in NAMES.items()}
-NAMES.pop("int8+double")  # one scale a channel is nothing to save on
+SCHEMES |= {f"{name}+double": dataclasses.replace(scheme, double=True) for name, scheme in SCHEMES.items()}
+SCHEMES.pop("int8+double")  # it has one scale a channel, which is little already
 
 
 def scheme_of(scheme: "Scheme | str") -> Scheme:
@@ -248,6 +247,6 @@ def scheme_of(scheme: "Scheme | str") -> Scheme:
     if not isinstance(scheme, str):
         hint = f"; write {scheme.__name__}()" if isinstance(scheme, type) and issubclass(scheme, Scheme) else ""
         raise TypeError(f"a scheme is a name such as 'nf4', or jlora.quant.NF(4), not {_answers.kind(scheme)}{hint}")
-    if scheme not in NAMES:
-        raise ValueError(f"no scheme is called {scheme!r}; there are {', '.join(NAMES)}, and jlora.quant.NF and Int")
-    return NAMES[scheme]
+    if scheme not in SCHEMES:
+        raise ValueError(f"no scheme is called {scheme!r}; there are {', '.join(SCHEMES)}, and jlora.quant.NF and Int")
+    return SCHEMES[scheme]

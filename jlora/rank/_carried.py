@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._plan._sites import Plan
-from jlora._types import PyTree
+from jlora._types import Place, PyTree
 from jlora.adapted import Adapted, Frozen, is_adapted
-
-Place = tuple[str, str]
 
 # optax's states of sums over whole factors: what dead ranks have left in them cannot be taken out
 WHOLE = frozenset(

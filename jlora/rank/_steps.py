@@ -14,8 +14,7 @@ from jlora._dtypes import wide
 from jlora._plan._sites import Plan
 from jlora._types import Half, PyTree, Value
 from jlora.adapted import is_adapted
-from jlora.optim._halves import Halves
-from jlora.rank.prune import Places
+from jlora.optim._halves import Halves, Places
 
 
 class Gathered(NamedTuple):
@@ -38,7 +37,7 @@ def gathering(state: PyTree) -> list[optax.MultiStepsState]:
     return [x for x in jax.tree.leaves(state, is_leaf=is_gathering) if is_gathering(x)]
 
 
-def begun(state: PyTree, places: Places) -> PyTree:
+def none_gathered(state: PyTree, places: Places) -> PyTree:
     """`Gathered` of nothing where the optimizer inside gathers, () where each call is an update."""
     if not gathering(state):
         return ()
@@ -59,7 +58,7 @@ def stepped(before: PyTree, after: PyTree) -> jax.Array | bool:
     return jnp.any(jnp.array(made)) if made else True
 
 
-def gathered(held: PyTree, given: Places, good: jax.Array, before: PyTree, after: PyTree) -> tuple[PyTree, Places]:
+def gathered_mean(held: PyTree, given: Places, good: jax.Array, before: PyTree, after: PyTree) -> tuple[PyTree, Places]:
     """What is held, and the gradient of an update that this call makes: the mean over its microbatches."""
     if held == ():
         return held, given
@@ -73,7 +72,7 @@ def gathered(held: PyTree, given: Places, good: jax.Array, before: PyTree, after
     return Gathered(jnp.where(done, 0, n), nested(left)), given | {p: x.astype(given[p].dtype) for p, x in mean.items()}
 
 
-def chosen(real: jax.Array | bool, new: Value, old: Value) -> Value:
+def where_real(real: jax.Array | bool, new: Value, old: Value) -> Value:
     """The new state after a real update, the old one else."""
     return jax.tree.map(lambda x, y: jnp.where(real, x, y), new, old)
 

@@ -17,11 +17,11 @@ from jlora._dtypes import wide
 from jlora._plan._pairs import Member, Pair, pairs
 from jlora._types import PyTree
 from jlora.adapted import Adapted
-from jlora.optim._checks import number, transformation_of, whole
-from jlora.optim._halves import Halves, check_masked, chosen
-from jlora.rank._steps import begun, finite, flat, gathered, nested, started, stepped
+from jlora.optim._checks import number, transformation_of, whole_number
+from jlora.optim._halves import Halves, Places, check_masked, plan_with
+from jlora.rank._steps import finite, flat, gathered_mean, nested, none_gathered, started, stepped
 from jlora.rank.budget import Budget
-from jlora.rank.prune import Places, Ties, check_ties, top
+from jlora.rank.prune import Ties, check_ties, top
 
 WHAT = "an update p diag(lam) q, all trained; adapt with jlora.AdaLoRA(...)"
 
@@ -123,7 +123,7 @@ def adalora(
     References:
       Zhang et al, `AdaLoRA <https://arxiv.org/abs/2303.10512>`_, 2023.
     """
-    plan = chosen("adalora", adapted, lambda pair: pair.diagonal, WHAT)
+    plan = plan_with("adalora", adapted, lambda pair: pair.diagonal, WHAT)
     triplets = tuple(pair for pair in pairs(plan) if pair.diagonal)
     budget = _budget(triplets, target_rank, target_budget, total_steps, init_warmup, final_warmup, interval)
     if importance not in ("sensitivity", "magnitude"):
@@ -149,7 +149,7 @@ def adalora(
         held = inner.init(params)
         check_masked("adalora", held)
         return AdaLoRAState(
-            jnp.zeros((), jnp.int32), zeros(), zeros(), mask, held, begun(held, {p: start[p] for p in scored})
+            jnp.zeros((), jnp.int32), zeros(), zeros(), mask, held, none_gathered(held, {p: start[p] for p in scored})
         )
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, AdaLoRAState]:
@@ -158,19 +158,21 @@ def adalora(
         old, given = halves.read(params, "adalora"), halves.read(updates, "adalora")
         good = finite(updates)
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
-        held, given = gathered(state.gathered, given, good, state.inner, inner_state)
+        held, given = gathered_mean(state.gathered, given, good, state.inner, inner_state)
         real = good & stepped(state.inner, inner_state)
         step = jnp.where(real, jnp.asarray(optax.safe_increment(state.count)), state.count)
         change = halves.read(updates, "adalora")
         new = {place: (old[place] + change[place]).astype(old[place].dtype) for place in factors}
 
-        mean, spread, mask = map(flat, (state.sensitivity, state.uncertainty, state.mask))
+        mean, distance, mask = map(flat, (state.sensitivity, state.uncertainty, state.mask))
         scoring = real & (step < budget.last)
         for place in scored:
-            mean[place], spread[place] = _smoothed(
-                scoring, new[place], given[place], mean[place], spread[place], beta1, beta2
+            mean[place], distance[place] = _smoothed(
+                scoring, new[place], given[place], mean[place], distance[place], beta1, beta2
             )
-        scores = (lambda: _scores(triplets, mean, spread)) if scored else (lambda: {p: jnp.abs(new[p]) for p in gates})
+        scores = (
+            (lambda: _scores(triplets, mean, distance)) if scored else (lambda: {p: jnp.abs(new[p]) for p in gates})
+        )
         mask = lax.cond(
             real & budget.masks(step),
             lambda: nested(top(scores(), budget.traced(step), ties)),
@@ -180,7 +182,7 @@ def adalora(
         kept = flat(mask)
         # p + (0 - p) is zero exactly
         ends = {p: jnp.where(kept[p] | ~jnp.asarray(still), change[p], -old[p]) for p in gates}
-        state = AdaLoRAState(step, nested(mean), nested(spread), mask, inner_state, held)
+        state = AdaLoRAState(step, nested(mean), nested(distance), mask, inner_state, held)
         return halves.write(updates, ends), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -190,7 +192,7 @@ def _budget(triplets: tuple[Pair, ...], rank: float | None, budget: int | None, 
     if (rank is None) == (budget is None):
         raise ValueError(f"adalora(target_rank={rank}, target_budget={budget}): write one of the two")
     if rank is None:
-        whole("adalora", "target_budget", budget, 0, float("inf"), "a number of ranks in all")
+        whole_number("adalora", "target_budget", budget, 0, float("inf"), "a number of ranks in all")
     else:
         number("adalora", "target_rank", rank, "a mean rank", lambda x: 0 <= x < float("inf"))
     initial = sum(pair.rank * pair.layers for pair in triplets)
@@ -204,21 +206,21 @@ def _members(pair: Pair) -> tuple[Member, ...]:
 
 
 def _smoothed(
-    scoring: Any, w: jax.Array, grad: jax.Array, mean: jax.Array, spread: jax.Array, beta1: float, beta2: float
+    scoring: Any, w: jax.Array, grad: jax.Array, mean: jax.Array, distance: jax.Array, beta1: float, beta2: float
 ) -> tuple[jax.Array, jax.Array]:
     """I~ and U~ of one factor after a step; U~ is measured from the I~ that this step has moved."""
     size = jnp.abs(w.astype(mean.dtype) * grad.astype(mean.dtype))
     new_mean = beta1 * mean + (1 - beta1) * size
-    new_spread = beta2 * spread + (1 - beta2) * jnp.abs(size - new_mean)
+    new_distance = beta2 * distance + (1 - beta2) * jnp.abs(size - new_mean)
     scoring = scoring & jnp.isfinite(size)  # of finite gradients, still: w g overflows
-    return jnp.where(scoring, new_mean, mean), jnp.where(scoring, new_spread, spread)
+    return jnp.where(scoring, new_mean, mean), jnp.where(scoring, new_distance, distance)
 
 
-def _scores(triplets: tuple[Pair, ...], mean: Places, spread: Places) -> Places:
+def _scores(triplets: tuple[Pair, ...], mean: Places, distance: Places) -> Places:
     """S of every triplet, (stack..., r)."""
 
     def one(member: Member) -> jax.Array:
-        s = mean[member.place] * spread[member.place]
+        s = mean[member.place] * distance[member.place]
         return jnp.mean(s, tuple(range(member.stack + 1, s.ndim)))  # no reshape: sharded axes stay as they are
 
     def total(pair: Pair) -> jax.Array:

@@ -16,13 +16,13 @@ from jlora._dtypes import alike
 from jlora._plan import _pairs, _sites
 from jlora._plan._pairs import Get, Pair
 from jlora._plan._sites import Plan, Site
-from jlora._types import PyTree
+from jlora._types import Place, PyTree
 from jlora.adapted import Adapted
 from jlora.methods.base import Method
 from jlora.methods.lora import LoRA
 from jlora.optim._checks import check_ran
 from jlora.optim._halves import check_masked
-from jlora.rank._carried import Kept, Place, carried
+from jlora.rank._carried import Kept, carried
 from jlora.rank.prune import plan_of
 
 
@@ -114,7 +114,7 @@ def compact(
             return folded[place]
         return kept[place].cut(get(*place)) if place in kept else get(*place)
 
-    made = rebuilt(adapted, small, value)
+    made = adapter_of(adapted, small, value)
     return made if opt_state is None else (made, carried(opt_state, plan, small, kept))
 
 
@@ -124,7 +124,7 @@ def planned(plan: Plan, sites: list[Site], notes: list[str] | None = None) -> Pl
     return _sites.intern(tuple(sites), tuple(methods), (*plan.notes, *(notes or ())))
 
 
-def rebuilt(adapted: Adapted, plan: Plan, value: Callable[[Place], PyTree]) -> Adapted:
+def adapter_of(adapted: Adapted, plan: Plan, value: Callable[[Place], PyTree]) -> Adapted:
     """The adapter of another plan over the same base."""
     halves: dict[bool, dict[str, dict[str, PyTree]]] = {True: {}, False: {}}
     for place, (shape, trained) in plan.shapes.items():

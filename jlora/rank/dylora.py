@@ -18,9 +18,9 @@ from jlora import _read
 from jlora._plan._pairs import Member, Pair
 from jlora._types import PyTree
 from jlora.adapted import Adapted
-from jlora.optim._checks import transformation_of, whole
-from jlora.optim._halves import Halves, check_masked
-from jlora.rank.prune import Places, ranked
+from jlora.optim._checks import transformation_of, whole_number
+from jlora.optim._halves import Halves, Places, check_masked
+from jlora.rank.prune import ranked
 
 Mode: TypeAlias = Literal["normal", "frozen"]
 
@@ -55,7 +55,7 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
     _check_mode("at_rank", mode)
     pairs = ranked("at_rank", adapted)
     most = max(pair.rank for pair in pairs)
-    whole("at_rank", "b", b, 1, most, f"this adapter has ranks from 1 to {most}")
+    whole_number("at_rank", "b", b, 1, most, f"this adapter has ranks from 1 to {most}")
     trainable = {group: dict(named) for group, named in adapted.trainable.items()}
     factors = {group: dict(named) for group, named in adapted.frozen.factors.items()}
     scales: dict[tuple[str, str], int] = {}
@@ -143,7 +143,7 @@ def dylora(
     def update(updates: PyTree, state: PyTree, params: PyTree = None, *, b: PyTree = None, **extra: PyTree) -> PyTree:
         if b is None:
             raise ValueError("dylora needs the rank of the step: write tx.update(grads, state, params, b=b)")
-        whole("dylora", "b", b, 1, most, f"this adapter has ranks from 1 to {most}")
+        whole_number("dylora", "b", b, 1, most, f"this adapter has ranks from 1 to {most}")
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         return halves.write(updates, _masked(pairs, b, mode, halves.read(updates, "dylora"))), DyLoRAState(inner_state)
 

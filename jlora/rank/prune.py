@@ -17,9 +17,9 @@ from jlora._plan._pairs import Get, Member, Pair
 from jlora._plan._sites import Plan
 from jlora._types import PyTree
 from jlora.adapted import Adapted, check_adapted
-from jlora.optim._checks import whole
+from jlora.optim._checks import whole_number
+from jlora.optim._halves import Places
 
-Places: TypeAlias = dict[tuple[str, str], jax.Array]
 Ties: TypeAlias = Literal["exact", "reference"]
 
 
@@ -57,7 +57,7 @@ def prune(adapted: Adapted, scores: PyTree, b: Any, *, ties: Ties = "exact") -> 
     check_ties("prune", ties)
     if not isinstance(scores, Mapping) or not all(isinstance(named, Mapping) for named in scores.values()):
         raise TypeError(f"prune takes scores in the form of jlora.rank.magnitude(adapted), not {type(scores).__name__}")
-    whole("prune", "b", b, 0, float("inf"), "how many ranks are kept in all, a whole number of at least 0")
+    whole_number("prune", "b", b, 0, float("inf"), "how many ranks are kept in all, a whole number of at least 0")
     get = lambda place: adapted.trainable[place[0]][place[1]]
     wanted = {m.place: get(m.place).shape[: m.stack + 1] for m in (pair.marks[0] for pair in pruned)}
     given = {(group, name): x for group, named in scores.items() for name, x in named.items()}
@@ -148,7 +148,7 @@ def top(scores: Places, b: Any, ties: Ties) -> Places:
     }
 
 
-def spread(keep: jax.Array, member: Member, ndim: int) -> jax.Array:
+def as_rows(keep: jax.Array, member: Member, ndim: int) -> jax.Array:
     """(stack..., r) booleans against a factor of `ndim` axes, (stack..., r, side...)."""
     return keep.reshape(*keep.shape, *(1,) * (ndim - member.stack - 1))
 
@@ -168,7 +168,7 @@ def _prune(trainable: PyTree, scores: Places, b: Any, rests: Places, plan: Plan,
             x = new[group][name]
             if keep.ndim == member.stack + 1:  # a factor that all layers of a stack share belongs to none of them
                 rest = rests.get(member.place, jnp.zeros_like(x))
-                new[group][name] = jnp.where(spread(keep, member, x.ndim), x, rest.astype(x.dtype))
+                new[group][name] = jnp.where(as_rows(keep, member, x.ndim), x, rest.astype(x.dtype))
     return new
 
 

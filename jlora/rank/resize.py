@@ -14,8 +14,8 @@ from jlora._plan import _pairs
 from jlora._plan._pairs import Get, Pair
 from jlora._plan._sites import Site
 from jlora.adapted import Adapted
-from jlora.optim._checks import number, whole
-from jlora.rank.compact import concrete, of_rank, planned, rebuilt, simple, with_rank
+from jlora.optim._checks import number, whole_number
+from jlora.rank.compact import adapter_of, concrete, of_rank, planned, simple, with_rank
 from jlora.rank.prune import plan_of
 
 
@@ -68,7 +68,7 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
         raise ValueError(f"resize(rank={rank}, energy={energy}): write one of the two")
     wanted = "a rank is at least 1, an energy in (0, 1]"
     if rank is not None:
-        whole("resize", "rank", rank, 1, float("inf"), wanted)
+        whole_number("resize", "rank", rank, 1, float("inf"), wanted)
     else:
         number("resize", "energy", energy, wanted, lambda x: 0 < x <= 1)
     concrete("resize", adapted)
@@ -109,7 +109,7 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
         methods = ", ".join(dict.fromkeys(m.describe() for m in plan.methods))
         raise ValueError(f"resize finds no low-rank update under {methods}")
     value = lambda place: values[place] if place in values else get(*place)
-    return Resized(rebuilt(adapted, planned(plan, sites), value), error)
+    return Resized(adapter_of(adapted, planned(plan, sites), value), error)
 
 
 def _svd(pair: Pair, get: Get) -> tuple[jax.Array, jax.Array, jax.Array]:

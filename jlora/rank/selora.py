@@ -17,10 +17,9 @@ from jlora._dtypes import widened
 from jlora._plan._pairs import Member, Pair, pairs
 from jlora._types import PyTree
 from jlora.adapted import Adapted
-from jlora.optim._checks import number, transformation_of, whole
-from jlora.optim._halves import Halves, check_masked, chosen
-from jlora.rank._steps import begun, finite, gathered, nested, started, stepped
-from jlora.rank.prune import Places
+from jlora.optim._checks import number, transformation_of, whole_number
+from jlora.optim._halves import Halves, Places, check_masked, plan_with
+from jlora.rank._steps import finite, gathered_mean, nested, none_gathered, started, stepped
 
 
 class SeLoRAState(NamedTuple):
@@ -100,12 +99,14 @@ def selora(
     wanted = lambda pair: (
         pair.trained == 2 and not pair.gates and pair.others == 0 and len(pair.own) == 2 and not pair.begun
     )
-    plan = chosen("selora", adapted, wanted, "two trained factors of its own that share a rank; adapt with jlora.LoRA")
+    what = "two trained factors of its own that share a rank; adapt with jlora.LoRA"
+    plan = plan_with("selora", adapted, wanted, what)
     growing = tuple(filter(wanted, pairs(plan)))
     number("selora", "threshold", threshold, "at least 1, as the ratio is", lambda x: x >= 1)
-    whole("selora", "interval", interval, 1, math.inf, "updates between two probes, at least 1")
+    whole_number("selora", "interval", interval, 1, math.inf, "updates between two probes, at least 1")
     most = max(pair.rank for pair in growing)
-    whole("selora", "start", start, 1, most, f"the first active rank, from 1 to {most}, the rank that was adapted with")
+    said = f"the first active rank, from 1 to {most}, the rank that was adapted with"
+    whole_number("selora", "start", start, 1, most, said)
     halves = Halves(plan)
     inner = transformation_of("selora", inner)
     layers = {pair.output.place: plan.shapes[pair.output.place][0][: pair.output.stack] for pair in growing}
@@ -118,7 +119,8 @@ def selora(
         check_masked("selora", held)
         factors = started("selora", halves, params, plan)
         some = {m.place: factors[m.place] for pair in growing for m in pair.members}
-        return SeLoRAState(jnp.zeros((), jnp.int32), filled(jnp.int32, ranks.get), ratio, held, begun(held, some))
+        zero, first = jnp.zeros((), jnp.int32), filled(jnp.int32, ranks.get)
+        return SeLoRAState(zero, first, ratio, held, none_gathered(held, some))
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, *, probe: PyTree = None, **extra: PyTree
@@ -130,7 +132,7 @@ def selora(
             halves.write(updates, _active(growing, state.ranks, given)), state.inner, params, **extra
         )
         updates = halves.write(updates, _active(growing, state.ranks, halves.read(updates, "selora")))
-        held, seen = gathered(state.gathered, seen, good, state.inner, inner_state)
+        held, seen = gathered_mean(state.gathered, seen, good, state.inner, inner_state)
         real = good & stepped(state.inner, inner_state)
         step = jnp.where(real, jnp.asarray(optax.safe_increment(state.count)), state.count)
         due = real & (step % interval == 0)

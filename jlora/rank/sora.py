@@ -18,12 +18,11 @@ from jlora._plan._pairs import pairs
 from jlora._types import PyTree
 from jlora.adapted import Adapted
 from jlora.optim._checks import number, rate, transformation_of
-from jlora.optim._halves import Halves, check_masked, chosen
-from jlora.rank._steps import begun, finite, gathered, gathering, started, stepped
-from jlora.rank._steps import chosen as chosen_state
+from jlora.optim._halves import Halves, check_masked, plan_with
+from jlora.rank._steps import finite, gathered_mean, gathering, none_gathered, started, stepped, where_real
 
 Prox: TypeAlias = Literal["exact", "reference"]
-Rate: TypeAlias = "float | Callable[[Any], Any]"
+Schedule: TypeAlias = "float | Callable[[Any], Any]"
 
 WHAT = "an update a diag(g) b, all trained; adapt with jlora.SoRA(...)"
 
@@ -82,8 +81,8 @@ def sora(
     inner: optax.GradientTransformation,
     adapted: Adapted,
     *,
-    learning_rate: Rate,
-    sparsity: Rate,
+    learning_rate: Schedule,
+    sparsity: Schedule,
     gates: optax.GradientTransformation | None = None,
     scale_by_lr: bool = True,
     prox: Prox = "exact",
@@ -131,7 +130,7 @@ def sora(
     References:
       Ding et al, `SoRA <https://arxiv.org/abs/2311.11696>`_, 2023.
     """
-    plan = chosen("sora", adapted, lambda pair: pair.diagonal, WHAT)
+    plan = plan_with("sora", adapted, lambda pair: pair.diagonal, WHAT)
     gated = [pair for pair in pairs(plan) if pair.diagonal]
     places = frozenset(pair.gates[0].place for pair in gated)
     size = sum(pair.rank * pair.layers for pair in gated)
@@ -160,12 +159,12 @@ def sora(
         held = state.gathered
         if held != ():  # the gates' optimizer does not gather: it gets what the other one has gathered
             raw = halves.read(updates, "sora")
-            held, mean = gathered(held, {p: raw[p] for p in places}, good, state.inner[0], one)
+            held, mean = gathered_mean(held, {p: raw[p] for p in places}, good, state.inner[0], one)
             updates = halves.write(updates, mean)
         updates, two = theirs.update(updates, state.inner[1], params, **extra)
         decides = (state.inner[0], one) if held != () else (state.inner[1], two)
         real = good & stepped(*decides)
-        two = chosen_state(good if held == () else real, two, state.inner[1])
+        two = where_real(good if held == () else real, two, state.inner[1])
         change = halves.read(updates, "sora")
         xi = _at(sparsity, state.count) * (_at(learning_rate, state.count) if scale_by_lr else 1.0)
         ends = {}
@@ -180,7 +179,7 @@ def sora(
         check_masked("sora", held)
         start = started("sora", halves, params, plan)
         some = {p: start[p] for p in places}
-        return SoRAState(jnp.zeros((), jnp.int32), held, () if gathering(held[1]) else begun(held[0], some))
+        return SoRAState(jnp.zeros((), jnp.int32), held, () if gathering(held[1]) else none_gathered(held[0], some))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

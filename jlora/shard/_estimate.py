@@ -14,7 +14,7 @@ from jlora import _answers
 from jlora._algebra import _words
 from jlora._plan._sites import Site
 from jlora._trees import _select, _table, _tree
-from jlora._trees._packed import is_packed
+from jlora._trees._compound import is_compound
 from jlora._trees._tree import Target
 from jlora.adapted import Adapted, adapt
 from jlora.shard import _rules
@@ -147,7 +147,7 @@ def estimate(
     _answers.check_params("shard.estimate", params)
     if not isinstance(batch, PartitionSpec):
         raise TypeError(f"shard.estimate(batch={batch!r}): the PartitionSpec of a batch, such as PartitionSpec('data')")
-    strange = [n for entry in batch for n in _rules.names(entry) if n not in mesh.shape]
+    strange = [n for entry in batch for n in _rules.mesh_axes(entry) if n not in mesh.shape]
     if strange:
         raise ValueError(f"shard.estimate(batch={batch}): the mesh has the axes {tuple(mesh.shape)}, not {strange}")
     if tx is not None:
@@ -159,7 +159,7 @@ def estimate(
     bare = _tree.flatten(made.frozen.base)
     entries = _rules.entries_of(bare, roles_of(bare, made.frozen.plan), base_specs, sizes)
     placed = abstract(mesh, made, _tree.rebuilt(made.frozen.base, list(map(_rules.to_spec, entries))))
-    rows = tuple(n for entry in batch for n in _rules.names(entry) if sizes[n] > 1)
+    rows = tuple(n for entry in batch for n in _rules.mesh_axes(entry) if sizes[n] > 1)
     state = 0
     if tx is not None:
         shapes = jax.tree.leaves(jax.eval_shape(tx.init, placed.trainable))
@@ -168,14 +168,14 @@ def estimate(
     tree = _tree.flatten(placed.frozen.base)
     held = _select.taken(quantised[0], tree) if quantised else [False] * len(tree.paths)
     bits = [
-        quantised[1] if quantised and it and not is_packed(a) else 0 for it, a in zip(held, tree.leaves, strict=True)
+        quantised[1] if quantised and it and not is_compound(a) else 0 for it, a in zip(held, tree.leaves, strict=True)
     ]
     share = lambda tree: sum(_held(a, a.sharding.spec, sizes) for a in jax.tree.leaves(tree))
     trainable = share(placed.trainable)
     wide = jnp.dtype(activations)
     traffic = [
         *_gathers(tree, bits, entries, placed, rows, sizes, passes, wide),
-        *_gradients(placed, rows, sizes, sum(any(sizes[n] > 1 for n in _rules.names(entry)) for entry in batch)),
+        *_gradients(placed, rows, sizes, sum(any(sizes[n] > 1 for n in _rules.mesh_axes(entry)) for entry in batch)),
         *_activations(tree, entries, placed, rows, sizes, tokens * wide.itemsize),
     ]
     return Estimate(
@@ -203,7 +203,8 @@ def _held(leaf: Any, spec: PartitionSpec, sizes: Mapping[str, int], bits: float 
 
 
 def _cut(spec: Any, among: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(n for entry in spec for n in _rules.names(entry) if n in among)
+    """The mesh axes of a spec that are among these."""
+    return tuple(n for entry in spec for n in _rules.mesh_axes(entry) if n in among)
 
 
 def _whole(site: Site) -> bool:
@@ -215,6 +216,7 @@ def _whole(site: Site) -> bool:
 
 
 def _looked_up(path: str) -> bool:
+    """Whether a leaf is a table, by Flax's name for one."""
     return path.endswith("embedding")
 
 
@@ -249,12 +251,13 @@ def _gathers(
 
 
 def _gradients(placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int], times: int) -> list[Traffic]:
-    """Each device has a sum over its own rows: summed over the batch's axes, and kept where the factor is kept.
+    """Factor gradients: each device has the sum over its own rows, and all devices need the sum over all rows.
 
-    Where two array axes of a batch are sharded (batch and sequence), XLA sums over one after the other.
+    `times` is how many axes of a batch are sharded (batch and sequence): XLA sums over one after the other.
     """
     sent: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
-    # made part of the weight, and a row of a table is not: rows of W0 and of dW are added
+    # Where dW is added to the weight, the gradient arrives in the weight's dtype. A table is left out: there the rows
+    # that are looked up are added.
     made = (site.leaf for site in placed.frozen.plan.sites if _whole(site) and not _looked_up(site.leaf.path))
     dtypes = {leaf.path: leaf.dtype for leaf in made}
     for group, factors in placed.trainable.items():
@@ -265,7 +268,7 @@ def _gradients(placed: Adapted, rows: tuple[str, ...], sizes: Mapping[str, int],
             if not cut:
                 sent["all-reduce", rows] += times * _held(a, spec, sizes)
                 continue
-            if not _looked_up(group):  # a table's rows come with their gradients
+            if not _looked_up(group):  # a table's rows move, and their gradients with them
                 sent["reduce-scatter", cut] += _held(a, _rules.without(spec, rows), sizes)
             if others:
                 sent["all-reduce", others] += _held(a, spec, sizes)
@@ -280,7 +283,7 @@ def _activations(
     sizes: Mapping[str, int],
     token_bytes: int,
 ) -> list[Traffic]:
-    """A dot over an axis that is cut leaves a sum over devices."""
+    """The sums over devices that a dot leaves where it contracts an axis that is cut."""
     others = tuple(n for n in sizes if n not in rows and sizes[n] > 1)
     local = token_bytes / math.prod(sizes[n] for n in rows)
     narrow = {site.leaf.path: sum(map(_width, _bound(site))) for site in placed.frozen.plan.sites}
@@ -288,22 +291,37 @@ def _activations(
     for (path, a), roles, spec in zip(_named(tree), roles_of(tree, placed.frozen.plan), entries, strict=True):
         if not set("ik") & set(roles):
             continue
-        side = lambda letters, roles=roles: [n for n, role in enumerate(roles) if role in letters]
-        cut = lambda letters, side=side, spec=spec: any(_cut(PartitionSpec(spec[n]), others) for n in side(letters))
-        share = lambda letters, side=side, spec=spec, a=a: math.prod(
-            a.shape[n] // math.prod(sizes[x] for x in _cut(PartitionSpec(spec[n]), others)) for n in side(letters)
-        )
-        layers = share("s")
-        if cut("ik"):
-            wide += layers * local * share("o")
-        if cut("o"):
-            wide += layers * local * share("ik") * (not path.endswith("embedding"))
-        if cut("iko"):  # once for the output or the input's gradient, once for the factor's gradient
+        ways = [math.prod(sizes[x] for x in _cut(PartitionSpec(entry), others)) for entry in spec]
+        side = _Side(a.shape, roles, ways)
+        layers = side.share("s")
+        if side.cut("ik"):  # the output
+            wide += layers * local * side.share("o")
+        if side.cut("o"):  # the input's gradient; ids that are looked up have none
+            wide += layers * local * side.share("ik") * (not _looked_up(path))
+        if side.cut("iko"):  # once for the output or the input's gradient, once for the factor's gradient
             thin += 2 * layers * local * narrow.get(path, 0)
     return [
         Traffic("all-reduce", "activations of the base", others, math.ceil(wide)),
         Traffic("all-reduce", "activations of the adapter", others, math.ceil(thin)),
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """A weight by its letters, and into how many parts the mesh cuts each axis."""
+
+    shape: tuple[int, ...]
+    roles: str
+    ways: list[int]
+
+    def cut(self, letters: str) -> bool:
+        """Whether an axis with one of these letters is cut."""
+        return any(ways > 1 for role, ways in zip(self.roles, self.ways, strict=True) if role in letters)
+
+    def share(self, letters: str) -> int:
+        """The size of these axes on one device."""
+        axes = zip(self.shape, self.roles, self.ways, strict=True)
+        return math.prod(n // ways for n, role, ways in axes if role in letters)
 
 
 def _bound(site: Site) -> list[_words.Bound]:

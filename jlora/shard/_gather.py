@@ -1,4 +1,4 @@
-"""Weights that are held as codes, gathered as codes."""
+"""Quantised weights that are sharded, gathered as codes and not as the wider weights that the codes stand for."""
 
 import dataclasses
 import itertools
@@ -10,16 +10,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._algebra._mesh import explicit_mesh
 from jlora._trees import _tree
-from jlora._trees._packed import Packed, is_packed
+from jlora._trees._compound import Compound, is_compound
 from jlora.shard import _rules
 
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """`fn` of the arrays of one layer, which are brought to `places` first, and the weight to `home`.
+    """Makes the weight of one layer as `fn` does, from codes and scales that are gathered first.
 
-    The places are those of arrays with all stack axes; the first `stack` entries count where a model takes layers or
-    experts together (under `vmap`).
+    Attributes:
+      fn: makes the weight of one layer from its arrays.
+      places: where each array is brought, as if it had all of its stack axes. Under `vmap`, where a model takes layers
+        or experts together, JAX hides their axis from `fn`: `_brought` leaves out one entry for each.
+      home: where the weight is brought, likewise.
+      stack: the number of stack axes.
     """
 
     fn: Callable[..., Any]
@@ -28,14 +32,15 @@ class Gather:
     stack: int
 
     def __call__(self, *arrays: Any) -> jax.Array:
-        # frozen: `custom_vmap` has no reverse mode in JAX 0.10, which derivatives without a custom rule would ask for
+        # The base is frozen, so no gradient is lost. Without this, a derivative where jlora has no rule of its own
+        # would go through `custom_vmap`, which has no reverse mode in JAX 0.10.
         held = jax.lax.stop_gradient(arrays)
         near = (_brought(a, place, self.stack) for a, place in zip(held, self.places, strict=True))
-        # the weight too, or what it meets might cut it, and gather it again
+        # The weight is held in place too. Else the compiler may cut it like its neighbours, and gather it dense.
         return _brought(jax.lax.stop_gradient(self.fn(*near)), self.home, self.stack)
 
     def free(self, axis: int) -> bool:
-        """As `fn` has it: what is cut along an axis is looked up in place, not gathered."""
+        """Whether an axis can be cut before the weight is made, as `fn` says: looked up rows are not gathered."""
         return self.fn.free(axis)  # type: ignore[attr-defined]
 
     def along(self, arrays: Any, axis: int, front: int, f: Callable[[Any, int], Any]) -> Any:
@@ -43,9 +48,9 @@ class Gather:
 
 
 def _brought(a: jax.Array, place: NamedSharding, skip: int) -> jax.Array:
-    """`a` moved to `place`, of which the first `skip` entries are of axes that it lacks.
+    """`a` moved to `place`, without the first `skip` entries of it, which are of axes that `a` does not show.
 
-    `vmap` of a constraint leaves its own axis to the compiler, hence the rule.
+    `vmap` of a sharding constraint would leave the mapped axis to the compiler. The rule below gives it its entry.
     """
 
     @jax.custom_batching.custom_vmap
@@ -53,7 +58,7 @@ def _brought(a: jax.Array, place: NamedSharding, skip: int) -> jax.Array:
         at = NamedSharding(place.mesh, PartitionSpec(*place.spec[skip:]))
         if explicit_mesh([a]) is not None:
             return jax.sharding.reshard(a, _rules.sayable(at))
-        mesh = jax.typeof(a).sharding.mesh  # a region of automatic axes has a mesh of its own
+        mesh = jax.typeof(a).sharding.mesh  # inside `jax.sharding.auto_axes` it is another object than place.mesh
         return jax.lax.with_sharding_constraint(a, at if mesh.empty else NamedSharding(mesh, at.spec))
 
     @move.def_vmap
@@ -65,10 +70,10 @@ def _brought(a: jax.Array, place: NamedSharding, skip: int) -> jax.Array:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Gathered(Packed):
-    """A packed leaf, and where its arrays are to be when the weight of a layer is computed from them."""
+class PlacedLeaf(Compound):
+    """A quantised leaf that knows where its arrays are to be when the weight of a layer is made from them."""
 
-    def __init__(self, leaf: Packed, places: tuple[NamedSharding, ...]):
+    def __init__(self, leaf: Compound, places: tuple[NamedSharding, ...]):
         self.leaf = leaf
         self.places = places
 
@@ -76,7 +81,7 @@ class Gathered(Packed):
         return ((jax.tree_util.GetAttrKey("leaf"), self.leaf),), self.places
 
     @classmethod
-    def tree_unflatten(cls, places: Any, leaves: Any) -> "Gathered":
+    def tree_unflatten(cls, places: Any, leaves: Any) -> "PlacedLeaf":
         (leaf,) = leaves
         return cls(leaf, places)
 
@@ -100,11 +105,10 @@ class Gathered(Packed):
 
     def parts(self) -> tuple[tuple[Any, ...], Callable[..., jax.Array]]:
         arrays, fn = self.leaf.parts()
-        # a scan over the tree takes stack axes away, a vmap adds some, in front, and they know nothing of places
-        own = lambda a, at: NamedSharding(at.mesh, PartitionSpec(*(*[None] * a.ndim, *at.spec)[len(at.spec) :]))
-        places = tuple(map(own, arrays, self.places))
+        places = tuple(map(_fitted, arrays, self.places))
         stack = self.leaf.roles.count("s")
-        whole = None in self.leaf.axes()[0]  # the codes are one run, and no axis of theirs is one of the weight's
+        # codes that are one run, as bitsandbytes lays them out, have no axis of the weight but the stack's
+        whole = None in self.leaf.axes()[0]
         home = PartitionSpec(*places[0].spec[: stack if whole else None])
         return arrays, Gather(fn, places, NamedSharding(places[0].mesh, home), stack)
 
@@ -115,7 +119,7 @@ class Gathered(Packed):
         return self.leaf.axes()
 
     def spec(self) -> tuple[Any, ...]:
-        """Its stack axes as they are, its others as they are where the weight is brought."""
+        """The stack axes are cut as the arrays are, all others as the weight is where it is brought."""
         _, gather = self.parts()
         known, near = list(self.leaf.spec()), _rules.sayable(gather.home).spec
         for n, entry in itertools.zip_longest(self.axes()[0], near[: len(self.axes()[0])]):
@@ -128,6 +132,15 @@ class Gathered(Packed):
 
     def __repr__(self) -> str:
         return f"Gathered({self.leaf!r})"
+
+
+def _fitted(a: Any, place: NamedSharding) -> NamedSharding:
+    """A place for an array whose leading axes are others than when the place was told, counted from the last axis.
+
+    A scan over the tree takes stack axes away and a `vmap` adds some, and neither changes what is static in a leaf.
+    """
+    entries = (*[None] * a.ndim, *place.spec)
+    return NamedSharding(place.mesh, PartitionSpec(*entries[len(place.spec) :]))
 
 
 def gathered(tree: Any, places: Any, batch: Any) -> Any:
@@ -164,9 +177,11 @@ def gathered(tree: Any, places: Any, batch: Any) -> Any:
       Rajbhandari et al, `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020: what is cut is gathered where it is used.
       Dettmers et al, `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023: the codes.
     """
-    tree = jax.tree.map(lambda x: x.leaf if isinstance(x, Gathered) else x, tree, is_leaf=is_packed)  # told before
+    tree = jax.tree.map(
+        lambda x: x.leaf if isinstance(x, PlacedLeaf) else x, tree, is_leaf=is_compound
+    )  # of an earlier call
     specs = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    rows = {name for spec in specs for entry in spec for name in _rules.names(entry)}
+    rows = {name for spec in specs for entry in spec for name in _rules.mesh_axes(entry)}
     fit = jax.tree.structure(tree) == jax.tree.structure(places)
     if not fit or not all(isinstance(at, NamedSharding) for at in jax.tree.leaves(places)):
         raise ValueError(
@@ -178,8 +193,8 @@ def gathered(tree: Any, places: Any, batch: Any) -> Any:
 
 
 def _one(leaf: Any, places: Any, rows: set[str]) -> Any:
-    if not is_packed(leaf):
+    if not is_compound(leaf):
         return leaf
     whole = lambda a, at: (*at.spec, *[None] * (a.ndim - len(at.spec)))
     near = lambda a, at: NamedSharding(at.mesh, _rules.without(whole(a, at), rows))
-    return Gathered(leaf, tuple(map(near, jax.tree.leaves(leaf), jax.tree.leaves(places))))
+    return PlacedLeaf(leaf, tuple(map(near, jax.tree.leaves(leaf), jax.tree.leaves(places))))

@@ -11,15 +11,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora._trees import _table, _tree
 
-Entries: TypeAlias = tuple[Any, ...]  # one entry an axis: None, a mesh axis, or a tuple of them
-Sizes: TypeAlias = "Mapping[str, int] | None"
+Entries: TypeAlias = tuple[Any, ...]
+"""A PartitionSpec as long as the array has axes: for each None, a mesh axis, or a tuple of mesh axes."""
 
-# The presets give mesh axes to three kinds of sides: the width of the model, what is as wide as the heads or the
-# perceptron, and the vocabulary.
+Sizes: TypeAlias = "Mapping[str, int] | None"
+"""The sizes of the mesh axes; None where no mesh is given."""
+
+# The sides of a transformer's weights are of three kinds: "embed", the width of the model; "wide", all heads together
+# or the inside of the perceptron; "vocab", the vocabulary. A preset says over which mesh axis each kind is cut.
 PRESETS = {"fsdp": {"embed": "fsdp"}, "tensor": {"wide": "tensor", "vocab": "tensor"}}
 
 _STEP = r"(?:^|[/_.])"
-# Kind of layer -> (input side, output side), searched in the path without its last step; the first match counts.
+# (pattern, (kind of the input side, kind of the output side)). A pattern is searched in the path with and without its
+# last step; the first that is found counts. An empty kind is never cut.
 _TABLE = tuple(
     (re.compile(pattern, re.IGNORECASE), sides)
     for pattern, sides in (
@@ -40,16 +44,21 @@ _TABLE = tuple(
 )  # fmt: skip
 
 
-def names(entry: Any) -> tuple[str, ...]:
+def mesh_axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a spec."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def is_spec(x: object) -> bool:
+    """Whether this is a PartitionSpec, which `jax.tree` takes for a tuple of its entries unless it is told."""
+    return isinstance(x, PartitionSpec)
+
+
 def shards(entry: Any, sizes: Mapping[str, int]) -> int:
     """Into how many parts an entry cuts an axis."""
-    return math.prod(sizes[name] for name in names(entry))
+    return math.prod(sizes[name] for name in mesh_axes(entry))
 
 
 def to_spec(entries: Entries) -> PartitionSpec:
@@ -61,22 +70,22 @@ def to_spec(entries: Entries) -> PartitionSpec:
 
 
 def without(entries: Iterable[Any], gone: Collection[str]) -> PartitionSpec:
-    """The spec of an array that is gathered over some mesh axes."""
-    return PartitionSpec(*(tuple(n for n in names(entry) if n not in gone) or None for entry in entries))
+    """The spec that is left when an array is gathered over the mesh axes `gone`."""
+    return PartitionSpec(*(tuple(n for n in mesh_axes(entry) if n not in gone) or None for entry in entries))
 
 
 def sayable(place: NamedSharding) -> NamedSharding:
-    """What `reshard` may say of a place: the axes of its mesh that are explicit."""
+    """A place as `reshard` may be told it: without the mesh axes that are not explicit, which JAX refuses there."""
     kinds = zip(place.mesh.axis_names, place.mesh.axis_types, strict=True)
     return NamedSharding(place.mesh, without(place.spec, [n for n, kind in kinds if kind != AxisType.Explicit]))
 
 
 def fitted(entries: Entries, shape: tuple[int, ...], sizes: Sizes) -> Entries:
-    """The same entries, without those that do not divide their axis, and each mesh axis once, where it stands first."""
+    """The entries that JAX takes for this shape: without those that do not divide their axis; each mesh axis once."""
     used: set[str] = set()
     kept = []
     for entry, size in zip(entries, shape, strict=True):
-        own = set(names(entry))
+        own = set(mesh_axes(entry))
         whole = sizes is None or size % shards(entry, sizes) == 0
         kept.append(entry if whole and not own & used else None)
         used |= own if kept[-1] is not None else set()
@@ -97,11 +106,11 @@ def entries_of(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes
       ValueError: an unknown preset, a leaf without a spec, a spec with more entries than its leaf has axes, a mesh
         axis that the mesh has not, or that a spec has twice; for a preset, unknown leaves of over 1 % of the bytes.
     """
-    if isinstance(given, str):
+    if isinstance(given, str):  # a preset
         found: Sequence[Any] = _preset(tree, roles, given)
     elif _is_rules(given):
-        found = [next((s for p, s in given if _tree.search(p, path)), PartitionSpec()) for path in tree.paths]
-        idle = [p for p, _ in given if not any(_tree.search(p, path) for path in tree.paths)]
+        found = [next((s for p, s in given if _tree.matches(p, path)), PartitionSpec()) for path in tree.paths]
+        idle = [p for p, _ in given if not any(_tree.matches(p, path) for path in tree.paths)]
         if idle:
             near = ", ".join(_tree.nearest(idle[0], tree.paths))
             raise ValueError(f"these rules match no leaf: {idle}; the nearest paths to the first are {near}")
@@ -114,8 +123,8 @@ def entries_of(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes
             bad.append(f"{path!r}: {spec!r} is no PartitionSpec")
             continue
         own = tuple(spec)
-        strange = [e for e in own if not isinstance(e, (str, tuple, type(None))) or {*map(type, names(e))} - {str}]
-        every = [n for e in own if not strange for n in names(e)]
+        strange = [e for e in own if not isinstance(e, (str, tuple, type(None))) or {*map(type, mesh_axes(e))} - {str}]
+        every = [n for e in own if not strange for n in mesh_axes(e)]
         unknown = sorted({n for n in every if sizes is not None and n not in sizes})
         twice = sorted({n for n in every if every.count(n) > 1})
         if len(own) > len(shape):
@@ -143,7 +152,10 @@ def _is_rules(given: Any) -> bool:
 
 
 def _from_tree(tree: _tree.Named, given: Any) -> list[PartitionSpec]:
-    """Specs by path, so that boxes on either side do not matter; one above several leaves is for all of them."""
+    """Specs matched by path, so that it does not matter which of the two trees has boxes.
+
+    A spec above several leaves is for all of them.
+    """
     specs = _tree.flatten(given)
     at = dict(zip(specs.paths, specs.leaves, strict=True))
     strange = [f"{type(spec).__name__} at {path!r}" for path, spec in at.items() if not isinstance(spec, PartitionSpec)]
@@ -167,7 +179,7 @@ def _from_tree(tree: _tree.Named, given: Any) -> list[PartitionSpec]:
 
 
 def _preset(tree: _tree.Named, roles: Sequence[str], preset: str) -> list[PartitionSpec]:
-    """The conventions: what each kind of side is sharded by. Leaves of no known name are replicated, and printed."""
+    """Specs by the names of `_TABLE`. Leaves of no known name are replicated, and printed."""
     wanted = preset.split("+")
     if not set(wanted) <= set(PRESETS):
         raise ValueError(f"base_specs={preset!r}: the presets are {', '.join(map(repr, PRESETS))} and 'fsdp+tensor'")
@@ -186,7 +198,8 @@ def _preset(tree: _tree.Named, roles: Sequence[str], preset: str) -> list[Partit
         is_matrix = bool(set(own) & set("ik"))
         if "i" in own:
             entries[own.index("i")] = axis.get(into)
-        if "o" in own and (is_matrix or out == "wide"):  # vectors that no matrix shares are too small to be cut
+        # of vectors, only those that are added to or scale a wide output are cut, as that output is; others are small
+        if "o" in own and (is_matrix or out == "wide"):
             entries[own.index("o")] = axis.get(out)
         specs.append(to_spec(tuple(entries)))
     _report(tree, unknown, preset)
@@ -194,7 +207,7 @@ def _preset(tree: _tree.Named, roles: Sequence[str], preset: str) -> list[Partit
 
 
 def _own_roles(path: str, letters: Mapping[str, str], ndim: int) -> str:
-    """A bias has the stack and output axes of the kernel beside it: its own shape cannot tell them apart."""
+    """The letters of a leaf; a bias has those of the kernel beside it, its shape cannot tell layers from outputs."""
     owner, _, name = path.rpartition("/")
     beside = letters.get(f"{owner}/kernel", "") if name != "kernel" else ""
     of_bias = "".join(role for role in beside if role in "so")

@@ -1,7 +1,7 @@
 """Where factors live, derived from the equations alone."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -12,12 +12,11 @@ from jlora._algebra._words import Bound
 from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _axes, _tree
-from jlora._trees._packed import is_packed
+from jlora._trees._compound import is_compound
+from jlora._types import Place
 from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted
 from jlora.shard import _rules
 from jlora.shard._rules import Entries, Sizes
-
-Place: TypeAlias = tuple[str, str]
 
 
 def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
@@ -79,8 +78,8 @@ def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
 
 
 def _of_leaf(leaf: Any, kernel: Entries, sizes: Sizes) -> Any:
-    """The spec of a leaf; of a weight held as other arrays a spec for each, by the axes that theirs stand for."""
-    if not is_packed(leaf):
+    """The spec of a leaf; of a quantised weight one for each array, by the axes of the weight that it stands for."""
+    if not is_compound(leaf):
         return _rules.to_spec(kernel)
     arrays, treedef = jax.tree.flatten(leaf)
     own = [tuple(None if n is None else kernel[n] for n in axes) for axes in leaf.axes()]
@@ -113,7 +112,8 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
     def put(array: _words.Array, own: list[Any]) -> None:
         place = (array.group or leaf.path, array.name)
         entries = (stack if array.stacked else []) + own
-        # an equation comes before the functions that read its factors: it knows more of their axes
+        # The first entries stay. Equations come before the functions that read their factors, and say of which axis of
+        # the weight each axis of a factor is; a function only says sizes.
         found.setdefault(place, _rules.fitted(tuple(entries), stored[place][1], sizes))
 
     for bound in site.recipe.bound(leaf):
@@ -122,7 +122,8 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
             want = bound.shape(labels)
             for array in word.arrays:
                 shape = want if array.shape is None else array.shape
-                # an array inside a function has no labels: it takes those of the operand where their sizes agree
+                # An array inside a function has no labels of its own. Where it has the shape of what the function
+                # makes, it is cut as that is; an axis of another size is replicated.
                 like = len(shape) == len(labels)
                 own = [entry.get(labels[n]) if like and want[n] == size else None for n, size in enumerate(shape)]
                 put(array, own)
@@ -132,8 +133,9 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
 
 
 def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[int, ...], Entries, bool]]:
-    """Of every operand as it meets a layer's weight (what a function makes, made): shape, entries, and whether it also
-    has the stack axes.
+    """For every operand of a weight: its shape in one layer, its entries, and whether it has stack axes too.
+
+    Of a function it is what the function makes, as that meets the weight.
     """
     atoms = dict(zip(_words.atoms(site.leaf), kernel, strict=True))
     for bound in site.recipe.bound(site.leaf):
@@ -145,10 +147,11 @@ def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[
 
 
 def _letters(bound: Bound, atoms: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """The entry of every letter: an atom's own; of a flat side's letters the slow one has the side's.
+    """The entry of every letter of an equation.
 
-    A side whose slow axis alone is cut is cut into runs of rows when it is flattened; so is its slow letter, if it
-    divides, and both cuts fall on the same rows.
+    A letter that is an axis of the kernel has that axis's entry. Of a side that the equation writes flat, `(i j)`, the
+    first letter is the slow one. Where only the first axis of the side is cut, flattening it leaves each device one
+    run of rows, and cutting the slow letter gives the same runs. Then it has that axis's entry; no other letter has.
     """
     entry = dict(atoms)
     for side, made in bound.blocks:
@@ -180,7 +183,7 @@ def shardings(mesh: Any, adapted: Any, base_specs: Any) -> Any:
     """
     check_mesh("shard.shardings", mesh)
     specs = partition_specs(adapted, base_specs, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_rules.is_spec)
 
 
 def check_mesh(caller: str, mesh: Any) -> None:
@@ -189,10 +192,6 @@ def check_mesh(caller: str, mesh: Any) -> None:
         raise TypeError(
             f"{caller} takes a mesh, such as jax.make_mesh((8,), ('fsdp',)), as its mesh, not {_answers.kind(mesh)}"
         )
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
 
 
 def abstract(mesh: Any, adapted: Any, base_specs: Any) -> Any:
@@ -210,7 +209,7 @@ def abstract(mesh: Any, adapted: Any, base_specs: Any) -> Any:
       >>> jlora.shard.abstract(mesh, params, "fsdp")["query"]["kernel"].sharding.spec
       P('fsdp',)
     """
-    struct = lambda a, s: jax.ShapeDtypeStruct(*_tree.shape_dtype(a), sharding=s)
+    struct = lambda a, place: jax.ShapeDtypeStruct(*_tree.shape_dtype(a), sharding=place)
     return jax.tree.map(struct, adapted, shardings(mesh, adapted, base_specs))
 
 
@@ -249,12 +248,12 @@ def state_shardings(tx: Any, adapted: Adapted) -> Any:
     at = lambda path, a: known.get((path[-2:], tuple(a.shape)), everywhere)  # paths end in a group and a factor
     traced = jax.jit(tx.init).trace(adapted.trainable)
     places = jax.tree_util.tree_map_with_path(at, traced.out_info)
-    # Shapes do not say which memory an array lives in; the trace's own types do.
+    # `out_info` does not say in which memory an array lives. The types of the traced program do.
     host = iter([x.memory_space is jax.memory.Space.Host for x in traced.jaxpr.out_avals])
     return jax.tree.map(lambda place: place.with_memory_kind("pinned_host") if next(host) else place, places)
 
 
-def sharding_of(tree: Any) -> Any:
+def named_shardings(tree: Any) -> Any:
     """The NamedSharding of every array of a tree.
 
     Raises:
@@ -276,7 +275,7 @@ def sharding_of(tree: Any) -> Any:
 
 def mesh_of(tree: Any) -> Any:
     """The one mesh that a tree lives on."""
-    meshes = {leaf.mesh for leaf in jax.tree.leaves(sharding_of(tree))}
+    meshes = {leaf.mesh for leaf in jax.tree.leaves(named_shardings(tree))}
     if len(meshes) != 1:
         raise ValueError(f"these arrays live on {len(meshes)} meshes, not on one: {list(meshes)[:3]}")
     return meshes.pop()

@@ -58,30 +58,36 @@ def init(
       P('fsdp',)
     """
     check_mesh("shard.init", mesh)
-    # a module of NNX can be called too, but is a tree; a function is a leaf
+    # An NNX module can be called as well, but it holds parameters: JAX sees a tree in it, and one leaf in a function.
     made = callable(make_params) and jax.tree.structure(make_params) == jax.tree.structure(0)
     options = {"key": key, "axes": axes}
     look = lambda params: adapt(params, spec, allow_untied=allow_untied, **options)
     whole = jax.eval_shape(lambda: look(make_params())) if made else _shapes(look, make_params)
-    # an explicit mesh wants every step of an initialiser to say where its result lives: they are made without
+    # On a mesh with explicit axes JAX asks every operation of an initialiser where its result lives. So all is made on
+    # the same devices with automatic axes, and gets its explicit sharding at the end, which moves nothing.
     plain = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     places = shardings(plain, whole, base_specs)
     at = places.frozen.base
     base = jax.jit(make_params, out_shardings=at)() if made else jax.device_put(make_params, at)
 
     def factors(base: Any) -> Any:
-        adapted = begun(base, spec, allow_untied=True, **options)  # ties were looked at above, where they can be seen
+        adapted = begun(
+            base, spec, allow_untied=True, **options
+        )  # inside jit tied leaves are two tracers: they were looked at above
         return adapted.trainable, adapted.frozen.factors
 
     into = (places.trainable, places.frozen.factors)
-    with jax.set_mesh(plain):  # the caller may have set `mesh`, and arrays of `plain` are none of its
+    with jax.set_mesh(plain):  # the caller may have set `mesh`, under which JAX refuses arrays of another mesh
         trainable, frozen = jax.jit(factors, out_shardings=into)(base)
     adapted = Adapted(trainable, Frozen(base, frozen, None, whole.frozen.plan))
     return jax.device_put(adapted, jax.tree.map(lambda s: NamedSharding(mesh, s.spec), places))
 
 
 def _shapes(fn: Callable[[Any], Any], params: Any) -> Any:
-    """`eval_shape` for arrays that are on some mesh already: their types do not say so, and a tie stays one."""
+    """`eval_shape` of `fn(params)` by shapes and dtypes alone, in which arrays that are tied are one tracer.
+
+    The arrays may be on another mesh, which their types would bring into the trace.
+    """
     found, treedef = jax.tree.flatten_with_path(params)
     bare = [jax.tree_util.keystr(path) for path, a in found if isinstance(a, jax.ShapeDtypeStruct)]
     if bare:

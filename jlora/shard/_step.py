@@ -14,8 +14,8 @@ from jlora import _answers
 from jlora.adapted import Adapted, check_adapted, is_adapted, join
 from jlora.optim._halves import check_masked
 from jlora.shard._gather import gathered
-from jlora.shard._rules import sayable
-from jlora.shard._specs import check_mesh, mesh_of, sharding_of, state_shardings
+from jlora.shard._rules import is_spec, sayable
+from jlora.shard._specs import check_mesh, mesh_of, named_shardings, state_shardings
 
 
 def train_step(
@@ -77,13 +77,15 @@ def train_step(
     _answers.check_integer("train_step(accumulate", accumulate, 1, "at least one microbatch")
     if clip is not None:
         _answers.check_number("train_step(clip", clip, lambda x: x > 0, "a norm above 0, or None for any")
-    strange = [s for s in jax.tree.leaves(batch, is_leaf=_is_spec) if not _is_spec(s)]
+    strange = [s for s in jax.tree.leaves(batch, is_leaf=is_spec) if not is_spec(s)]
     if strange or batch is None:
         raise ValueError(f"train_step(batch={batch!r}): a PartitionSpec for all arrays of a batch, or a tree of them")
     update = optax.with_extra_args_support(tx).update
 
     def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
-        if AxisType.Explicit in mesh.axis_types:  # the types of arrays from the host do not say yet where they live
+        if (
+            AxisType.Explicit in mesh.axis_types
+        ):  # there a type says where its array lives; of one from the host it does not
             batch = jax.tree.map(lambda place, part: jax.sharding.reshard(part, sayable(place)), batches, batch)
 
         here = near(frozen)
@@ -107,8 +109,8 @@ def train_step(
         return optax.apply_updates(trainable, updates), state, {"loss": value, "grad_norm": norm}
 
     place = lambda spec: NamedSharding(mesh, PartitionSpec(None, *spec) if accumulate > 1 else spec)
-    batches = jax.tree.map(place, batch, is_leaf=_is_spec)
-    places, state = sharding_of(adapted), state_shardings(tx, adapted)
+    batches = jax.tree.map(place, batch, is_leaf=is_spec)
+    places, state = named_shardings(adapted), state_shardings(tx, adapted)
     if isinstance(own := mesh_of(adapted), Mesh) and own != mesh:
         raise ValueError(f"train_step: the adapter lives on {own}, not on the mesh that was given, {mesh}")
     near = lambda frozen: gathered(frozen, places.frozen, batch)
@@ -124,13 +126,9 @@ def train_step(
     def checked(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
         try:
             return compiled(trainable, state, frozen, batch)
-        except (ValueError, TypeError):  # JAX sees two structures, and cannot say what they are of
+        except (ValueError, TypeError):  # of a state made without `masked`, JAX says only that two structures differ
             check_masked("train_step", state)
             raise
 
     checked.lower = compiled.lower  # type: ignore[attr-defined]
     return checked
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)

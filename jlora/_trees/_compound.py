@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-class Packed:
+class Compound:
     """A weight that is held as other arrays and computed from them, such as a quantised one.
 
     It is one leaf: it has a shape, a dtype and one letter an axis, and its arrays are no part of a path. A subclass
@@ -118,25 +118,25 @@ class Packed:
         """Flax's word for a box with another value: what is computed from a weight is no weight in codes."""
         return value
 
-    def add_axis(self, index: int, params: object) -> "Packed":
+    def add_axis(self, index: int, params: object) -> "Compound":
         """Flax's word for a stack (`nn.scan`, `nn.vmap`), whose axes are read off the arrays."""
         return self
 
-    def remove_axis(self, index: int, params: object) -> "Packed":
+    def remove_axis(self, index: int, params: object) -> "Compound":
         return self
 
 
-meta.AxisMetadata.register(Packed)
+meta.AxisMetadata.register(Compound)
 
 
-def is_packed(x: object) -> "TypeIs[Packed]":
+def is_compound(x: object) -> "TypeIs[Compound]":
     """Whether a leaf is several arrays."""
-    return isinstance(x, Packed)
+    return isinstance(x, Compound)
 
 
 def sound(named: Iterable[tuple[str, PyTree]]) -> None:
-    """Raises TypeError unless the arrays of every `Packed` among leaves with their paths are what they should be."""
-    found = [(path, leaf, leaf.wrong()) for path, leaf in named if is_packed(leaf)]
+    """Raises TypeError unless the arrays of every `Compound` among leaves with their paths are what they should be."""
+    found = [(path, leaf, leaf.wrong()) for path, leaf in named if is_compound(leaf)]
     bad = [f"\n  {repr(path) if path else 'one'} of shape {leaf.shape}: {why}" for path, leaf, why in found if why]
     if bad:
         raise TypeError(
@@ -148,7 +148,7 @@ def sound(named: Iterable[tuple[str, PyTree]]) -> None:
 
 def dense(leaf: PyTree) -> PyTree:
     """A leaf as one array; a leaf without values, or one that is an array, as it is."""
-    if not is_packed(leaf):
+    if not is_compound(leaf):
         return leaf
     if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(leaf)):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

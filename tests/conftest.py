@@ -6,6 +6,7 @@ example starts, read from a folder that goes with the run. A flag already in `XL
 left as it is.
 """
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -31,6 +32,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # it is where the first proce
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# Traces make thousands of objects a second, and each collection asks JAX's runtime for its garbage, too.
+gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items):

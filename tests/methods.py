@@ -518,10 +518,20 @@ FAST = ("linen/mlp", "plain/biases")
 CASES = {case.name: case for case in zoo.CASES}
 
 
-def marks(case: zoo.Case, fast: bool, newest: bool = False) -> tuple[Any, ...]:
-    """A case's own, and what keeps it out of the fast part; `newest` brings it back on the newest JAX."""
-    late = (pytest.mark.slow, pytest.mark.newest) if newest else (pytest.mark.slow,)
-    return (*case.marks, *(() if fast else late))
+# Of the clients, those that stand for all on the newest JAX.
+NEWEST = ("clients/bert", "clients/llama")
+
+
+def marks(case: zoo.Case, fast: bool) -> tuple[Any, ...]:
+    """A case's own, and what keeps it out of the fast part."""
+    return (*case.marks, *(() if fast else (pytest.mark.slow,)))
+
+
+def marks_of_newest(row: Row, case: zoo.Case) -> tuple[Any, ...]:
+    """On the newest JAX, LoRA meets every model but most clients, and one row for each word of the algebra FAST."""
+    if row is LORA:
+        return (pytest.mark.newest,) if case.name in NEWEST or not case.name.startswith("clients/") else ()
+    return () if row.name in CHOSEN else (pytest.mark.settled,)
 
 
 def each_row(rows: Any = METHODS) -> list[Any]:
@@ -530,8 +540,8 @@ def each_row(rows: Any = METHODS) -> list[Any]:
     return [pytest.param(row, id=row.name, marks=slow(row)) for row in rows]
 
 
-def pairs(rows: Any = METHODS, names: Any = None, fast: Any = None, newest: Any = None) -> list[Any]:
-    """Rows of `parametrize("row,case", ...)`: LoRA is fast on SMALL, others on `fast`, `newest` runs on new JAX too.
+def pairs(rows: Any = METHODS, names: Any = None, fast: Any = None, newest: bool = False) -> list[Any]:
+    """Rows of `parametrize("row,case", ...)`: LoRA is fast on SMALL, others on `fast`; `newest`: see `marks_of_newest`.
 
     Without `fast`, those of CHOSEN are on FAST.
     """
@@ -541,7 +551,7 @@ def pairs(rows: Any = METHODS, names: Any = None, fast: Any = None, newest: Any 
             if row.takes(case) and (row.everywhere or case.name in (row.models or FEW)):
                 others = (FAST if row.name in CHOSEN else ()) if fast is None else fast
                 kept = case.name in (SMALL if row is LORA else others)
-                marked = marks(case, kept, row is newest)
+                marked = (*marks(case, kept), *(marks_of_newest(row, case) if newest else ()))
                 made.append(pytest.param(row, case, id=f"{row.name}-{case.name}", marks=marked))
     return made
 

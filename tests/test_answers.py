@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 
+pytestmark = pytest.mark.settled
+
 PARAMS = {
     "layer_0": {"query": {"kernel": jax.random.normal(jax.random.key(1), (64, 4))}},
     "head": {"kernel": jnp.ones((4, 3))},

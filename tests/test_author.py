@@ -18,6 +18,8 @@ from jlora import methods
 from jlora.network import Array, Base, Delta, Function, Recipe
 from methods import CASES, FEW, METHODS
 
+pytestmark = pytest.mark.settled
+
 ZEROS = methods.base.zeros
 A, B = Array("a", ZEROS), Array("b", ZEROS)
 R = (("r", 2),)

@@ -25,6 +25,8 @@ from jlora import network
 from jlora._trees._leaf import Leaf
 from methods import CHOSEN, METHODS, Row, adapted, assert_close, away_from_start
 
+pytestmark = pytest.mark.settled
+
 Leaves = dict[str, np.ndarray]
 
 

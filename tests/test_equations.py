@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 import jlora
 from methods import METHODS, as_bytes, away_from_start
 
+pytestmark = pytest.mark.settled
+
 FILES = Path(__file__).parent / "fixtures" / "peft"
 BASE = load_file(FILES / "base.safetensors")
 PARAMS = {name: {"kernel": jnp.asarray(BASE[f"{name}.weight"].T)} for name in ("lin0", "lin1")}

@@ -46,7 +46,8 @@ def test_symbolic_sizes(row):
         return jax.value_and_grad(loss)(trainable)
 
     open_ids = jax.ShapeDtypeStruct(export.symbolic_shape("b, t"), jnp.int32)
-    exported = export.export(jax.jit(step))(trainable, open_ids)
+    step = jax.jit(step)
+    exported = export.export(step)(trainable, open_ids)
     ids = jnp.arange(8).reshape(2, 4)
     assert_close(exported.call(trainable, ids), step(trainable, ids))
 

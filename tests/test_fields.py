@@ -13,6 +13,8 @@ import jlora
 from jlora import methods
 from jlora.io import _manifest
 
+pytestmark = pytest.mark.settled
+
 PARAMS = {
     "q": {"kernel": jax.random.normal(jax.random.key(1), (12, 8)), "bias": jnp.zeros(8)},
     "sq": {"kernel": jax.random.normal(jax.random.key(2), (8, 8))},

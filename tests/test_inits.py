@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 import jlora
 from methods import CASES, METHODS, adapted, as_bytes, as_function_of_arrays, assert_close, away_from_start, floats
 
+pytestmark = pytest.mark.settled
+
 PEFT = load_file(Path(__file__).parent / "fixtures" / "peft" / "inits.safetensors")
 PAIRS = ("pissa", "olora", "orthogonal")
 DENSE = lambda p, x: x @ p["w"]

@@ -9,6 +9,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.settled
+
 FILES = Path(__file__).parent / "fixtures" / "peft_methods"
 
 

@@ -11,6 +11,8 @@ import jlora
 from jlora.rank import orthogonality
 from methods import away_from_start
 
+pytestmark = pytest.mark.settled
+
 
 def params():
     draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)

@@ -20,6 +20,8 @@ import jlora
 from jlora.rank import Budget, adalora, magnitude, prune
 from methods import as_bytes, assert_close, away_from_start
 
+pytestmark = pytest.mark.settled
+
 FILES = Path(__file__).parent / "fixtures" / "peft" / "adalora_trained"
 
 

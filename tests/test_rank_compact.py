@@ -13,6 +13,8 @@ import jlora
 from jlora.rank import adalora, compact, magnitude, orthogonality, rank_table, resize
 from methods import as_bytes, assert_close, away_from_start
 
+pytestmark = pytest.mark.settled
+
 
 def draw(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)

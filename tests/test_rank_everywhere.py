@@ -14,6 +14,8 @@ import jlora
 from jlora.rank import dylora, geometric, selora, sora
 from methods import as_bytes, assert_close, away_from_start
 
+pytestmark = pytest.mark.settled
+
 
 def draw(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)

@@ -14,6 +14,8 @@ from jlora.rank import geometric, linear, log_linear, soft_threshold, sora
 from jlora.rank.sora import _soft
 from methods import as_bytes, assert_close, away_from_start
 
+pytestmark = pytest.mark.settled
+
 
 def draw(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)

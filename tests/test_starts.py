@@ -11,6 +11,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.settled
+
 IN, OUT = 48 * 48, 40 * 40
 DENSE, WINDOW = (IN, OUT), (3, 2, 24 * 24, 20 * 20)
 

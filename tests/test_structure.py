@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.settled
+
 ROOT = Path(__file__).parents[1] / "jlora"
 
 # From the ground up: a room imports from those before it. What is no floor, but a package, counts as one room.

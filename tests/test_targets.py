@@ -12,6 +12,8 @@ from jlora import targets
 from jlora._trees import _select, _tree
 from trees import models, nested
 
+pytestmark = pytest.mark.settled
+
 MODELS = models()
 MATRICES = {"query", "key", "value", "qkv", "attn_out", "mlp", "conv", "other_linear", "router"}
 TRUTH = {

@@ -11,6 +11,8 @@ import jlora
 from jlora._trees import _axis_names, _layouts
 from trees import FOLDER, KINDS, models
 
+pytestmark = pytest.mark.settled
+
 MODELS = models()
 # What a kind says of the roles: matrices have both sides, what is added or multiplied elementwise has none to contract.
 MATRICES = {"query", "key", "value", "qkv", "attn_out", "mlp", "other_linear", "router", "head", "embedding"}

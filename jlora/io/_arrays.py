@@ -125,7 +125,7 @@ def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str,
             drawn[name] = said["sha256"]
             continue
         factors[name] = said
-        if array.size:  # Orbax refuses the others; the manifest says all there is of them
+        if array.size:  # Orbax refuses an array without elements; the manifest has its shape and dtype
             arrays[name] = array
     return arrays, factors, drawn
 

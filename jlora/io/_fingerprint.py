@@ -65,7 +65,7 @@ def samples(leaves: Sequence[Any]) -> list[np.ndarray | None]:
     if not pieces:
         return out
     nowhere = jax.sharding.Mesh(np.empty((), dtype=object), ())
-    with jax.set_mesh(nowhere):  # a mesh in the caller's context would refuse arrays of one device
+    with jax.set_mesh(nowhere):  # if the caller has set a mesh, JAX refuses arrays of one device
         for group in pieces.values():
             numbers, arrays, firsts, steps = zip(*group, strict=True)
             local = tuple(tuple(-a % s for a, s in zip(*pair, strict=True)) for pair in zip(firsts, steps, strict=True))
@@ -82,7 +82,7 @@ def samples(leaves: Sequence[Any]) -> list[np.ndarray | None]:
 def _has_values(leaf: Any) -> bool:
     if isinstance(leaf, Tracer):
         return False
-    if isinstance(leaf, jax.Array):  # keys are no weights: two runs of one model differ in them
+    if isinstance(leaf, jax.Array):  # a PRNG key is no weight: two runs of one model differ in it
         return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     return isinstance(leaf, (np.ndarray, np.generic, bool, int, float, complex))
 
@@ -93,7 +93,7 @@ def fingerprint(params: Any, tree: _tree.Named) -> list[list[Any]]:
     is_stream = lambda x: isinstance(x, nnx.RngState)  # noqa: E731
     boxes = [x for x in jax.tree.leaves(params, is_leaf=is_stream) if is_stream(x)]
     streams = {id(x) for box in boxes for x in jax.tree.leaves(box)}
-    # a quantised leaf is known by its codes, its scales, ...: weights that differ by a factor have the same codes
+    # of a quantised leaf all arrays count: two weights that differ by a factor have the same codes, and other scales
     known = [jax.tree.leaves(x) if is_compound(x) else [x] for x in tree.leaves]
     values = iter(samples([None if id(x) in streams else x for x in itertools.chain.from_iterable(known)]))
     rows = []

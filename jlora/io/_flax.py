@@ -110,7 +110,7 @@ def _value(value: Any) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_value, value))})"
     plain = value is None or isinstance(value, (bool, int, float, str))
-    return repr(value) if plain else type(value).__name__  # what a function or an array prints is not the same twice
+    return repr(value) if plain else type(value).__name__  # functions and arrays do not print alike in two runs
 
 
 # --- holding a state against the tree at hand ---------------------------------------------------------------------

@@ -91,7 +91,7 @@ def is_folder(entry: Path) -> bool:
 @contextlib.contextmanager
 def temporary(parent: Path) -> Iterator[Path]:
     """A folder in this one, gone at the end unless it was renamed."""
-    for stale in parent.iterdir():  # of processes that were killed
+    for stale in parent.iterdir():  # what processes left that were killed
         if is_temporary(stale):
             with contextlib.suppress(OSError):
                 if time.time() - stale.stat().st_mtime > _DAY:
@@ -117,7 +117,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             yield folder
     except BaseException:
         for parent in missing:
-            with contextlib.suppress(OSError):  # someone else's things may be there by now
+            with contextlib.suppress(OSError):  # not empty: another process has put something there
                 parent.rmdir()
         raise
 
@@ -173,13 +173,13 @@ def appear(folder: Path, target: Path, replaces: bool = False, ours: Callable[[P
         try:
             _rename(folder, target)
         finally:
-            recover(target)  # an exception lets the old one stay
+            recover(target)  # after an exception the old folder is in its place again
     try:
         sync(target.parent)
     finally:
-        for left in (gone, old(target)):  # the second, of a process that was killed
+        for left in (gone, old(target)):  # the second, if a process was killed between two renames
             if left.is_dir():
-                _keep(left, target, ours)  # what came in the meantime
+                _keep(left, target, ours)  # files of the user that came while this was writing
                 remove(left)
 
 
@@ -237,7 +237,7 @@ def check_free(target: Path, overwrite: bool, ours: str, what: str) -> bool:
     if target.is_dir() and (target / ours).is_file():
         return True
     if target.is_dir() and all(map(is_temporary, target.iterdir())):
-        return False  # there is nothing to lose
+        return False  # nothing is there that could be lost
     raise FileExistsError(f"{target} exists and holds no {what}: overwrite=True does not replace it, remove it first")
 
 

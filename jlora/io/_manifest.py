@@ -122,7 +122,7 @@ def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]])
         )
     cls = classes[name]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in ("target", "exclude")}
-    values: dict[str, Any] = {"target": "."}  # the sites say what it adapts
+    values: dict[str, Any] = {"target": "."}  # not used: the sites say what it adapts
     for key, value in record.items():
         where = f"{key!r:.100} of {name}"
         if key in fields:
@@ -141,7 +141,9 @@ def _hint(cls: type, field: dataclasses.Field) -> Any:
     if not isinstance(field.type, str):
         return field.type
     try:
-        return eval(field.type, dict(vars(sys.modules[cls.__module__])))  # the class's own source, not the file's
+        return eval(
+            field.type, dict(vars(sys.modules[cls.__module__]))
+        )  # evaluates the source of the class, nothing of the file
     except Exception:
         return Any
 
@@ -152,7 +154,7 @@ def read_plan(content: Mapping[str, Any], tree: _tree.Named, extra: Sequence[typ
     for record in content["methods"]:
         try:
             table.append(_read_method(record, classes))
-        except Exception as error:  # a method's own checks may raise anything on a value that makes no sense
+        except Exception as error:  # on a value that makes no sense, a user's method may raise anything
             raise ValueError(f"{where}: {str(error)[:500]}") from None
     saved = {path: tuple(shape) for path, shape, _, _ in content["base"]}
     index = {path: n for n, path in enumerate(tree.paths)}
@@ -164,7 +166,9 @@ def read_plan(content: Mapping[str, Any], tree: _tree.Named, extra: Sequence[typ
         if path in sites or path not in saved:
             raise ValueError(f"{where} is no manifest that jlora wrote: {path!r:.200} is twice or not in its base")
         if path not in index:
-            near = _tree.nearest(path, tree.paths, 3) if len(bad) < 8 else ()  # looking is slow, and eight are shown
+            near = (
+                _tree.nearest(path, tree.paths, 3) if len(bad) < 8 else ()
+            )  # only eight are shown, and to look for near ones is slow
             bad.append(f"{path!r:.200} is not in params; the nearest paths are {', '.join(near) or 'none'}")
             continue
         shape, dtype = _tree.shape_dtype(tree.leaves[index[path]])

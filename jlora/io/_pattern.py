@@ -56,7 +56,7 @@ class Pattern:
             atom = self._one()
             while self.at < len(self.text) and (count := _COUNT.match(self.text, self.at)):
                 self.at = count.end()
-                self._take("?")  # how much it takes first does not matter: only whether there is a match
+                self._take("?")  # greedy or lazy: it does not matter for whether there is a match
                 atom = ("times", atom, *_counts(count))
             parts.append(atom)
         return ("run", parts)
@@ -66,7 +66,7 @@ class Pattern:
             if self._take("?") and not self._take(":"):
                 raise ValueError(f"{self.text[self.at - 2 :]!r:.20} in it is not read here")
             inner = self._either()
-            self.at += 1  # re has checked that it is closed
+            self.at += 1  # the bracket, which is there: `re` has compiled the pattern
             return inner
         if self.text[self.at] in "^$":
             self.at += 1

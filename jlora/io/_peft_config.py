@@ -330,7 +330,7 @@ def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     many = len(odd) * len(values) > 10**6
     keys = [] if many else [(module, _pattern.parsed(key)) for module, key in names.items()]
     if many or any(key.matches(other) for module, key in keys for other in values if other != module):
-        names = exact  # its dots are any letter
+        names = exact  # else a name is taken for a pattern, in which a dot is any letter
     return {names[module]: value for module, value in odd.items()}
 
 

@@ -125,7 +125,7 @@ class Book:
         if len(said) > 1:
             raise ValueError(f"{module!r} could be any of {sorted(path for path, _ in said)}: say which with names=")
         wanted = said[0][0] if said else module.replace(".", "/") + "/kernel"
-        self.missed += 1  # looking is slow, and no more than eight are shown
+        self.missed += 1  # no more than eight are shown, and to look for near ones is slow
         near = ", ".join(_tree.nearest(wanted, tuple(self.paths), 3) if self.missed <= 8 else ())
         raise ValueError(f"{module!r} is not in params: no {wanted!r}; the nearest paths are {near}; use names=")
 

@@ -70,7 +70,7 @@ class Part:
         one = self.slices[every[0]]
         whole = {x: np.stack([self.slices[i][x] for i in every]).reshape(stack + np.shape(one[x])) for x in one}
         if "s" in whole and not self.leaf.stack:
-            whole["s"] = whole["s"].ravel()[0]  # a vector has no stack axes, but for its module's
+            whole["s"] = whole["s"].ravel()[0]  # the bias of stacked layers is a leaf without stack axes: one scale
         return whole
 
 

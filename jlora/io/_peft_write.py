@@ -159,7 +159,7 @@ class Writer:
         kind = "bias" if site.leaf.name == "bias" else "weight"
         self._add(module, kind, self._value(site, index)[2], site.leaf.path)
         bias = "/".join([*site.leaf.path.split("/")[:-1], "bias"])
-        if kind == "weight" and bias in self.book.paths and bias not in self.sites:  # peft asks for all of the module
+        if kind == "weight" and bias in self.book.paths and bias not in self.sites:  # peft reads a whole module or none
             value = self.leaves[list(self.book.paths).index(bias)]
             if isinstance(value, jax.ShapeDtypeStruct):
                 raise ValueError(f"{bias!r} is abstract, and peft stores all of a module that is saved whole")

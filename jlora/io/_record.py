@@ -124,7 +124,7 @@ def cast(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if origin is typing.Annotated:  # the range is the method's own check
+    if origin is typing.Annotated:  # only the type is checked here; the method checks the range
         return cast(value, args[0], where)
     if origin in (typing.Union, types.UnionType):
         for option in args:

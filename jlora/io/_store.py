@@ -78,7 +78,9 @@ class Store:
                 if data is not None:
                     (made / data).rename(target / data)
                     _folder.sync(target)
-                (made / self.form.name).replace(target / self.form.name)  # the moment at which the new one is there
+                (made / self.form.name).replace(
+                    target / self.form.name
+                )  # with this rename the new adapter takes the place of the old
                 _folder.sync(target)
             finally:
                 self._sweep(target, was)
@@ -103,7 +105,7 @@ class Store:
             current = self.read(folder)["data"]
             for entry in folder.iterdir():
                 stale = entry.name != current and (self._is_data(entry) or entry.name == was)
-                if stale or _folder.is_temporary(entry):  # nobody else saves: this one holds the lock
+                if stale or _folder.is_temporary(entry):  # no other process is saving, as this one holds the lock
                     _folder.remove(entry)
 
     # --- load ---
@@ -143,7 +145,7 @@ class Store:
             except (ValueError, OSError):
                 if self.read(folder) == content:
                     raise
-                # else another process has saved over it in the meantime
+                # another process has saved over it in the meantime: the new one is read
 
 
 def _check_files(folder: Path, content: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
             "say what was trained: load(path, params, spec=jlora.LoRA(...))"
         )
     item, within, found = _find_trainable(folder)
-    whole = within[-2:] == ("params", "trainable")  # an Adapted was the params, and its frozen half is there too
+    whole = within[-2:] == ("params", "trainable")  # the checkpoint is of a whole Adapted
     kept = found["params"]["frozen"].get("factors") or {} if whole else {}
     stored: dict[tuple[str, str], tuple[int, ...]] = {
         (g, n): tuple(getattr(a, "shape", ())) for g, named in kept.items() for n, a in named.items()
@@ -77,7 +77,7 @@ def _whole(adapted: Adapted, item: Path, held: Any, stored: Any) -> Adapted:
             wanted.setdefault(group, {})[name] = held["factors"][group][name]
     leaves = _tree.leaves(adapted.frozen.base)
     moved = []
-    for site in plan.sites:  # an optimizer that moves the base moves these
+    for site in plan.sites:  # an optimizer without `masked` moves the whole base, these weights among it
         here, there = leaves[site.index], _at(held.get("base"), site.leaf.path)
         if isinstance(here, (jax.Array, np.ndarray)) and there is not None and tuple(there.shape) == here.shape:
             value = np.asarray(_at(_restored(item, "base", _nest(site.leaf.path, there)), site.leaf.path))

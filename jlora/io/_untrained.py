@@ -72,14 +72,14 @@ def _start(adapted: Adapted) -> str:
                 if not np.array_equal(x, np.broadcast_to(np.asarray(start, x.dtype), x.shape)):
                     return ""
                 found = found or f"{array.name!r} of {array.group or site.leaf.path!r} is {where}"
-    # last, since it reads weights: only where nothing else has moved
+    # these come last, as they read whole weights
     return found if all(_as_begun(adapted, site, array, x) for site, array, x in made) else ""
 
 
 def _as_begun(adapted: Adapted, site: Site, array: Array, x: np.ndarray) -> bool:
     """Whether a factor that is made of the weight is as its method makes it, up to rounding."""
     weight = _compound.dense(_tree.flatten(adapted.frozen.base).leaves[site.index])
-    key = jax.random.key(0)  # what is drawn is not what is compared
+    key = jax.random.key(0)  # any key: only what is made of the weight is compared
     begun = site.method.initial(site.leaf, site.recipe, lambda *_: key, weight)
     start = begun[array.group or site.leaf.path, array.name]
     eps = float(jnp.finfo(x.dtype).eps)

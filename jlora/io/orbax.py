@@ -257,7 +257,7 @@ def export(
     _folder.recover(target)
     replaces = _folder.check_free(target, overwrite, "_METADATA", "exported parameters")
     _arrays.check_concrete(adapted, lambda x: x, "jlora.export")
-    # the names, before the work; a quantised weight will be the array that it stands for
+    # paths are checked before the merging; a quantised weight is checked as the array that it will be merged to
     stands = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape) if is_compound(x) else x
     params = _plain_tree(jax.tree.map(stands, adapted.frozen.base, is_leaf=is_compound))
     _check_loss(merge_report(adapted), allow_loss)

@@ -53,7 +53,9 @@ class _Described:
 
     def abstract(self) -> Any:
         """The leaf without values."""
-        of = lambda r: r["shape"] if r["key"] is None else r["shape"][:-1]  # a key is stored as its words
+        of = lambda r: (
+            r["shape"] if r["key"] is None else r["shape"][:-1]
+        )  # of a PRNG key the data is stored, which has one axis more
         return self.leaf({n: jax.ShapeDtypeStruct(of(r), np.uint8) for n, r in self.records.items()})
 
 
@@ -235,7 +237,7 @@ def static(how: Mapping[str, Any], where: str) -> tuple[Codec, str]:
         and sorted(layout.order) == list(range(len(layout.shape)))
         and len(layout.block) == len(sizes)
         and 0 <= layout.pack < len(sizes)
-        # a partial block is one run's alone, and its rest is made with it
+        # only a weight that is one run may end in a partial block; the elements that fill it are made as well
         and all(b > 0 and (b < n + 2**20 if flat else n % b == 0) for n, b in zip(sizes, layout.block, strict=True))
         and set(how["kernel"]) <= set("iosk")
         and len(how["kernel"].replace("s", "")) == len(layout.shape)

@@ -59,6 +59,6 @@ def transformation_of(caller: str, tx: optax.GradientTransformation) -> optax.Gr
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(f"{caller} takes an optax transformation, such as optax.adamw(1e-3), not {type(tx).__name__}")
     hands_on = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values())
-    if hands_on:  # optax asks for the type alone, and would drop them
+    if hands_on:  # `with_extra_args_support` looks at the type alone: it would drop the extra arguments of a MultiSteps
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)

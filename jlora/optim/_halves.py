@@ -32,6 +32,7 @@ def places(half: PyTree) -> Places:
 
 
 def _put(half: PyTree, values: Mapping[Place, PyTree]) -> PyTree:
+    """The half with these factors in their places, others as they are."""
     name = lambda key: jax.tree_util.keystr((key,), simple=True)
     return jax.tree_util.tree_map_with_path(lambda p, x: values.get((name(p[0]), name(p[-1])), x), half)
 
@@ -110,7 +111,10 @@ def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> op
             given = {} if frozen is None else places(frozen.factors)
             known = {} if p is None else places(p.trainable if is_adapted(p) else p)
             if is_adapted(u):
-                own, inside = getattr(u.frozen, "plan", plan), u.trainable  # a prefix mask leaves no plan
+                own, inside = (
+                    getattr(u.frozen, "plan", plan),
+                    u.trainable,
+                )  # a mask of optax may stand for the whole half
                 given = _own_factors(p) or given
             pairs = ours if own is plan else tuple(filter(wanted, _pairs.pairs(own)))
             new = _put(inside, rule(pairs, places(inside), known, given))

@@ -81,13 +81,13 @@ def _words(delta: Delta, x: Array) -> list[Array | Function]:
     """The operands of a network in which a factor stands."""
     same = lambda a: (a.group, a.name) == (x.group, x.name)
     found = [word for word in delta.operands if any(map(same, word.arrays))]
-    return cast("list[Array | Function]", found)  # W0 has no factors
+    return cast("list[Array | Function]", found)  # a word with arrays is no `Base`
 
 
 def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
     """Whether zero in this factor alone leaves the weight as it was."""
     updates = [words for delta in site.recipe.deltas if (words := _words(delta, x))]
-    if updates:  # a gain that reads it as well (DoRA's norm) reads what is then no update
+    if updates:  # DoRA's gain reads a and b too, but only by way of the update, which is then zero
         return all(any(_vanishes(site, word, x, adapted) for word in words) for words in updates)
     if any(rows.array == x and rows.new(site.leaf) for rows in site.recipe.rows):
         return False
@@ -101,14 +101,16 @@ def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
 def _idle(site: Site, side: str, x: Array, adapted: Adapted) -> bool:
     """Whether a gain or a rotation, its operands multiplied, leaves a weight as it is where this factor is zero.
 
-    Of a chain of rotations each operand is the identity in a shape of its own, and none says it alone.
+    The operands are multiplied because in a chain of rotations (BOFT) each is an identity on axes of its own.
     """
     leaf, network = site.leaf.layer, getattr(site.recipe, side)
-    other = {"left": "o", "right": "ik", "gain": ""}[side]  # one column, or one row, shows it
+    other = {"left": "o", "right": "ik", "gain": ""}[
+        side
+    ]  # a rotation of rows does the same to each column: one is enough
     shape = tuple(1 if role in other else n for n, role in zip(leaf.shape, leaf.roles, strict=True))
     leaf = dataclasses.replace(leaf, shape=shape)
     bound = bind(network, leaf, {"left": "II", "right": "OO", "gain": "IO"}[side])
-    held: dict[str, jax.Array] = {}  # as arrays of no mesh: what a function gives, or the array itself
+    held: dict[str, jax.Array] = {}  # what each operand is, through NumPy, so that no mesh comes along
     words: list[Word] = []
     for n, (word, labels) in enumerate(bound.words):
         if isinstance(word, Function):

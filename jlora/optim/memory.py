@@ -54,7 +54,8 @@ def offload(tx: optax.GradientTransformation, *, size: int = 100_000) -> optax.G
     large = lambda x: jnp.size(x) >= size
 
     def init(params: PyTree) -> PyTree:
-        # Small arrays are placed as well: what a step returns would be, and it would compile twice.
+        # Small arrays are placed too, on the device. What a step returns is placed, and of a state that is not the step
+        # would be compiled twice.
         state = inner.init(params)
         return jax.tree.map(
             lambda x: jax.device_put(x, jax.memory.Space.Host if large(x) else jax.memory.Space.Device), state

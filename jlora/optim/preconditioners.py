@@ -119,7 +119,7 @@ def lora_fa(adapted: Adapted, eps: float = 1e-8) -> optax.GradientTransformation
       Zhang et al, `LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning
       <https://arxiv.org/abs/2308.03303>`_, 2023.
     """
-    # with a gate or a shared factor between, dW is no s a b, and the projection another one
+    # with a gate or another factor between a and b, dW is not s a b, and this is not its projection
     alone = lambda pair: pair.trained == 1 and not pair.gates and pair.others == 0
     plan = plan_with("lora_fa", adapted, alone, "the update s a b with one of the two frozen; write jlora.LoRAFA(...)")
     _check_eps("lora_fa", eps)

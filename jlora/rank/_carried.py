@@ -11,7 +11,7 @@ from jlora._plan._sites import Plan
 from jlora._types import Place, PyTree
 from jlora.adapted import Adapted, Frozen, is_adapted
 
-# optax's states of sums over whole factors: what dead ranks have left in them cannot be taken out
+# States of optax's that are sums over whole factors. What the dead ranks have added to them cannot be taken out.
 WHOLE = frozenset(
     f"{name}State"
     for name in ("Muon", "Prodigy", "DAdaptAdamW", "DoG", "DoWG", "ScaleByDistanceOverGradients", "ScaleByNovograd",
@@ -29,7 +29,7 @@ class Kept:
     def cut(self, x: jax.Array) -> jax.Array:
         """(stack..., r, side...) -> (stack..., k, side...), zero where it is padding."""
         more = (1,) * (jnp.ndim(x) - self.order.ndim)
-        x = jax.device_put(x, jax.memory.Space.Device)  # offloaded moments: nothing is computed on the host
+        x = jax.device_put(x, jax.memory.Space.Device)  # offloaded moments are on the host, where nothing is computed
         taken = jnp.take_along_axis(x, self.order.reshape(*self.order.shape, *more), self.order.ndim - 1)
         return jnp.where(self.alive.reshape(*self.alive.shape, *more), taken, jnp.zeros_like(taken))
 
@@ -52,7 +52,7 @@ def carried(state: PyTree, old: Plan, new: Plan, kept: dict[Place, Kept]) -> PyT
             )
 
     def array(place: Place, x: PyTree) -> PyTree:
-        # () counts, and (1,) stands where adafactor keeps nothing
+        # A scalar is a counter. Adafactor has an array of shape (1,) where it keeps nothing.
         if place not in kept or not hasattr(x, "shape") or x.shape in ((), (1,)) and x.shape != had[place][0]:
             return x
         if x.shape != had[place][0]:

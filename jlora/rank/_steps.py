@@ -64,7 +64,7 @@ def gathered_mean(held: PyTree, given: Places, good: jax.Array, before: PyTree, 
         return held, given
     pairs = list(zip(gathering(before), gathering(after), strict=True))
     took = [(new.mini_step != old.mini_step) | (new.gradient_step != old.gradient_step) for old, new in pairs]
-    took = good & jnp.any(jnp.array(took))  # MultiSteps may be told to skip one
+    took = good & jnp.any(jnp.array(took))  # `MultiSteps(should_skip_update_fn=...)` may have left this one out
     n = held.count + took
     mean = {p: x + jnp.where(took, (given[p] - x) / jnp.maximum(n, 1), 0) for p, x in flat(held.mean).items()}
     done = stepped(before, after)

@@ -180,7 +180,7 @@ def adalora(
         )
         still = (budget.masks(step) | (step >= budget.last)) if revive else True
         kept = flat(mask)
-        # p + (0 - p) is zero exactly
+        # what is pruned is updated by -p, as p + (0 - p) is zero in any float
         ends = {p: jnp.where(kept[p] | ~jnp.asarray(still), change[p], -old[p]) for p in gates}
         state = AdaLoRAState(step, nested(mean), nested(distance), mask, inner_state, held)
         return halves.write(updates, ends), state
@@ -212,7 +212,7 @@ def _smoothed(
     size = jnp.abs(w.astype(mean.dtype) * grad.astype(mean.dtype))
     new_mean = beta1 * mean + (1 - beta1) * size
     new_distance = beta2 * distance + (1 - beta2) * jnp.abs(size - new_mean)
-    scoring = scoring & jnp.isfinite(size)  # of finite gradients, still: w g overflows
+    scoring = scoring & jnp.isfinite(size)  # w g may overflow where w and g do not
     return jnp.where(scoring, new_mean, mean), jnp.where(scoring, new_distance, distance)
 
 
@@ -221,12 +221,14 @@ def _scores(triplets: tuple[Pair, ...], mean: Places, distance: Places) -> Place
 
     def one(member: Member) -> jax.Array:
         s = mean[member.place] * distance[member.place]
-        return jnp.mean(s, tuple(range(member.stack + 1, s.ndim)))  # no reshape: sharded axes stay as they are
+        return jnp.mean(
+            s, tuple(range(member.stack + 1, s.ndim))
+        )  # a mean over axes, not a reshape: a sharded axis stays sharded
 
     def total(pair: Pair) -> jax.Array:
         parts = [one(member) for member in _members(pair)]
         n = max(x.ndim for x in parts)
-        # a factor that all layers of a stack share counts in each
+        # a factor that all layers of a stack share lacks the stack axes, and counts in each layer
         return functools.reduce(jnp.add, (x.reshape(*(1,) * (n - x.ndim), *x.shape) for x in parts))
 
     return {pair.gates[0].place: total(pair) for pair in triplets}

@@ -86,6 +86,6 @@ class Budget:
         """b(t) of a traced step: a count of the levels that it has not left, so that no float32 rounds a budget."""
         levels = range(self.target + 1, self.initial + 1)
         steps = range(self.last + 1)
-        # b never rises: the last step of at least this level
+        # the budget never rises, so the steps of at least this level are the first ones
         ends = [bisect.bisect_right(steps, -level, key=lambda t: -self.at(t)) - 1 for level in levels]
         return self.target + jnp.sum(step <= np.asarray(ends, np.int32), dtype=jnp.int32)

@@ -190,7 +190,7 @@ def alive(pair: Pair, get: Get) -> np.ndarray:
         np.asarray(operator.ne(*alike(get(*m.place), m.rest(get))))
     )
     rows = [some(m) for m in (*pair.members, *pair.gates) if m.start is None]
-    if pair.begun:  # of a difference, one that moved is enough
+    if pair.begun:  # a b - a0 b0: the rank adds something as soon as one of the two has left its start
         rows.append(functools.reduce(np.logical_or, map(some, pair.begun)))
     return np.asarray(functools.reduce(np.logical_and, rows))
 
@@ -221,7 +221,8 @@ def _smaller(site: Site, ours: list[Pair], get: Get, stacks: str) -> tuple[Site 
             "stacks='pad' fills them up with zeros, jlora.rank.unstack gives each a weight of its own"
         )
     trained = {place for place, (array, _) in site.recipe.arrays(site.leaf).items() if array.trained}
-    ranked = all(delta.ranks for delta in site.recipe.deltas)  # KaSA has a delta without: the weight is not the base
+    # a delta without a rank, as KaSA has one, changes the weight though all ranks are dead
+    ranked = all(delta.ranks for delta in site.recipe.deltas)
     if (
         k == 0
         and ranked

@@ -70,7 +70,9 @@ def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
             trainable[m.place[0]][m.place[1]] = jnp.where(_along(keep, m, x.ndim), x, m.rest(get).astype(x.dtype))
     for (group, name), rank in scales.items():
         s = factors[group][name]
-        factors[group][name] = s * (rank / jnp.clip(b, 1, rank)).astype(s.dtype)  # a traced b of 0 is the base, not NaN
+        factors[group][name] = s * (rank / jnp.clip(b, 1, rank)).astype(
+            s.dtype
+        )  # where a traced b is 0: the base, not NaN
     return Adapted(trainable, dataclasses.replace(adapted.frozen, factors=factors))
 
 

@@ -166,7 +166,7 @@ def _prune(trainable: PyTree, scores: Places, b: Any, rests: Places, plan: Plan,
         for member in pair.marks:
             group, name = member.place
             x = new[group][name]
-            if keep.ndim == member.stack + 1:  # a factor that all layers of a stack share belongs to none of them
+            if keep.ndim == member.stack + 1:  # not a factor that all layers share: another layer may keep the rank
                 rest = rests.get(member.place, jnp.zeros_like(x))
                 new[group][name] = jnp.where(as_rows(keep, member, x.ndim), x, rest.astype(x.dtype))
     return new
@@ -179,7 +179,10 @@ def _norms(x: jax.Array, member: Member) -> jax.Array:
 
 
 def _change(pair: Pair, get: Get) -> jax.Array:
-    """(stack..., r): ||a_i b_i - a0_i b0_i||, of d b_i + a0_i e with d = a_i - a0_i, e = b_i - b0_i."""
+    """(stack..., r): ||a_i b_i - a0_i b0_i||, computed as ||d b_i + a0_i e|| with d = a_i - a0_i and e = b_i - b0_i.
+
+    A difference of the two products would be lost in rounding while a and b are near their start.
+    """
     flat = lambda m, x: widened(x).reshape(*x.shape[: m.stack + 1], -1)
     a, b = (flat(m, get(*m.place)) for m in pair.members)
     a0, b0 = (flat(m, get(*m.start)) if m.start else flat(m, get(*m.place)) for m in pair.members)

@@ -139,7 +139,7 @@ def _needed(sizes: np.ndarray, energy: float, path: str) -> int:
     total = squares.sum(-1, keepdims=True)
     if not total.any():
         raise ValueError(f"resize: the update of {path!r} is zero; compact drops it, and so should you")
-    # against rounding: at energy=1 all that is above the noise of float32
+    # at energy=1: all singular values above the rounding noise of float32
     short = np.cumsum(squares, -1) < energy * total * (1 - 1e-12)
     return min(int(short.sum(-1).max()) + 1, sizes.shape[-1])
 

@@ -156,7 +156,7 @@ def fisher_ratio(pair: Pair, n: jax.Array, grads: Places) -> jax.Array:
     upto = lambda last: jnp.sum(jnp.where(_below(last, pair.rank), squares, 0), -1)
     old, more = upto(n), upto(n + 1)
     some = jnp.where(old > 0, more / jnp.where(old > 0, old, 1), jnp.where(more > 0, jnp.inf, 1.0))
-    return jnp.maximum(some, 1.0).astype(jnp.float32)  # a sum of one more square, but for rounding
+    return jnp.maximum(some, 1.0).astype(jnp.float32)  # one more square in the sum: less than 1 is rounding
 
 
 def _below(n: jax.Array, rank: int) -> jax.Array:

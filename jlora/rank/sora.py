@@ -157,7 +157,7 @@ def sora(
         good = finite(updates)
         updates, one = others.update(updates, state.inner[0], params, **extra)
         held = state.gathered
-        if held != ():  # the gates' optimizer does not gather: it gets what the other one has gathered
+        if held != ():  # the inner optimizer gathers and that of the gates does not: it gets the gathered gradient
             raw = halves.read(updates, "sora")
             held, mean = gathered_mean(held, {p: raw[p] for p in places}, good, state.inner[0], one)
             updates = halves.write(updates, mean)
@@ -170,7 +170,7 @@ def sora(
         ends = {}
         for p in places:
             g = soft_threshold((old[p] + change[p]).astype(old[p].dtype), xi, prox)
-            ends[p] = jnp.where(real, g - old[p], 0)  # old + (0 - old) is zero exactly
+            ends[p] = jnp.where(real, g - old[p], 0)  # for g = 0 this is -old, and old + (0 - old) is exactly zero
         count = jnp.where(real, jnp.asarray(optax.safe_increment(state.count)), state.count)
         return halves.write(updates, ends), SoRAState(count, (one, two), held)
 
@@ -221,7 +221,7 @@ def log_linear(start: float, end: float, stages: int, every: int = 1) -> Callabl
       [0.0, 0.6201, 1.0]
     """
     _check("log_linear", start, end, stages, every)
-    # log1p, or the 3e-4 of the paper would drown in float32's one
+    # log1p(x), not log(1 + x): the paper's x is 3e-4, of which 1 + x would lose digits in float32
     return lambda count: start + jnp.log1p(math.expm1(end - start) * _progress(count, stages, every))
 
 

@@ -57,7 +57,9 @@ def unstack(adapted: Adapted, params: PyTree, names: Callable[[str, tuple[int, .
     sites: dict[int, Site] = {}
     halves: dict[bool, dict[str, dict[str, PyTree]]] = {True: {}, False: {}}
     bad: list[str] = []
-    origin: dict[tuple[str, str], tuple[tuple[str, str], tuple[int, ...]]] = {}  # of each factor: which, and its layer
+    origin: dict[
+        tuple[str, str], tuple[tuple[str, str], tuple[int, ...]]
+    ] = {}  # from which factor each new one comes, and which layer of it
     for site in plan.sites:
         old = site.leaf
         axes = [n for n, role in enumerate(old.roles) if role == "s"]
@@ -80,13 +82,13 @@ def unstack(adapted: Adapted, params: PyTree, names: Callable[[str, tuple[int, .
             recipe = method.recipe(leaf)
             assert recipe is not None, path
             sites[n] = Site(leaf, n, method, recipe)
-            # the same equation, so the same arrays in the same order, under other names
+            # both have the same equation, so their arrays come in the same order, under other paths
             for came, (goes, (array, _)) in zip(site.recipe.arrays(old), recipe.arrays(leaf).items(), strict=True):
                 layer = index if array.stacked else ()
                 if origin.setdefault(goes, (came, layer)) != (came, layer):
                     bad.append(f"{old.path!r}{list(index)} would share {goes[1]!r} of {goes[0]!r} with another layer")
                 elif goes[1] not in halves[array.trained].setdefault(goes[0], {}):
-                    value = get(*came)  # copied, as no two leaves of an adapter are one buffer
+                    value = get(*came)  # copied below: two leaves of one buffer could not be donated
                     halves[array.trained][goes[0]][goes[1]] = value[layer] if layer else jnp.copy(value)
     if bad:
         raise ValueError("cannot unstack onto these parameters:\n  " + "\n  ".join(bad[:8]))

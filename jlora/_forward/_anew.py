@@ -58,7 +58,9 @@ def anew(use: Callable[[Weight, jax.Array, bool], Value], w: Weight, x: jax.Arra
     leaves, treedef = jax.tree.flatten((w.terms, w.gain))
     real = [jnp.issubdtype(a.dtype, jnp.inexact) for a in leaves]
     held = (w.base, w.key, [a for a, r in zip(leaves, real, strict=True) if not r])
-    form = w.replace(base=None, key=None, terms=(), gain=())  # what a backward pass keeps holds no array
+    form = w.replace(
+        base=None, key=None, terms=(), gain=()
+    )  # the form of the expression: the backward pass keeps it, and it must hold no array
 
     def call(mode: bool) -> Callable[..., Value]:
         def f(held: PyTree, x: jax.Array, factors: list[jax.Array]) -> Value:

@@ -37,14 +37,16 @@ def fold_keys(keys: jax.Array, data: ArrayLike) -> jax.Array:
 
 def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """An activation with elements dropped at a rate, the rest divided by 1 - rate; the mask lives where it does."""
-    for axis in sorted(varying(x) - varying(key)):  # inside shard_map each shard has a mask of its own
+    for axis in sorted(varying(x) - varying(key)):  # inside `shard_map`: each shard draws a mask of its own
         key = jax.random.fold_in(key, lax.axis_index(axis))
     meshed = explicit_mesh([x]) is not None
     if not isinstance(x, Tracer) and jax.sharding.get_abstract_mesh().empty:
-        meshed = False  # outside of jit and of any mesh, arrays go where the others are
+        meshed = False  # outside of jit an array that is on no mesh follows the others
     keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding if meshed else None)
     kept = x / (1 - rate)
-    return jnp.where(keep, kept, jnp.zeros_like(kept))  # zeros like x, a constant of the trace, would live elsewhere
+    return jnp.where(
+        keep, kept, jnp.zeros_like(kept)
+    )  # zeros like `kept`: under an explicit mesh a new constant lives nowhere in particular
 
 
 def thinned(w: Weight, term: Term, x: X) -> tuple[X, Term]:

@@ -1,8 +1,10 @@
 """The custom rule of an adapted dot, with gradients written by hand.
 
 Gradients come from the same equation: the gradient of one operand is the contraction of all the others and the
-cotangent onto its labels, planned anew. Written so, a narrow gradient is one dot over all free axes with the narrow
-operand first, which is what makes it fast: the dot that JAX's transposition makes of `x @ a` copies all of `x` on CPU.
+cotangent onto its labels, planned anew. So the gradient of a narrow factor is one dot over all free axes, with the
+narrow operand first. Autodiff would transpose `x @ a` instead, and on CPU that dot copies all of x.
+
+W' below is W0 + dW, where that is made.
 """
 
 import dataclasses
@@ -23,8 +25,11 @@ from jlora._algebra._words import Labels
 from jlora._types import Dimensions, DType, Precision, Shaped, Value
 
 Arrays: TypeAlias = tuple[jax.Array, ...]
-Residuals: TypeAlias = tuple[Arrays, jax.Array | None, Arrays]  # activations, W0 and operands
-Owed: TypeAlias = tuple[list[jax.Array | None], jax.Array | None, list[jax.Array]]  # gradients of these
+Residuals: TypeAlias = tuple[Arrays, jax.Array | None, Arrays]
+"""What the backward pass needs: the activations, W0, the operands of all products."""
+
+Owed: TypeAlias = tuple[list[jax.Array | None], jax.Array | None, list[jax.Array]]
+"""Gradients: of the activations (None where the product has no part in it), of W0, of the operands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,7 @@ def matrix(product: Product, operands: Sequence[jax.Array], dtype: DTypeLike, pr
 
 
 def _with_base(product: Product, base: jax.Array | None, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """All operands of a product: where W0 is one of them, it stands in its place."""
     full = list(operands)
     if product.view is not None:
         assert base is not None
@@ -154,7 +160,7 @@ def _like(array: jax.Array) -> NamedSharding | None:
 def _gradients(
     dot: Dot, xs: Sequence[jax.Array], base: jax.Array | None, operands: Sequence[jax.Array], dy: jax.Array
 ) -> Owed:
-    """What the products owe: the activations (unless W' pays for them), W0 and the operands."""
+    """The gradients that come from the products. Of a merged dot that of the activation is left out: it is dy W'^T."""
     run = functools.partial(contract, precision=dot.written.precision)
     dxs: list[jax.Array | None] = [None] * len(xs)
     dbase = None
@@ -192,10 +198,10 @@ def _gradients(
 
 def _parts(dot: Dot, x: jax.Array) -> int:
     """In how many runs of rows `_in_parts` takes an activation: 1 where a product needs none, or cannot be cut so."""
-    flat = any(len(p.x) > len(dot.x) for p in dot.products)  # a side of the weight is several labels
+    flat = any(len(p.x) > len(dot.x) for p in dot.products)  # one axis of the activation is several labels
     reads_base = any(p.base >= 0 for p in dot.products)
-    symbolic = not all(isinstance(n, int) for n in x.shape)  # what `jax.export` leaves open has no divisors
-    # merged: so on one device, where a run of rows is at hand
+    symbolic = not all(isinstance(n, int) for n in x.shape)  # a size that `jax.export` leaves open cannot be divided
+    # A merged dot is on one device. Elsewhere a run of rows might have to be brought together first.
     if symbolic or not (dot.merged and flat and not reads_base and x.ndim > 1 and dot.x[0] == dot.y[0]):
         return 1
     rows = math.prod(n for label, n in zip(dot.x, x.shape, strict=True) if label in dot.y)
@@ -256,11 +262,13 @@ def _owed(dot: Dot, xs: Arrays, base: jax.Array | None, operands: Arrays, dy: ja
 
 
 def _shape(arrays: Sequence[jax.Array], labels: Sequence[Labels], out: Labels) -> tuple[int, ...]:
+    """The shape of what a contraction of labelled arrays onto `out` gives."""
     size = {n: s for a, ls in zip(arrays, labels, strict=True) for n, s in zip(ls, a.shape, strict=True)}
     return tuple(size[n] for n in out)
 
 
 def _sum(total: jax.Array | None, part: jax.Array, like: jax.Array) -> jax.Array:
+    """One gradient more, in the shape and dtype of the array that it is of."""
     part = reshaped(part, like.shape).astype(like.dtype)
     return part if total is None else total + part
 
@@ -279,13 +287,15 @@ def _value(dot: Dot, xs: Arrays, base: jax.Array | None, operands: Arrays) -> ja
 
 
 def _home(d: jax.Array, a: jax.Array) -> jax.Array:
-    """`d` where `a` lives: what is made in parts of its axes may live elsewhere than what it is added to."""
+    """`d` moved to where `a` lives. Under explicit axes a contraction over a flat side may leave it elsewhere."""
     return settled(d, jax.typeof(a).sharding) if explicit_mesh([a]) is not None else d
 
 
 def _forward(dot: Dot, xs: Arrays, base: jax.Array | None, operands: Arrays) -> tuple[jax.Array, Residuals]:
-    """Residuals are the activation, W0 and the factors alone: rebuilding what is narrow, and W', costs less than
-    keeping it, and under a scan a kept W' would be a second copy of the model.
+    """Keeps the activation, W0 and the factors alone.
+
+    To make narrow products and W' again costs less than to keep them, and under a scan a W' that is kept would be a
+    second copy of the model.
     """
     return _value(dot, xs, base, operands), (xs, base, operands)
 
@@ -297,21 +307,22 @@ def _backward(dot: Dot, residuals: Residuals, dy: jax.Array) -> tuple[Arrays, ja
         dxs, dbase, grads = _OWED(dot, xs, base, operands, dy)
     if dot.w is not None:
         assert base is not None
-        # factors first: x is free before dx is made; and W' anew, or the forward pass's would be kept for it
+        # Behind this barrier the factor gradients come first, so that x is free before dx is made. And W' is made again
+        # from operands that the compiler cannot take for those of the forward pass, or it would keep the W' of then.
         dy, grads, operands = lax.optimization_barrier((dy, grads, operands))
         with jax.named_scope("delta"):
             w = _MERGE(dot, base, operands) if dot.merged else base
         run = functools.partial(contract, precision=dot.written.precision)
         dx = run([dy, w.astype(dot.compute)], [dot.y, dot.w], dot.x, out_sharding=_like(xs[0]))
         dxs[0] = _sum(dxs[0], dx, xs[0])
-        # dead code unless somebody asks: W0 is frozen
+        # The gradient of W0. `lift` asks for none, and XLA then drops this as dead code.
         dw = run([xs[0].astype(dot.compute), dy], [dot.x, dot.y], dot.w, out_sharding=_like(base))
         dbase = _sum(dbase, dw, base)
     dxs = [jnp.zeros_like(x) if d is None else _home(d, x) for x, d in zip(xs, dxs, strict=True)]
     return type(xs)(dxs), None if dbase is None or base is None else _home(dbase, base), type(operands)(grads)
 
 
-# What JAX remembers of these is keyed by the static `Dot`, and `jax.clear_caches` frees it.
+# Jitted by the static `Dot`: equal layers share one trace. `jax.clear_caches` frees what JAX remembers of them.
 _MERGE, _DELTA, _OWED = (jax.jit(f, static_argnums=0) for f in (_merge, _delta, _owed))
 _custom = jax.custom_vjp(_value, nondiff_argnums=(0,))
 _custom.defvjp(_forward, _backward)

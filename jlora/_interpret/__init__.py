@@ -245,7 +245,7 @@ def _told(words: str, factors: Half) -> Half:
 
 
 def _tell(words: str, factors: Half) -> tuple[Half, None]:
-    warnings.warn(words, stacklevel=1)  # one place: so Python says it once
+    warnings.warn(words, stacklevel=1)  # always from this line, so that Python shows it once
     return factors, None
 
 
@@ -292,7 +292,7 @@ def _called(fn: Callable[..., Value], found: list[Adapted], fill: Fill, me: Inte
         beside[:] = [treedef, inside, [None if i else o for o, i in zip(outs, inside, strict=True)]]
         return [o for o, i in zip(outs, inside, strict=True) if i]
 
-    if not me.forward_mode:  # which has no backward pass to notice
+    if not me.forward_mode:  # what asks for gradients is noticed in a custom rule, and that mode has none
         found = [noticed(a) for a in found]
     closed = jax.make_jaxpr(traced)(*map(typed, bases))
     me.check(closed, found, leaves)
@@ -304,7 +304,9 @@ def _called(fn: Callable[..., Value], found: list[Adapted], fill: Fill, me: Inte
             if key is not None:
                 key = jax.random.fold_in(key, stable_hash(s.leaf.path))
             base = bases[len(expressions)]
-            shown = path if me.watched or s.recipe.rows else None  # of tables there are few
+            shown = (
+                path if me.watched or s.recipe.rows else None
+            )  # tables are few, so they do not need to share programs
             origin, gates = len(expressions), a.frozen.gates
             made = express(s.leaf, s.recipe, base, get, gates=gates, key=key, origin=origin, path=shown)
             expressions.append(made)

@@ -42,6 +42,7 @@ def _forwarded(eqn: Eqn, values: Sequence[Evaluated], want: list[bool]) -> tuple
 
 
 def _filled(outs: Outputs, compute: list[bool], results: Sequence[Evaluated]) -> Outputs:
+    """All outputs of an equation: those that were forwarded, and those that `compute` says were computed."""
     rest = iter(results)
     return [next(rest) if c else o for o, c in zip(outs, compute, strict=True)]
 
@@ -54,7 +55,8 @@ def _jit(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -
     if eqn.params.get("inline") is True:
         return _filled(outs, compute, chosen(me.run(jaxpr, consts, values, compute), compute))
     values, numbers, origins = me.entering(values)
-    # one function a jaxpr: blocks under nn.jit share it, and would be traced and compiled one by one without
+    # One jitted function for each jaxpr. Equal blocks under `nn.jit` have the same jaxpr; they would be traced and
+    # compiled one by one if each call made its own function.
     place = (id(jaxpr), tuple(compute))
     if place not in me.memo or me.watched:
         name = eqn.params.get("name", "call")
@@ -63,7 +65,7 @@ def _jit(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -
             return me.apart(numbers, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
 
         inner.__name__ = inner.__qualname__ = name
-        me.memo[place] = (jax.jit(inner), jaxpr)  # the jaxpr is held so that its id stays its own
+        me.memo[place] = (jax.jit(inner), jaxpr)  # holds the jaxpr, so that no other gets its id
     results, seen, numbers = me.memo[place][0](numbers, *values)
     me.seen(seen)
     return _filled(outs, compute, me.left(results, numbers, origins))
@@ -123,7 +125,7 @@ def _scan(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    if seen:  # one a turn of what is sliced; a constant of the loop has one in all
+    if seen:  # X^T X of what a scan slices: one matrix a turn; of a constant of the scan: their sum
         atoms = {x.path: x.axes[0] for x in xs if is_weight(x)}
         total = lambda made: jax.tree.map(lambda a: a.sum(0), made)
         stack = lambda made, atom: dataclasses.replace(made, labels=atom + made.labels)
@@ -191,7 +193,7 @@ def _while(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool])
         rest = iter(state)
         return [v if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
 
-    # the condition counts nothing, so it draws from keys that the body never has
+    # Uses are not counted in the condition, as its counts could not leave it. It has dropout keys of its own instead.
     def other(v: Evaluated) -> Evaluated:
         return v.replace(key=fold_keys(v.key, 2**31 - 1)) if is_weight(v) and v.key is not None else v
 

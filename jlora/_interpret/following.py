@@ -50,7 +50,7 @@ def _broadcast(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
 
 def _reduce(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     axes = eqn.params["axes"]
-    for v in ins[0].product:  # a contraction written as a product and a sum: which sides it has is not told
+    for v in ins[0].product:  # a sum after a product may be a contraction, and does not tell which axes are which side
         if any(v.groups[n] and any(a for a, _ in v.groups[n]) for n in axes):
             me.unsure([v])
     (k,) = me.moved(ins, lambda v: v.without(axes, "r"))
@@ -126,7 +126,8 @@ def _dot(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     sides = [(ins[0], lc, lb, ins[1]), (ins[1], rc, rb, ins[0])]
     both = all(k.views for k in ins)
-    # of two arrays made of weights the one that was looked up, broadcast or made of several is the activation
+    # Where both sides are made of weights, the one that was looked up, broadcast or made of several weights is the
+    # activation.
     busy = [sum(bool(v.picked) + any(not a for g in v.groups for a, _ in g) for v in k.views) for k in ins]
     first = 1 if busy[1] > busy[0] or (busy[0] == busy[1] and len(ins[1].views) > len(ins[0].views)) else 0
     outs: list[View] = []

@@ -47,7 +47,7 @@ def _cast(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
 
 
 def _on_base(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
-    still = [is_weight(v) and v.lazy is not None for v in values]  # nothing there yet to be named, placed or held back
+    still = [is_weight(v) and v.lazy is not None for v in values]  # W0 is not made yet: there is no array to act on
     known = [v.w0() if is_weight(v) else v for v, s in zip(values, still, strict=True) if not s]
     rest = iter(me.bind(eqn, known) if known else ())
     outs = [v if s else next(rest) for v, s in zip(values, still, strict=True)]
@@ -58,7 +58,7 @@ def _on_base(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool
 def _reshard(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     w = expression(*values)
     at = eqn.params["dst_sharding"]
-    if AxisType.Explicit not in at.mesh.axis_types:  # into a region of automatic axes: the factors go there too
+    if AxisType.Explicit not in at.mesh.axis_types:  # `auto_axes` begins: JAX wants the factors on its mesh, too
         (base,) = _moved(me, eqn, [w])
         w = w.each(lambda a: jax.sharding.reshard(a, NamedSharding(at.mesh, PartitionSpec(*[None] * a.ndim))))
         return [w if w.lazy is not None else w.replace(base=base)]
@@ -76,7 +76,7 @@ def _stop(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
 def _vary(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     w = expression(*values)
     (base,) = _moved(me, eqn, [w])
-    return [w.replace(base=base)]  # factors are made to vary where they meet an activation
+    return [w.replace(base=base)]  # factors are made to vary later, where they meet an activation
 
 
 def _transpose(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
@@ -91,7 +91,7 @@ def _reshape(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool
         raise Refusal("a reshape with dynamic sizes")
     (base,) = _moved(me, eqn, [w])
     if eqn.primitive.name == "reshape" and (order := eqn.params["dimensions"]) is not None:
-        w = w.transposed(w.base, order)  # vmap of a convolution transposes so
+        w = w.transposed(w.base, order)  # `vmap` of a convolution writes a transposed reshape
     moved = with_shape(w, base, aval(eqn.outvars[0]).shape)
     if moved is None:
         raise Refusal("a reshape across axes that labels cannot follow")
@@ -179,7 +179,8 @@ def _slice(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool])
 def _dynamic_cut(array: jax.Array, n: int, *, start: jax.Array, size: int) -> jax.Array:
     starts = [start if k == n else jnp.zeros_like(start) for k in range(array.ndim)]
     sizes = [size if k == n else s for k, s in enumerate(array.shape)]
-    # the primitive clamps; a negative start was wrapped before it, and must not be once more
+    # A negative start is out of bounds here, and clamped: jnp's functions have added the size already. Indexing would
+    # add it once more.
     return lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False)
 
 

@@ -72,6 +72,7 @@ def contradictions(jaxpr: core.Jaxpr, consts: Sequence[bool], named: Sequence[tu
 
 
 def _both(leaf: Leaf, use: Use) -> list[int]:
+    """The axes that are a stack both in the leaf's letters and in this use."""
     return [n for n, (a, b) in enumerate(zip(leaf.roles, use.letters, strict=True)) if a == b == "s"]
 
 
@@ -79,14 +80,15 @@ def _agrees(leaf: Leaf, use: Use, deep: Set[int]) -> bool:
     """Whether one use is what the letters of a leaf say; `deep` are the sizes of stacks that the function has."""
     taken, seen = (x.replace("k", "i") for x in (leaf.roles, use.letters))
     axes = [n for n, size in enumerate(leaf.shape) if size > 1 and n not in use.static]
-    # experts that all see one activation look like heads of it
+    # experts that all see the same activation look to a dot like heads: outputs, not a stack
     experts = re.search(r"(^|[/_])(experts?|moe|moeblock)([/_]|$)", leaf.path, re.IGNORECASE) is not None
     stacked = lambda n: experts or leaf.shape[n] in deep
     alike = lambda n: taken[n] == seen[n] or (taken[n] == "s" and seen[n] == "o" and stacked(n))
     if all(map(alike, axes)):
         return True
     turned = all((taken[n], seen[n]) in (("i", "o"), ("o", "i"), ("o", "s"), ("s", "s")) for n in axes)
-    # a head that is tied to a table elsewhere; keys absorbed into the queries of each head
+    # Two uses in which the sides are turned, and nothing is wrong: a table that is the output head as well, and keys
+    # that were multiplied into the queries of each head.
     return turned and (
         re.search("emb|wte", leaf.path) is not None or any((taken[n], seen[n]) == ("o", "s") for n in axes)
     )
@@ -103,7 +105,7 @@ def traced(fn: Callable[..., PyTree], leaves: Sequence[PyTree], others: Sequence
 
     shapes = lambda xs: [jax.ShapeDtypeStruct(*_tree.shape_dtype(x)) for x in xs]
     closed = jax.make_jaxpr(arrays)(shapes(leaves), list(others))
-    # with nothing else given, what the function closes over is its data
+    # a function without other arguments has its data in its closure
     return read(closed.jaxpr, len(leaves), [not others] * len(closed.consts))
 
 
@@ -124,7 +126,7 @@ class Reader:
     def equation(self, eqn: Eqn, ins: list[Known]) -> list[Known]:
         plain = Known((), any(k.data for k in ins), eqn.primitive.name == "eq")
         if not any(k.views or k.product or k.hot for k in ins):
-            inner = eqn.primitive.name in ("jit", "pjit", "closed_call")  # for `==` inside, as in one_hot
+            inner = eqn.primitive.name in ("jit", "pjit", "closed_call")  # may hold an `==`, as `one_hot` does
             made = self.inside(eqn, ins) if inner else None
             return [plain] * len(eqn.outvars) if made is None else made
         rule = RULES.get(eqn.primitive.name)
@@ -140,7 +142,7 @@ class Reader:
         contracted = kind in ("lookup", "dot", "between weights") and "i" in said.values()
         if any(how == "m" for _, how in v.gone):
             kind = "between weights" if contracted else "elementwise"
-            if not contracted:  # the product of two weights is an activation
+            if not contracted:  # a product of two weights that data scales: the axis that joined them counts as summed
                 v = dataclasses.replace(v, gone=frozenset((a, "r" if how == "m" else how) for a, how in v.gone))
         if kind == "elementwise" and v.picked:
             kind = "lookup"
@@ -153,7 +155,7 @@ class Reader:
         static = frozenset(a for a, how in v.gone if how == "z")
         said_so = "".join(letters.get(n, "o") for n in range(len(shape)))
         if kind == "lookup" and len(shape) > 1 and "o" not in said_so:
-            said_so = ""  # single elements, `table[rows, columns]`: no axis is what comes out
+            said_so = ""  # `table[rows, columns]` takes single elements: no axis is an output
         self.uses[v.source].append(Use(kind, said_so, static))
 
     def unsure(self, views: Sequence[View]) -> None:
@@ -188,7 +190,7 @@ class Reader:
                 self.use(v, {}, "elementwise")
             kept = [v for v, _ in seen if eqn.primitive.name == "mul" and v.wide() > 1]
             return [Known((), True, product=tuple(kept))] * len(eqn.outvars)
-        # a norm of the weight on its way back to it says less than the weight itself
+        # A weight divided by its own norm: the norm comes back to the weight, whose axes say more.
         full = {(v.source, a) for v, _ in seen for a in v.held}
         views = [grown(v, s, out) for v, s in seen if not any((v.source, a) in full for a, how in v.gone if how == "r")]
         self.unsure([v for v in lost if v.source not in {w.source for w in views}])

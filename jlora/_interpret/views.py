@@ -8,11 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-# the weight's axes that an axis (or a factor of one) holds, none for one that is not the weight's, and its size
 Piece: TypeAlias = tuple[tuple[int, ...], int]
-Group: TypeAlias = tuple[Piece, ...]
+"""A factor of an axis of an array: the axes of the weight that it is made of (none where it was broadcast); size."""
 
-pairs = functools.partial(zip, strict=True)  # what is alike in length by construction
+Group: TypeAlias = tuple[Piece, ...]
+"""One axis of an array as a product of pieces, the slowest first."""
+
+pairs = functools.partial(zip, strict=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class View:
                 part = math.gcd(want, size)
                 if part == 1 or part not in (want, size):
                     return None
-                # of a split axis the first factor is the slower one
+                # an axis is split from its slow end
                 made.append((tuple(axes), part))
                 want //= part
                 if part == size:
@@ -109,7 +111,7 @@ class View:
                 return None
             rest = seen - {"s"} or {"s"}
             letter = next(iter(sorted(rest)))
-            # an axis of size one that was squeezed away: the stack where it stands first, else part of the output
+            # "1" is an axis of size one that was squeezed away. In front it is read as a stack, elsewhere as an output.
             letters[a] = letter if letter != "1" else "s" if a == 0 else "o"
         return letters
 
@@ -138,7 +140,7 @@ class Known:
     views: tuple[View, ...] = ()
     data: bool = False
     hot: bool = False
-    product: tuple[View, ...] = ()  # weights that multiplied data element by element, until it is summed or used
+    product: tuple[View, ...] = ()  # weights that data was multiplied with, element by element
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,5 +152,5 @@ class Use:
     static: frozenset[int] = frozenset()
 
 
-# the first that a weight has decides: a table that is looked up is one, whatever a tied head does with it
+# In the order in which they decide: a table that is looked up is a table, whatever a tied head does with it.
 KINDS = ("lookup", "dot", "between weights", "unsure", "elementwise")

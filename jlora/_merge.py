@@ -34,6 +34,7 @@ def merge(adapted: Adapted) -> PyTree:
       True
     """
     leaves = _tree.leaves(check_adapted("merge", adapted).frozen.base)
+    _read.check_mergeable("merge", adapted)
     whole = lambda w: taller(w.dense(), w.rows, w.axes, w.size)
     merged = _read.replaced(adapted, [whole(w) for w in _read.expressions(adapted, leaves)])
     return jax.tree.map(_compound.dense, merged, is_leaf=is_compound)
@@ -113,6 +114,7 @@ def merge_report(adapted: Adapted) -> MergeReport:
       1.0
     """
     outside("merge_report", check_adapted("merge_report", adapted))
+    _read.check_mergeable("merge_report", adapted)
     rows = []
     for site, w in zip(
         adapted.frozen.plan.sites,
@@ -154,6 +156,7 @@ def unmerge(merged: PyTree, adapted: Adapted) -> Unmerged:
     if is_adapted(merged):
         raise TypeError("unmerge(merged, adapted) takes merged parameters first, not an Adapted: jlora.merge(adapted)")
     outside("unmerge", (merged, adapted))
+    _read.check_mergeable("unmerge", adapted)
     apart = [dataclasses.replace(s.recipe, rows=()) for s in adapted.frozen.plan.sites]
     bad = [s.leaf.path for s, recipe in zip(adapted.frozen.plan.sites, apart, strict=True) if not recipe.additive]
     if bad:

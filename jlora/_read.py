@@ -43,21 +43,37 @@ def held(named: Sequence[tuple[str, PyTree]]) -> list[jax.Array | Compound]:
 
 
 def completed(found: Adapted | Compound, name: str = "") -> Adapted:
-    """An adapter or a `Compound` leaf, with every `Compound` leaf a site: what no method took has an empty recipe."""
+    """An adapter or a `Compound` leaf, with a site for every `Compound` leaf and every one whose input a step reads.
+
+    What no method took has an empty recipe.
+    """
     if is_compound(found):
         found = Adapted({}, Frozen(found, {}, None, _sites.intern((), (), ())))
     tree = _tree.flatten(found.frozen.base)
     taken = {s.index for s in found.frozen.plan.sites}
+    read = {of for _, of in _sites.inputs_read(found.frozen.plan.sites, tree.paths) if of is not None}
     more = []
     for n, (path, leaf) in enumerate(zip(tree.paths, tree.leaves, strict=True)):
-        if is_compound(leaf) and n not in taken:
-            where = Leaf(path or name, leaf.shape, jnp.dtype(leaf.dtype), leaf.roles)
+        if n not in taken and (is_compound(leaf) or path in read):
+            shape, dtype = _tree.shape_dtype(leaf)
+            # a weight that is only read needs no letters of its own: what it meets tells its input
+            where = Leaf(path or name, shape, jnp.dtype(dtype), leaf.roles if is_compound(leaf) else "i" * len(shape))
             more.append(Site(where, n, Method(), Recipe()))
     if not more:
         return found
     old = found.frozen.plan
     plan = _sites.intern((*old.sites, *more), old.methods, old.notes)
     return Adapted(found.trainable, dataclasses.replace(found.frozen, plan=plan))
+
+
+def inputs_read(adapted: Adapted) -> dict[int, list[int | None]]:
+    """`{site: for each of its steps the site whose input it reads, or None}`, of sites with a step that reads one."""
+    sites = adapted.frozen.plan.sites
+    place = {site.leaf.path: n for n, site in enumerate(sites)}
+    found: dict[int, list[int | None]] = {}
+    for n, of in _sites.inputs_read(sites, list(place)):
+        found.setdefault(n, []).append(None if of is None else place[of])
+    return {n: others for n, others in found.items() if any(o is not None for o in others)}
 
 
 def expressions(adapted: Adapted, leaves: list[PyTree]) -> list[Weight]:
@@ -71,7 +87,17 @@ def expressions(adapted: Adapted, leaves: list[PyTree]) -> list[Weight]:
     sites = adapted.frozen.plan.sites
     bases = held([(s.leaf.path, leaves[s.index]) for s in sites])
     gates = adapted.frozen.gates
-    return [express(s.leaf, s.recipe, w0, get, gates=gates) for s, w0 in zip(sites, bases, strict=True)]
+    shown = lambda s: s.leaf.path if s.recipe.steps else None  # equal layers look alike, so only for a message
+    return [express(s.leaf, s.recipe, w0, get, gates=gates, path=shown(s)) for s, w0 in zip(sites, bases, strict=True)]
+
+
+def check_mergeable(caller: str, adapted: Adapted) -> None:
+    """Raises ValueError where a weight with its adapter is more than a weight: all of them at once."""
+    if stepping := [s.leaf.path for s in adapted.frozen.plan.sites if s.recipe.steps]:
+        raise ValueError(
+            f"{caller}: {stepping[:4]}{' and others' if len(stepping) > 4 else ''} have steps on their outputs, which "
+            "no merged weight can hold; keep the adapter beside its base, and call jlora.lift(fn)"
+        )
 
 
 def replaced(adapted: Adapted, values: Sequence[PyTree]) -> PyTree:

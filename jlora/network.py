@@ -8,6 +8,7 @@ from jlora._algebra._words import Difference as Difference
 from jlora._algebra._words import Function as Function
 from jlora._algebra._words import Gate as Gate
 from jlora._algebra._words import Recipe as Recipe
+from jlora._algebra._words import Step as Step
 from jlora._trees._axes import Leaf as Leaf
 from jlora._types import W0 as W0
 from jlora._types import Keys as Keys

@@ -35,6 +35,8 @@ MADE = {
     "Full": lambda **o: jlora.Full(**{"target": T, **o}),
     "SSF": lambda **o: jlora.SSF(**{"target": T, **o}),
     "BitFit": lambda **o: jlora.BitFit(**o),
+    "Houlsby": lambda **o: jlora.Houlsby(**{"target": T, "bottleneck": 2, **o}),
+    "Parallel": lambda **o: jlora.Parallel(**{"target": T, "bottleneck": 2, "input": "kernel", **o}),
     "LNTuning": lambda **o: jlora.LNTuning(**{"target": "bias$", **o}),
     "VBLoRA": lambda **o: jlora.VBLoRA(**{"rank": 2, "vectors": 3, "length": 4, "target": "q/kernel$", **o}),
     "MiCA": lambda **o: jlora.MiCA(**{"rank": 2, "target": "q/kernel$", **o}),

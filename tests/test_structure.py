@@ -25,7 +25,7 @@ FLOORS = {
         "_reshape", "_express",
     ),
     "_plan": ("_sites", "_resolve", "_fits", "_pairs"),
-    "_forward": ("_anew", "_dropout", "_gates", "_rule", "_ops", "_dot", "_rows", "_table", "_conv"),
+    "_forward": ("_anew", "_dropout", "_gates", "_step", "_rule", "_ops", "_dot", "_rows", "_table", "_conv"),
 }  # fmt: skip
 ROOMS = (
     "_version", "_types", "_answers", "_keys", "_dtypes",  # what everybody says

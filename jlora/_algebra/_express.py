@@ -14,7 +14,7 @@ from jlora._algebra._rows import Put, Rows
 from jlora._algebra._term import Drop, Operand, Term
 from jlora._algebra._unmade import Fed, Lazy
 from jlora._algebra._weight import Weight
-from jlora._algebra._words import Array, Base, Delta, Gate, Labels, Recipe, Word
+from jlora._algebra._words import Array, Base, Delta, Gate, Labels, Recipe, Step, Word
 from jlora._dtypes import alike, widened
 from jlora._trees._compound import Compound
 from jlora._trees._leaf import Leaf
@@ -54,6 +54,9 @@ def express(
     if recipe.right is not None:
         made = reader.turned(made, recipe.right, "OO", "right ")
     made = made.replace(rows=tuple(map(reader.put, recipe.rows)))
+    if recipe.steps:
+        made = made.replace(steps=tuple(map(reader.step, recipe.steps)), reads=(-1,) * len(recipe.steps))
+    made = made.replace(origin=origin) if recipe.steps else made
     if key is None or not any(t.dropout for t in made.terms):
         return made
     key = jax.random.split(key, leaf.stack) if leaf.stack else key
@@ -129,6 +132,13 @@ class _Reader:
             value = lax.expand_dims(s, range(s.ndim, value.ndim)) * value
         (atom,) = (self.atoms[n] for n in self.leaf.axes("i"))
         return Put(Operand((value,), None, (), (*front, atom, *labels[1:])), atom, rows.at, new)
+
+    def step(self, step: Step) -> Operand:
+        """A step as a function whose labels are the output atoms that it sees."""
+        got = [self._get(a) for a in step.arrays]
+        stacks = tuple(front for _, front in got)
+        outs = tuple(self.atoms[n] for n in self.leaf.axes("o"))
+        return Operand(tuple(a for a, _ in got), step.fn, stacks, (self.stack if any(stacks) else ()) + outs)
 
     def _operand(self, word: Word, labels: Labels) -> Operand:
         if isinstance(word, Base):

@@ -45,7 +45,8 @@ def with_shape(w: Weight, base: jax.Array | Lazy, shape: tuple[int, ...]) -> Wei
 def _without_units(w: Weight) -> Weight:
     """Atoms of size one indexed away; their axes, if any, stay as empty groups."""
     for atom in w.atoms:
-        if w.size[atom] == 1 and all(t.simple(atom) for t in w.terms):
+        kept = any(o.pending(atom) for o in w.steps)
+        if w.size[atom] == 1 and not kept and all(t.simple(atom) for t in w.terms):
             w = w.along(atom, w.base, lambda a, n: lax.index_in_dim(a, 0, n, keepdims=False), True)
     return w
 
@@ -86,6 +87,11 @@ def _split(w: Weight, atom: str, outer: int, inner: str) -> Weight:
         operands = tuple(dataclasses.replace(o, sides=shown(o)) for o in operands)
         return dataclasses.replace(t, operands=operands, blocks=tuple(blocks))
 
+    def step(o: Operand) -> Operand:
+        cut = lambda a, n: a if n is None else moved(a, (*a.shape[:n], outer, size, *a.shape[n + 1 :]))
+        arrays = tuple(map(cut, o.arrays, o.axes(atom)))
+        return dataclasses.replace(o, arrays=arrays, stacks=tuple(map(after, o.stacks)), labels=after(o.labels))
+
     key, labels = w.key, w.key_labels
     if atom in labels:  # a layer has a dropout key of its own
         assert key is not None
@@ -98,6 +104,7 @@ def _split(w: Weight, atom: str, outer: int, inner: str) -> Weight:
         axes=tuple(map(after, w.axes)),
         gain=tuple(map(word, w.gain)),
         rows=tuple(p.on(word, atom) for p in w.rows),
+        steps=tuple(map(step, w.steps)),
         key=key,
         key_labels=labels,
     )

@@ -14,8 +14,11 @@ _static = lambda: dataclasses.field(metadata={"static": True})
 Sides: TypeAlias = tuple[tuple[str, int], ...]  # labels and their sizes
 
 
-class Positional(ValueError):
-    """A weight is asked for where none is: its gate differs from position to position, or does not fit these."""
+class NoArray(ValueError):
+    """An array is asked for where none says what a weight does: its gate has positions, or its output a step.
+
+    Or gate or step do not fit what the model does with the weight.
+    """
 
 
 @jax.tree_util.register_dataclass

@@ -2,6 +2,8 @@
 
     W = rows put into L (gain * (W0 + sum of deltas)) R
 
+and the steps that its output goes through.
+
 L and R are multiplied out, so that W is W0 (once, or inside the products that contain it) plus a sum of products, and a
 gain that multiplies it all: a dot leaves that to the activations on either side. W0 is moved by the very operations of
 the model; each product follows by relabelling. What cannot be said in labels turns one product, never the whole
@@ -24,7 +26,7 @@ from jax.typing import DTypeLike
 from jlora._algebra._contract import Regrouped, contract
 from jlora._algebra._mesh import automatic, explicit_mesh, placed, reshaped
 from jlora._algebra._rows import Put, changed
-from jlora._algebra._term import Drop, Operand, Positional, Sides, Term
+from jlora._algebra._term import Drop, NoArray, Operand, Sides, Term
 from jlora._algebra._unmade import Lazy, again
 from jlora._algebra._words import Labels
 from jlora._dtypes import wide
@@ -50,8 +52,11 @@ class Weight:
       plain: whether W0 itself is one of the summands (L and R multiply it into a term).
       path: where it stands in the user's tree; kept only for `explain`, so that equal layers look alike elsewhere.
       gain: what multiplies all of it, element by element, labelled with atoms.
-      origin: which weights with a key are one, moved: their uses are counted together.
+      origin: which weights with a key, or with an input that is read elsewhere, are one, moved.
       rows: rows of a table, put into all that.
+      steps: functions of what the weight's operation makes; their labels are its output atoms.
+      reads: for each of them the origin of the weight whose input it sees, -1 for none.
+      is_read: whether a step elsewhere sees this weight's input.
     """
 
     base: "jax.Array | Lazy"
@@ -65,6 +70,9 @@ class Weight:
     gain: tuple[Operand, ...] = ()
     origin: int = dataclasses.field(default=-1, metadata={"static": True})
     rows: tuple[Put, ...] = ()
+    steps: tuple[Operand, ...] = ()
+    reads: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    is_read: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def size(self) -> Mapping[str, int]:
@@ -169,7 +177,7 @@ class Weight:
     def matrix(self, term: Term, dtype: DTypeLike, kept: Labels = ()) -> jax.Array:
         """The dense dW of one product, its axes the atoms in their present order, behind those of labels to be kept."""
         if term.gates:
-            raise Positional(f"{self.named}: {self.gated(term)}, so that there is no one matrix of it")
+            raise NoArray(f"{self.named}: {self.gated(term)}, so that there is no one matrix of it")
         values, labels = self.operands(term)
         runs = [b for b in term.blocks if b[0]]
         out = (*kept, *(x for _, made in runs for x in made))
@@ -188,8 +196,14 @@ class Weight:
         first = {g[0]: entry for g, entry in zip(self.axes, (*at, *[None] * len(self.axes)), strict=False) if g}
         return automatic(made, values, PartitionSpec(*[None] * n, *(first.get(a) for a in self.atoms)))
 
+    def check_said(self) -> None:
+        """Raises `NoArray` where no array says what this weight does."""
+        if self.steps:
+            raise NoArray(f"{self.named}: a step on its output is no part of the weight, and cannot be merged into it")
+
     def delta(self) -> jax.Array:
         """What is added to W0, dense and in at least float32, in the shape of `base`."""
+        self.check_said()
         if self.gain:
             return self.multiplied().delta()
         dtype = wide(self.dtype)
@@ -201,6 +215,7 @@ class Weight:
 
     def dense(self) -> jax.Array:
         """The weight as an array: summed in at least float32, then cast to the dtype of `base`; without new rows."""
+        self.check_said()
         if self.gain:
             return self.multiplied().dense()
         dtype = wide(self.dtype)
@@ -247,13 +262,16 @@ class Weight:
         on = lambda operands: tuple(dataclasses.replace(o, arrays=tuple(map(f, o.arrays))) for o in operands)
         terms = tuple(dataclasses.replace(t, operands=on(t.operands)) for t in self.terms)
         rows = tuple(p.on(lambda o: on((o,))[0]) for p in self.rows)
-        return self.replace(base=jax.tree.map(f, self.base), terms=terms, gain=on(self.gain), rows=rows)
+        base = jax.tree.map(f, self.base)
+        return self.replace(base=base, terms=terms, gain=on(self.gain), rows=rows, steps=on(self.steps))
 
     def along(self, atom: str, base: jax.Array | Lazy | None, f: Cut, drop: bool) -> "Weight":
         """`f(array, axis)` on every array that carries `atom`, which is gone afterwards where `drop`.
 
         `base` is W0 after it; one yet to be computed is cut here.
         """
+        if any(o.pending(atom) for o in self.steps):
+            raise NoArray(f"{self.named}: a step sees all of its output, and the model takes a part of the weight")
         me = self.simplified(atom)
         if me.lazy is not None:
             base = me.lazy.along(atom, f, drop)
@@ -273,9 +291,9 @@ class Weight:
             key_labels = tuple(x for x in key_labels if not (drop and x == atom))
         axes = tuple(tuple(a for a in g if not (drop and a == atom)) for g in me.axes)
         gain, rows = tuple(map(word, me.gain)), tuple(p.on(word, atom) for p in me.rows)
-        return me.replace(
-            base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes, gain=gain, rows=rows
-        )
+        steps = tuple(map(word, me.steps))
+        me = me.replace(gain=gain, rows=rows, steps=steps)
+        return me.replace(base=base, terms=tuple(terms), key=key, key_labels=key_labels, axes=axes)
 
     def moved(self, base: jax.Array | Lazy, mesh: AnyMesh, entry: Mapping[str, MeshAxes]) -> "Weight":
         """After the model moved it, its atoms to these mesh axes: the stack axes of the factors go along.
@@ -291,7 +309,8 @@ class Weight:
 
         on = lambda operands: tuple(map(word, operands))
         terms = tuple(dataclasses.replace(t, operands=on(t.operands)) for t in self.terms)
-        return self.replace(base=base, terms=terms, gain=on(self.gain), rows=tuple(p.on(word) for p in self.rows))
+        rows = tuple(p.on(word) for p in self.rows)
+        return self.replace(base=base, terms=terms, gain=on(self.gain), rows=rows, steps=on(self.steps))
 
     def resized(self, atom: str, size: int) -> "Weight":
         return self.replace(sizes=tuple((a, size if a == atom else n) for a, n in self.sizes))

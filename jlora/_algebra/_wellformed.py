@@ -41,6 +41,9 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
         rows.check(leaf)
     if sum(rows.new(leaf) for rows in recipe.rows) > 1:
         raise ValueError("two methods give the table new rows, and both would number them from its end on")
+    for array in (array for step in recipe.steps for array in step.arrays):
+        if array.shape is None:
+            raise ValueError(f"{array.name!r} stands in a Step, so its shape is said: shape=(4,)")
 
 
 def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Stored, made: object) -> None:

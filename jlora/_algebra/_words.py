@@ -126,6 +126,27 @@ Word: TypeAlias = "Array | Function | Base | Gate"
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """A function of what an operation makes, with arrays of its own: y becomes `fn(y, *arrays)`.
+
+    The operation is the one that the weight takes part in: a dot, a convolution, a lookup; or, of a bias, the sum that
+    it is part of, so that a layer's output has its bias already. `fn` sees y as `(..., out)`, its features on one axis
+    whatever axes the model has them on, and the arrays without stack axes in y's dtype. It returns y's shape. It must
+    be hashable, so that equal plans are equal. A weight with a step cannot be merged: no array does what it does.
+
+    Attributes:
+      fn: the function.
+      arrays: what it reads, each with its shape.
+      of: another weight, whose input x `(..., in)` the function sees too, `fn(y, x, *arrays)`: its path, from the
+        nearest place above this weight that has it (`up/kernel`).
+    """
+
+    fn: Callable[..., jax.Array]
+    arrays: tuple[Array, ...]
+    of: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Ones:
     """The constant of letters along which a result repeats."""
 
@@ -200,6 +221,7 @@ class Recipe:
       left: a matrix of input rows, `-> (rows) (columns)`; its columns meet the input side.
       right: a matrix of output columns; its rows meet the output side.
       rows: rows of a table that are changed or new.
+      steps: what is done to the output of the operation, one after another.
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -207,13 +229,15 @@ class Recipe:
     left: Delta | None = None
     right: Delta | None = None
     rows: "tuple[Rows, ...]" = ()
+    steps: tuple[Step, ...] = ()
 
     @property
     def additive(self) -> bool:
         """Whether it adds to W0 something that W0 has no part in, all of it in its deltas."""
         words = [w for d in self.deltas for w in d.operands]
         reads = any(isinstance(w, Base) or isinstance(w, Function) and w.base for w in words)
-        return not reads and self.gain is self.left is self.right is None and not self.rows
+        plain = self.gain is self.left is self.right is None and not self.rows and not self.steps
+        return plain and not reads
 
     @property
     def gates(self) -> tuple[tuple[str, Shape], ...]:
@@ -242,7 +266,7 @@ class Recipe:
         bound = self.bound(leaf)
         held = [set(labels) & own for b in bound for labels in b.labels]
         flat = any(side != made for b in bound for side, made in b.blocks)
-        return flat or any(part and part != own for part in held)
+        return bool(self.steps) or flat or any(part and part != own for part in held)
 
     def arrays(self, leaf: Leaf) -> dict[tuple[str, str], tuple[Array, tuple[int, ...]]]:
         """Every stored array as `{(group, name): (array, full shape)}`, the scale of each delta among them."""
@@ -269,6 +293,9 @@ class Recipe:
                         f"two deltas share the factor {delta.s!r} with unlike scales; name them apart (s=)"
                     )
                 add(scale_of(delta), ())
+        for array in (array for step in self.steps for array in step.arrays):
+            assert array.shape is not None, "checked where a method is applied"
+            add(array, array.shape)
         return found
 
 

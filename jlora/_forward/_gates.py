@@ -7,7 +7,7 @@ import math
 import jax
 
 from jlora._algebra._mesh import explicit_mesh, reshaped, settled, sharding_of, specs_of
-from jlora._algebra._term import Operand, Positional
+from jlora._algebra._term import NoArray, Operand
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
 from jlora._types import Shape, Shaped
@@ -26,7 +26,7 @@ def met(w: Weight, x: Shaped, labels: Labels, free: Labels, what: str = "an acti
       what: what `x` is called in a message.
 
     Raises:
-      Positional: a gate whose leading axes are not the first of the free ones.
+      NoArray: a gate whose leading axes are not the first of the free ones.
     """
     if not w.positional:
         return w
@@ -39,7 +39,7 @@ def met(w: Weight, x: Shaped, labels: Labels, free: Labels, what: str = "an acti
         count = len(o.at)
         found = _fitted(value.shape[:count], free, shape)
         if found is None:
-            raise Positional(
+            raise NoArray(
                 f"{w.named}: the gate {o.gate!r} of shape {value.shape} does not fit {what} of shape {tuple(x.shape)}: "
                 f"it has the positions {value.shape[:count]}, and the free axes there are {shape}. They must be the "
                 "first of these, where 1 stands for any size, or those joined or split by a reshape (each then in its "

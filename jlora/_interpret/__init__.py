@@ -19,12 +19,12 @@ from jax.extend import core, source_info_util
 from jlora import _read
 from jlora._algebra._express import express
 from jlora._algebra._mesh import typed
-from jlora._algebra._term import Positional
+from jlora._algebra._term import NoArray
 from jlora._algebra._weight import Operand, Weight, is_weight
 from jlora._forward import _ops, _table
 from jlora._forward._dropout import fold_keys
 from jlora._forward._ops import Refusal, Spent
-from jlora._interpret import contractions, control, moves, roles
+from jlora._interpret import control, moves, outputs, roles
 from jlora._interpret.jaxpr import Eqn, Evaluated, Outputs, Rule, bind_params, chosen, live, source
 from jlora._interpret.moments import moment
 from jlora._interpret.roles import Contradiction
@@ -34,7 +34,7 @@ from jlora._trees._axes import RolesWarning
 from jlora._types import Fill, Half, PyTree, Value
 from jlora.adapted import Adapted, without_key
 
-RULES: Mapping[str, Rule] = {**moves.RULES, **contractions.RULES, **control.RULES}
+RULES: Mapping[str, Rule] = {**moves.RULES, **outputs.RULES, **control.RULES}
 
 Counted: TypeAlias = dict[int, int | jax.Array]
 """The number of the next use of each weight with a dropout key, by its origin."""
@@ -67,6 +67,7 @@ class Interpreter:
       rows: where `explain` collects its rows; None when nobody asked.
       moments: where `init.activations` collects `{path: X^T X}` (`moment`); None when nobody asked.
       numbers: of each weight with a dropout key, by its origin, the number of its next use in the order of the program.
+      inputs: of each weight whose input a step reads, by its origin, what it met last in this loop or function.
     """
 
     forward_mode: bool = False
@@ -76,6 +77,7 @@ class Interpreter:
         default_factory=dict
     )
     numbers: Counted = dataclasses.field(default_factory=dict)
+    inputs: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     contradicted: list[Contradiction] = dataclasses.field(default_factory=list)
     around: list[Eqn] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
 
@@ -140,7 +142,7 @@ class Interpreter:
             where = next(filter(None, known), "")
             if value.positional:
                 at = f" at {where}" if where else ""
-                raise Positional(
+                raise NoArray(
                     f"{value.named}: {value.gated()}, so that there is no dense weight, and {name} asks for one "
                     f"({reason}{at}). Leave this weight to no gated method (exclude=...)"
                 )
@@ -204,30 +206,37 @@ class Interpreter:
 
         Origins are renamed in the order in which they come, so that equal layers look alike; the last result has them.
         """
-        origins = list(dict.fromkeys(v.origin for v in values if is_keyed(v)))
-        inside = [v.replace(origin=origins.index(v.origin)) if is_keyed(v) else v for v in values]
+        origins = list(dict.fromkeys(o for v in values if is_weight(v) for o in _origins(v)))
+        inside = [_renamed(v, {o: n for n, o in enumerate(origins)}) if is_weight(v) else v for v in values]
         return inside, {n: jnp.int32(self.numbers.get(o, 0)) for n, o in enumerate(origins)}, origins
 
     def counted(self, numbers: Counted, f: Callable[[], Value]) -> tuple[Value, Counted]:
         """`f()` and the numbers after it, which a sub-jaxpr returns: no array of its trace is kept here."""
-        outer, self.numbers = self.numbers, dict(numbers)
+        outer, self.numbers, inputs, self.inputs = self.numbers, dict(numbers), self.inputs, {}
         try:
             return f(), {n: jnp.int32(self.numbers[n]) for n in numbers}
         finally:
-            self.numbers = outer
+            self.numbers, self.inputs = outer, inputs
 
     def left(self, outs: Sequence[Evaluated], numbers: Counted, origins: Sequence[int]) -> list[Evaluated]:
         """What a sub-jaxpr returned, under the names outside, and its uses counted."""
         self.numbers.update({o: numbers[n] for n, o in enumerate(origins)})
-        return [v.replace(origin=origins[v.origin]) if is_keyed(v) else v for v in outs]
+        return [_renamed(v, dict(enumerate(origins))) if is_weight(v) else v for v in outs]
 
     def arrays(self, values: Sequence[Evaluated], eqn: Eqn, reason: str) -> list[jax.Array]:
         return [self.dense(v, eqn, reason) for v in values]
 
 
-def is_keyed(v: Evaluated) -> TypeGuard[Weight]:
-    """Whether it is an expression that draws."""
-    return is_weight(v) and v.key is not None
+def _origins(w: Weight) -> tuple[int, ...]:
+    """The origins that matter to a weight: its own where it has a key or is read, and those that its steps read."""
+    own = (w.origin,) if w.key is not None or w.is_read else ()
+    return (*own, *(o for o in w.reads if o >= 0))
+
+
+def _renamed(w: Weight, to: dict[int, int]) -> Weight:
+    if not _origins(w):
+        return w
+    return w.replace(origin=to.get(w.origin, w.origin), reads=tuple(to.get(o, o) for o in w.reads))
 
 
 def names(found: list[Adapted]) -> list[list[str]]:
@@ -258,6 +267,18 @@ def noticed(adapted: Adapted) -> Adapted:
     return Adapted(_told(words, adapted.trainable), adapted.frozen) if words else adapted
 
 
+def _linked(expressions: list[Weight], adapted: Adapted) -> list[Weight]:
+    """The last of these, an adapter's, where a step of one reads the input of another: each knows the other."""
+    first = len(expressions) - len(adapted.frozen.plan.sites)
+    for n, others in _read.inputs_read(adapted).items():
+        w = expressions[first + n]
+        expressions[first + n] = w.replace(reads=tuple(-1 if o is None else first + o for o in others))
+        for o in others:
+            if o is not None:
+                expressions[first + o] = expressions[first + o].replace(origin=first + o, is_read=True)
+    return expressions
+
+
 def call(
     fn: Callable[..., Value],
     found: list[Adapted],
@@ -270,7 +291,7 @@ def call(
     me = me or Interpreter(forward_mode)
     try:
         return _called(fn, found, fill, me)
-    except Positional:
+    except NoArray:
         if me.watched:
             raise
         # equal layers share a program, and so have no names: with them, once more, for the message
@@ -304,12 +325,12 @@ def _called(fn: Callable[..., Value], found: list[Adapted], fill: Fill, me: Inte
             if key is not None:
                 key = jax.random.fold_in(key, stable_hash(s.leaf.path))
             base = bases[len(expressions)]
-            shown = (
-                path if me.watched or s.recipe.rows else None
-            )  # tables are few, so they do not need to share programs
+            # tables are few, so they do not need to share programs
+            shown = path if me.watched or s.recipe.rows else None
             origin, gates = len(expressions), a.frozen.gates
             made = express(s.leaf, s.recipe, base, get, gates=gates, key=key, origin=origin, path=shown)
             expressions.append(made)
+        expressions = _linked(expressions, a)
     want = [True] * len(closed.jaxpr.outvars)
     outs, _ = me.counted({}, lambda: chosen(me.run(closed.jaxpr, closed.consts, expressions, want), want))
     treedef, inside, others = beside

@@ -104,12 +104,27 @@ def _broadcast(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bo
     shape = aval(eqn.outvars[0]).shape
     grown = any(shape[d] != s for d, s in zip(dims, w.shape, strict=True))
     if grown or any(s != 1 for n, s in enumerate(shape) if n not in dims):
+        if w.steps:
+            return [_spread(w, dims, shape, me.bind(eqn, [w.replace(steps=()).dense()])[0])]
         raise Refusal("a broadcast")
     (base,) = _moved(me, eqn, values)
     axes: list[Labels] = [()] * len(shape)
     for n, d in enumerate(dims):
         axes[d] = w.axes[n]
     return [w.replace(base=base, axes=tuple(axes))]
+
+
+def _spread(w: Weight, dims: Sequence[int], shape: Sequence[int], base: jax.Array) -> Weight:
+    """A weight that is an array already, but for its steps, on its way to a sum with something larger."""
+    axes: list[Labels] = [()] * len(shape)
+    sizes = dict(w.sizes)
+    for n, d in enumerate(dims):
+        if w.shape[n] == shape[d]:
+            axes[d] = w.axes[n]
+    for d, size in enumerate(shape):
+        if not axes[d] and size != 1:
+            axes[d], sizes[f"+{d}"] = (f"+{d}",), size
+    return w.replace(base=base, terms=(), gain=(), key=None, plain=True, axes=tuple(axes), sizes=tuple(sizes.items()))
 
 
 def _scalar(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:

@@ -16,6 +16,7 @@ from jlora._trees._compound import Compound
 from jlora._trees._leaf import Leaf
 from jlora._types import Traced
 from jlora.methods.base import Method
+from jlora.methods.sum import Sum
 
 
 def resolve(
@@ -37,8 +38,11 @@ def resolve(
     choice = Choice(tree, [Rule(m.describe(), m.target, m.exclude) for m in methods], axes, traced)
     found = Resolution(methods, choice)
     for index in range(len(tree.leaves)):
-        found.take(index, choice.takers(index))
+        takers = choice.takers(index)
+        found.take(index, [n for n in takers if not found.methods[n].on_outputs])
+        found.take_output(index, [n for n in takers if found.methods[n].on_outputs])
     found.take_biases()
+    found.take_outputs()
     choice.bad += [*_vectors(found), *_ties(tree, set(found.took), allow_untied)]
     choice.check("adapt")
     took = [found.took[index] for index in sorted(found.took)]
@@ -67,6 +71,7 @@ class Resolution:
       notes: what the table says.
       vectors: of each method, the leaves without an input side that patterns took, and what it says of them.
       shapes: `{(group, factor): (shape, trained)}` so far: what weights share has one shape.
+      outputs: `{index: rule}` of the leaves whose operation's output a rule takes.
     """
 
     methods: Sequence[Method]
@@ -75,16 +80,14 @@ class Resolution:
     notes: list[str] = dataclasses.field(default_factory=list)
     vectors: dict[int, dict[int, str]] = dataclasses.field(default_factory=dict)
     shapes: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = dataclasses.field(default_factory=dict)
+    outputs: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def take(self, index: int, takers: Sequence[int]) -> None:
         """Leaf `index` by the first of the rules that match it."""
         if not takers:
             return
-        rule, *others = takers
-        method, path = self.methods[rule], self.choice.tree.paths[index]
-        if others:
-            names = ", ".join(self.methods[n].describe() for n in others)
-            self.notes.append(f"{path}: rule {rule + 1} ({method.describe()}) takes it before {names}")
+        rule = self._first(index, takers)
+        method = self.methods[rule]
         weight = self.choice.weight(index)
         if weight is None:
             return
@@ -97,13 +100,22 @@ class Resolution:
                 return
             recipe = method.recipe(leaf)
             if recipe is None:
-                self.notes.append(f"{path}: rank 0, left as it is")
+                self.notes.append(f"{leaf.path}: rank 0, left as it is")
                 return
             self._check(method, recipe, leaf)
         except ValueError as error:
             self._refused(rule, index, leaf, error)
             return
         self.took[index] = Taken(rule, method, recipe, Site(leaf, index, _sites.named(method), recipe))
+
+    def _first(self, index: int, takers: Sequence[int]) -> int:
+        """The first of several rules; the others are noted."""
+        rule, *others = takers
+        if others:
+            names = ", ".join(self.methods[n].describe() for n in others)
+            said = f"rule {rule + 1} ({self.methods[rule].describe()}) takes it before {names}"
+            self.notes.append(f"{self.choice.tree.paths[index]}: {said}")
+        return rule
 
     def _check(self, method: Method, recipe: Recipe, leaf: Leaf) -> None:
         """Raises ValueError where equation and leaf, or factors that weights share, do not fit each other."""
@@ -137,6 +149,65 @@ class Resolution:
             if other is not None:
                 self._take_bias(index[path], other, taken)
 
+    def take_output(self, index: int, takers: Sequence[int]) -> None:
+        """What leaf `index` makes, by the first of the rules that match it; another may take the leaf itself."""
+        if takers:
+            self.outputs[index] = self._first(index, takers)
+
+    def take_outputs(self) -> None:
+        """Steps on outputs, where these are whole: at the layer's bias, or at its weight where it has none."""
+        tree = self.choice.tree
+        index = {path: n for n, path in enumerate(tree.paths)}
+        homes: dict[
+            int, tuple[int, int]
+        ] = {}  # of each output the rule that takes it, and the leaf that it was named by
+        for of, rule in self.outputs.items():
+            layer, slash, name = tree.paths[of].rpartition("/")
+            at = index.get(layer + slash + BIASES[name], of) if name in BIASES else of
+            homes[at] = min(homes.get(at, (rule, of)), (rule, of))
+        for at, (rule, of) in homes.items():
+            try:
+                self._take_output(at, of, self.methods[rule], rule)
+            except ValueError as error:
+                self.choice.bad.append(f"{self.methods[rule].describe()} on the output of {tree.paths[of]!r}: {error}")
+
+    def _take_output(self, at: int, of: int, method: Method, rule: int) -> None:
+        """The step of one output, with what its leaf has already."""
+        weight = self.choice.weight(of)
+        if weight is None:
+            return
+        leaf, told = weight
+        method = dataclasses.replace(method, target=(), exclude=())
+        if at in self.took:
+            leaf, before = self.took[at].site.leaf, self.took[at].method
+            method = Sum(dataclasses.replace(before, target=(), exclude=()), method)
+        elif at != of:
+            leaf = self._bias(at, leaf)
+        elif told is None:
+            self.choice.unclear.append((leaf, method.describe()))
+            return
+        recipe = method.recipe(leaf)
+        if recipe is None:
+            self.notes.append(f"{leaf.path}: rank 0, left as it is")
+            return
+        for step in recipe.steps:
+            if step.of and _sites.beside(leaf.path, step.of, self.choice.tree.paths) is None:
+                raise ValueError(
+                    f"it sees the input of {step.of!r}, and no weight of that name stands beside it or above"
+                )
+        self._check(method, recipe, leaf)
+        self.took[at] = Taken(rule, method, recipe, Site(leaf, at, _sites.named(method), recipe))
+
+    def _bias(self, at: int, of: Leaf) -> Leaf:
+        """The bias at `at` of a layer with the weight `of`."""
+        path = self.choice.tree.paths[at]
+        shape, dtype = _tree.shape_dtype(self.choice.tree.leaves[at])
+        said = _axes.users_letters(path, shape, self.choice.axes) or self.choice.traced.get(path)
+        roles = said or _axes.added(of, shape)
+        if roles is None or not _axes.is_trainable_dtype(dtype):
+            raise ValueError(f"{path!r} of shape {shape} is no bias of {of.path!r} of shape {of.shape} ({of.roles})")
+        return Leaf(path, shape, np.dtype(dtype), roles)
+
     def _take_bias(self, at: int, method: Method, weight: Taken) -> None:
         """The bias at `at` by the method that its weight's one says."""
         tree, rule, name = self.choice.tree, weight.rule, weight.method.describe()
@@ -146,17 +217,12 @@ class Resolution:
         if at in self.took and self.took[at].rule != rule:
             self.notes.append(f"{path}: rule {self.took[at].rule + 1} takes it, so {name} does not rescale it")
             return
-        shape, dtype = _tree.shape_dtype(tree.leaves[at])
-        of = weight.site.leaf
-        said = _axes.users_letters(path, shape, self.choice.axes) or self.choice.traced.get(path)
-        roles = said or _axes.added(of, shape)
-        if roles is None or not _axes.is_trainable_dtype(dtype):
-            self.choice.bad.append(
-                f"{path!r} of shape {shape} is no bias of {of.path!r} of shape {of.shape} ({of.roles}), and {name} "
-                'rescales the output, bias included; write exclude="bias$" to leave it as it is'
-            )
+        try:
+            leaf = self._bias(at, weight.site.leaf)
+        except ValueError as error:
+            advice = 'rescales the output, bias included; write exclude="bias$" to leave it as it is'
+            self.choice.bad.append(f"{error}, and {name} {advice}")
             return
-        leaf = Leaf(path, shape, np.dtype(dtype), roles)
         recipe = method.recipe(leaf)
         assert recipe is not None
         self.took[at] = Taken(rule, method, recipe, Site(leaf, at, _sites.named(method), recipe))

@@ -6,7 +6,7 @@ import math
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeAlias
 
 import jax
@@ -113,6 +113,20 @@ def derived(plan: Plan) -> dict[Place, Callable[[], jax.Array]]:
         for place, (array, shape) in site.recipe.arrays(site.leaf).items()
         if array.derived
     }
+
+
+def beside(path: str, of: str, paths: Collection[str]) -> str | None:
+    """The path of `of` from the nearest place above `path` that has it."""
+    above = path.split("/")[:-1]
+    tried = ("/".join([*above[:n], of]) for n in range(len(above), -1, -1))
+    return next((p for p in tried if p in paths), None)
+
+
+def inputs_read(sites: Sequence[Site], paths: Collection[str]) -> Iterator[tuple[int, str | None]]:
+    """For every step of every site, the site's number and the path whose input it reads; None where it reads none."""
+    for n, site in enumerate(sites):
+        for step in site.recipe.steps:
+            yield n, beside(site.leaf.path, step.of, paths) if step.of else None
 
 
 def trainable_size(plan: Plan) -> int:

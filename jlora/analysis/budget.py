@@ -232,6 +232,10 @@ def _weight_flops(site: Site, weight: Weight, tokens: int) -> tuple[float, float
         else:
             met = [(*stack, "token", *ins), *labels]
         factored += run(met, (*stack, "token", *outs))
+    stepping = tokens * sum(2.0 * math.prod(a.shape) for o in weight.steps for a in o.arrays)
+    if stepping:
+        forward, backward = _weight_flops(site, weight.replace(steps=()), tokens) if weight.terms else (0.0, 0.0)
+        return forward + stepping, backward + 2 * stepping
     dot = tokens * _dot_flops(site.leaf.path, site.leaf.shape)
     if _ops.is_vector(weight):
         return dense, dense

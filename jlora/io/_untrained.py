@@ -52,7 +52,8 @@ def _start(adapted: Adapted) -> str:
     """
     found, made = "", []
     for site in adapted.frozen.plan.sites:
-        for word in (word for delta, _ in site.recipe.networks for word in delta.operands):
+        words = (word for delta, _ in site.recipe.networks for word in delta.operands)
+        for word in (*words, *site.recipe.steps):
             for array in (a for a in word.arrays if a.trained):
                 x = np.asarray(adapted.trainable[array.group or site.leaf.path][array.name])
                 start: Any = begins(array)

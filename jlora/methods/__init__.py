@@ -6,6 +6,8 @@ from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.base import Method as Method
 from jlora.methods.bitfit import BitFit as BitFit
 from jlora.methods.boft import BOFT as BOFT
+from jlora.methods.bottleneck import Houlsby as Houlsby
+from jlora.methods.bottleneck import Parallel as Parallel
 from jlora.methods.c3a import C3A as C3A
 from jlora.methods.delora import DeLoRA as DeLoRA
 from jlora.methods.dora import DoRA as DoRA

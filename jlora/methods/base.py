@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,9 @@ class Method:
       >>> jlora.count(adapted)
       (1, 7)
     """
+
+    #: Whether it acts on what a layer makes, and leaves the layer's weights to other methods of the spec.
+    on_outputs: ClassVar[bool] = False
 
     target: Target = ""
     exclude: Target = ()

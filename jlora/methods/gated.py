@@ -52,11 +52,11 @@ class Gated(Method):
         inner = self.inner.recipe(leaf)
         if inner is None:
             return None
-        others = inner.gain or inner.left or inner.right or inner.rows
+        others = inner.gain or inner.left or inner.right or inner.rows or inner.steps
         if others or self.inner.beside(leaf) is not None:
             raise ValueError(
-                f"Gated({self.inner.describe()}): the inner method must add to W0, not rescale or turn it or put "
-                "rows in: its gate multiplies what is added"
+                f"Gated({self.inner.describe()}): the inner method must add to W0, not rescale or turn it, put "
+                "rows in or act on its output: its gate multiplies what is added"
             )
         check_sides(leaf)
         inner = renamed(inner, {}, leaf.path, self.inner.dtype)

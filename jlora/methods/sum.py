@@ -16,8 +16,8 @@ from jlora.methods.base import Method
 class Sum(Method):
     """Both updates of `Sum(LoRA(rank=8), KronA())`, each with factors of its own; three nest.
 
-    One of the two may rescale or turn the weight: it then acts on the sum, `gain * (W0 + dW1 + dW2)`. Factors of
-    the second are named `a_2` where the first has an `a`.
+    One of the two may rescale or turn the weight: it then acts on the sum, `gain * (W0 + dW1 + dW2)`. Steps on the
+    output follow one another. Factors of the second are named `a_2` where the first has an `a`.
 
     Attributes:
       first: a method.
@@ -58,7 +58,7 @@ class Sum(Method):
         for word in ("gain", "left", "right"):
             if getattr(first, word) and getattr(second, word):
                 raise ValueError(f"Sum: both methods have a {word}, and their order would matter")
-        if not any(dataclasses.replace(recipe, rows=()).additive for recipe in (first, second)):
+        if not any(dataclasses.replace(recipe, rows=(), steps=()).additive for recipe in (first, second)):
             raise ValueError("Sum: neither method simply adds to W0")
         for recipe in (first, second):
             if recipe.gain is not None and any(isinstance(w, Function) and w.base for w in recipe.gain.operands):
@@ -69,6 +69,7 @@ class Sum(Method):
             first.left or second.left,
             first.right or second.right,
             (*first.rows, *second.rows),
+            (*first.steps, *second.steps),
         )
 
     def initial(self, leaf: Leaf, recipe: Recipe, keys: Keys, weight: W0) -> dict[Place, jax.Array]:
@@ -131,4 +132,5 @@ def renamed(recipe: Recipe, names: dict[Place, str], path: str, dtype: str) -> R
 
     others = (None if d is None else delta(d) for d in (recipe.gain, recipe.left, recipe.right))
     rows = tuple(dataclasses.replace(r, array=array(r.array)) for r in recipe.rows)
-    return Recipe(tuple(map(delta, recipe.deltas)), *others, rows)
+    steps = tuple(dataclasses.replace(step, arrays=tuple(map(array, step.arrays))) for step in recipe.steps)
+    return Recipe(tuple(map(delta, recipe.deltas)), *others, rows=rows, steps=steps)

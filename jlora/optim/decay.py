@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora._algebra._express import express
-from jlora._algebra._words import Array, Delta, Function, Recipe, Word, bind, constant
+from jlora._algebra._words import Array, Delta, Function, Recipe, Step, Word, begins, bind, constant
 from jlora._plan._sites import Site
 from jlora._types import Place, PyTree
 from jlora.adapted import Adapted, check_any, is_adapted
@@ -79,9 +79,21 @@ def _trained(site: Site) -> list[Array]:
 
 def _words(delta: Delta, x: Array) -> list[Array | Function]:
     """The operands of a network in which a factor stands."""
-    same = lambda a: (a.group, a.name) == (x.group, x.name)
-    found = [word for word in delta.operands if any(map(same, word.arrays))]
+    found = [word for word in delta.operands if any(_same(a, x) for a in word.arrays)]
     return cast("list[Array | Function]", found)  # a word with arrays is no `Base`
+
+
+def _same(a: Array, x: Array) -> bool:
+    return (a.group, a.name) == (x.group, x.name)
+
+
+def _unmoved(site: Site, step: Step, x: Array) -> bool:
+    """Whether a step leaves an output as it is where this factor is zero, vectors where they begin, others at one."""
+    begun = lambda a: begins(a) if len(a.shape or ()) < 2 else None
+    value = lambda a: 0.0 if _same(a, x) else 1.0 if (at := begun(a)) is None else at
+    y = jnp.linspace(0.1, 1.0, site.leaf.size("o"))[None]  # whose sum is not zero
+    met = (y, y) if step.of else (y,)
+    return np.allclose(step.fn(*met, *(jnp.full(a.shape or (), value(a)) for a in step.arrays)), y)
 
 
 def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
@@ -91,6 +103,8 @@ def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
         return all(any(_vanishes(site, word, x, adapted) for word in words) for words in updates)
     if any(rows.array == x and rows.new(site.leaf) for rows in site.recipe.rows):
         return False
+    if any(_same(a, x) for step in site.recipe.steps for a in step.arrays):
+        return all(_unmoved(site, step, x) for step in site.recipe.steps)
     networks = {"gain": site.recipe.gain, "left": site.recipe.left, "right": site.recipe.right}
     stands = {side: words for side, delta in networks.items() if delta is not None and (words := _words(delta, x))}
     if any(isinstance(word, Array) for words in stands.values() for word in words):

@@ -129,6 +129,8 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
                 put(array, own)
         if bound.delta in site.recipe.scaled(leaf):
             put(_words.scale_of(bound.delta), [])
+    for array in (array for step in site.recipe.steps for array in step.arrays):
+        put(array, [None] * len(array.shape or ()))  # narrow, and met by whole outputs
     return found
 
 

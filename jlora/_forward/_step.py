@@ -1,0 +1,79 @@
+"""What is done to the output of an adapted operation: y becomes f(y), or f(y, x) with the input of another weight.
+
+A step sees its output in one form, `(stack..., positions..., features)`, whatever axes the model gave it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._algebra._mesh import reshaped
+from jlora._algebra._term import NoArray, Operand
+from jlora._algebra._weight import Weight
+from jlora._algebra._words import Labels
+
+Groups = Sequence[Labels | None]  # of each axis, the atoms of the weight that it stands for; None or none for others
+
+
+def applied(w: Weight, y: jax.Array, groups: Groups, inputs: Mapping[int, jax.Array]) -> jax.Array:
+    """The output of a weight's operation after its steps; `inputs` has those of other weights, by their origins."""
+    for o, of in zip(w.steps, w.reads, strict=True):
+        if of >= 0 and of not in inputs:
+            raise NoArray(
+                f"{w.named}: a step on its output reads the input of another weight, and the model does not use that "
+                "one before it, in the same loop or function"
+            )
+        with jax.named_scope("delta"):
+            y = _one(w, o, y, groups, inputs.get(of))
+    return y
+
+
+def features_last(x: jax.Array, features: Sequence[int], stack: Sequence[int] = ()) -> jax.Array:
+    """`(stack..., positions..., features)`: the axes of the features flattened, in the order given."""
+    rest = [n for n in range(x.ndim) if n not in (*features, *stack)]
+    x = _turned(x, (*stack, *rest, *features))
+    return reshaped(x, (*x.shape[: x.ndim - len(features)], math.prod(x.shape[x.ndim - len(features) :])))
+
+
+def _one(w: Weight, o: Operand, y: jax.Array, groups: Groups, x: jax.Array | None) -> jax.Array:
+    """One step."""
+    labels = [a for n, g in enumerate(groups) for a in (g or (f"y{n}",))]
+    shape = [w.size[a] if g else y.shape[n] for n, g in enumerate(groups) for a in (g or ("",))]
+    outs = [a for a in o.labels if o.pending(a)]
+    if not set(outs) <= set(labels):
+        raise NoArray(f"{w.named}: a step on its output, and the operation leaves no output axis")
+    stack = [a for a in labels if a[0] == "s"]
+    carried = list(dict.fromkeys(a for s in o.stacks for a in s))
+    if not set(carried) <= set(stack):
+        raise NoArray(f"{w.named}: a step on its output is one a layer, and the operation mixes layers")
+    split = reshaped(y, tuple(shape))
+    made = features_last(split, [labels.index(a) for a in outs], [labels.index(a) for a in stack])
+    order = [*stack, *(a for a in labels if a not in (*stack, *outs)), *outs]
+    new = _of_layers(o, stack, made, x)
+    if new.shape != made.shape:
+        raise ValueError(f"a Step of an output of shape {made.shape} returns {new.shape}; it returns what it is given")
+    new = reshaped(new.astype(y.dtype), tuple(shape[labels.index(a)] for a in order))
+    return reshaped(_turned(new, [order.index(a) for a in labels]), y.shape)
+
+
+def _of_layers(o: Operand, stack: Sequence[str], y: jax.Array, x: jax.Array | None) -> jax.Array:
+    """The function on an output, once for each layer that its arrays have in front."""
+    met = (y,) if x is None else (y, x.astype(y.dtype))
+    if x is not None and x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"a Step reads an output of shape {y.shape} and the input of another weight of shape {x.shape}: all but "
+            "their features must be alike"
+        )
+    assert o.fn is not None
+    fn = o.fn
+    for a in reversed(stack):
+        fn = jax.vmap(fn, in_axes=(*(0 for _ in met), *(0 if a in s else None for s in o.stacks)))
+    cast = lambda a: a.astype(y.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    return fn(*met, *map(cast, o.arrays))
+
+
+def _turned(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    return x if list(order) == list(range(x.ndim)) else lax.transpose(x, order)

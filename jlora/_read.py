@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora._algebra._express import express
+from jlora._algebra._recipe import Recipe
 from jlora._algebra._weight import Weight
-from jlora._algebra._words import Recipe
 from jlora._gates import check_everywhere
 from jlora._plan import _sites
 from jlora._plan._sites import Site

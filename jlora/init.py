@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _answers, _interpret, _read
-from jlora._algebra import _express, _words
+from jlora._algebra import _express, _recipe
 from jlora._dtypes import widened
 from jlora._interpret import moments as _moments
 from jlora._plan import _pairs, _resolve, _sites
@@ -50,7 +50,7 @@ def _taken(params: PyTree, spec: Spec, axes: dict[str, str] | None) -> tuple[Sit
     """The weights that a spec takes, with nothing added to them."""
     _answers.check_params("jlora.init", params)
     plan, _ = _resolve.resolve(_tree.flatten(params), spec, axes, True)
-    return tuple(dataclasses.replace(s, recipe=_words.Recipe()) for s in plan.sites)
+    return tuple(dataclasses.replace(s, recipe=_recipe.Recipe()) for s in plan.sites)
 
 
 def _bare(params: PyTree, sites: tuple[Site, ...]) -> Adapted:

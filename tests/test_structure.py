@@ -21,8 +21,8 @@ FLOORS = {
         "_choice", "_names", "_kinds",
     ),
     "_algebra": (
-        "_words", "_wellformed", "_small_inverse", "_mesh", "_contract", "_term", "_rows", "_unmade", "_weight",
-        "_reshape", "_express",
+        "_words", "_recipe", "_wellformed", "_small_inverse", "_mesh", "_contract", "_term", "_rows", "_unmade",
+        "_weight", "_reshape", "_express",
     ),
     "_plan": ("_sites", "_resolve", "_fits", "_pairs"),
     "_forward": ("_anew", "_dropout", "_gates", "_step", "_rule", "_ops", "_dot", "_rows", "_table", "_conv"),

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._algebra import _words
+from jlora._algebra import _recipe, _words
+from jlora._algebra._recipe import Recipe
 from jlora._algebra._rows import Put, Rows
 from jlora._algebra._term import Drop, Operand, Term
 from jlora._algebra._unmade import Fed, Lazy
 from jlora._algebra._weight import Weight
-from jlora._algebra._words import Array, Base, Delta, Gate, Labels, Recipe, Step, Word
+from jlora._algebra._words import Array, Base, Delta, Gate, Labels, Step, Word
 from jlora._dtypes import alike, widened
 from jlora._trees._compound import Compound
 from jlora._trees._leaf import Leaf
@@ -67,7 +68,7 @@ def _w0(leaf: Leaf, base: jax.Array | Compound) -> jax.Array | Lazy:
     """W0 as an array, or, of codes, as what makes it."""
     if not isinstance(base, Compound):
         return base
-    names = _words.atoms(leaf)
+    names = _recipe.atoms(leaf)
     parts, make = base.parts()
     stack = tuple(names[n] for n in leaf.axes("s"))
     labels = tuple(names[n] for n in _layer_last(leaf))
@@ -90,7 +91,7 @@ class _Reader:
 
     @property
     def atoms(self) -> Labels:
-        return _words.atoms(self.leaf)
+        return _recipe.atoms(self.leaf)
 
     @property
     def stack(self) -> Labels:
@@ -99,7 +100,7 @@ class _Reader:
 
     def term(self, delta: Delta, flat: str, prefix: str = "") -> Term:
         """A network as a product; its own letters get `prefix`, so that they meet those of no other."""
-        bound = _words.bind(delta, self.leaf, flat)
+        bound = _recipe.bind(delta, self.leaf, flat)
         mark = lambda ls: tuple(x if x in self.atoms else prefix + x for x in ls)
         operands = tuple(self._operand(word, mark(ls)) for word, ls in bound.words)
         return Term(operands, tuple((a, mark(m)) for a, m in bound.blocks), Drop())
@@ -114,14 +115,14 @@ class _Reader:
     def turned(self, w: Weight, delta: Delta, flat: str, prefix: str) -> Weight:
         """A weight times a matrix on its input side (`II`) or its output side (`OO`)."""
         t = self.term(delta, flat, prefix)
-        sizes = _words.bind(delta, self.leaf, flat).sizes
+        sizes = _recipe.bind(delta, self.leaf, flat).sizes
         *_, (side, rows), (_, columns) = t.blocks
         makes, meets = (rows, columns) if flat == "II" else (columns, rows)
         return w.times(side, t.operands, tuple((x, sizes[x.removeprefix(prefix)]) for x in meets), makes)
 
     def put(self, rows: Rows) -> Put:
         """Rows in the table's own axes; changes times their scale."""
-        ((word, labels),) = _words.bind(rows.network, self.leaf).words
+        ((word, labels),) = _recipe.bind(rows.network, self.leaf).words
         assert isinstance(word, Array)
         (value, front), new = self._get(word), rows.new(self.leaf)
         if not new:

@@ -8,7 +8,8 @@ from typing import TypeAlias
 import jax
 
 from jlora._algebra._mesh import reshaped
-from jlora._algebra._words import Blocks, Labels
+from jlora._algebra._recipe import Blocks
+from jlora._algebra._words import Labels
 
 _static = lambda: dataclasses.field(metadata={"static": True})
 Sides: TypeAlias = tuple[tuple[str, int], ...]  # labels and their sizes

@@ -9,8 +9,9 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from jlora._algebra import _words
-from jlora._algebra._words import Array, Delta, Function, Gate, Recipe, Word
+from jlora._algebra import _recipe, _words
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function, Gate, Word
 from jlora._trees._leaf import Leaf
 from jlora._types import DType, Place, Shape, Shaped
 
@@ -28,7 +29,7 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
         try:
             _check_letters(delta, sides)
             _check_gates(delta, n < len(recipe.deltas))
-            bound = _words.bind(delta, leaf, sides)
+            bound = _recipe.bind(delta, leaf, sides)
             for word, labels in bound.words:
                 if isinstance(word, Array):
                     _check_array(word, labels, [bound.sizes.get(x) for x in labels])

@@ -12,8 +12,9 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jlora._algebra import _words
-from jlora._algebra._words import Array, Bound, Difference, Function, Gate, Labels, Word
+from jlora._algebra import _recipe
+from jlora._algebra._recipe import Bound
+from jlora._algebra._words import Array, Difference, Function, Gate, Labels, Word
 from jlora._plan._sites import Plan, Site
 from jlora._types import Place
 
@@ -116,7 +117,7 @@ class Pair:
 def pairs(plan: Plan) -> tuple[Pair, ...]:
     """Every pair of a plan, one for each weight and delta it stands in; a shared factor stands in several."""
     found = (
-        _pair(site, _words.bind(delta, site.leaf), letter)
+        _pair(site, _recipe.bind(delta, site.leaf), letter)
         for site in plan.sites
         for delta in site.recipe.deltas
         for letter in delta.ranks

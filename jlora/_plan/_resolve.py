@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jlora._algebra import _wellformed
-from jlora._algebra._words import Recipe
+from jlora._algebra._recipe import Recipe
 from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _axes, _select, _tree

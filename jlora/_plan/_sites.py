@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 import jax
 
-from jlora._algebra._words import Difference, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Difference
 from jlora._trees._leaf import Leaf
 from jlora._types import Place, Shape
 from jlora.methods.base import Method

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jlora._algebra._words import Array, Delta, Recipe, constant
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import W0, Init, Key, Keys, Place, Shape

@@ -7,7 +7,7 @@ Ben Zaken et al, `BitFit: Simple Parameter-efficient Fine-tuning for Transformer
 import dataclasses
 
 from jlora import targets
-from jlora._algebra._words import Recipe
+from jlora._algebra._recipe import Recipe
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods.base import Method

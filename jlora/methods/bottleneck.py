@@ -12,7 +12,8 @@ from typing import Annotated, ClassVar, TypeAlias
 import jax
 from jax.typing import DTypeLike
 
-from jlora._algebra._words import Array, Recipe, Step, constant
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Step, constant
 from jlora._trees._leaf import Leaf
 from jlora._types import Init, Key, Shape
 from jlora.methods._fields import Holds, Rank, nonzero

@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta, Function, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function
 from jlora._dtypes import widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target

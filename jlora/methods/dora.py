@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jlora._algebra import _words
+from jlora._algebra import _recipe, _words
 from jlora._algebra._contract import contract
 from jlora._algebra._mesh import automatic
+from jlora._algebra._recipe import Bound, Recipe
 from jlora._algebra._unmade import KEPT
-from jlora._algebra._words import Array, Bound, Delta, Function, Labels, Recipe, constant
+from jlora._algebra._words import Array, Delta, Function, Labels, constant
 from jlora._dtypes import alike
 from jlora._trees._leaf import Leaf
 from jlora._types import W0, Keys, Place
@@ -39,7 +40,7 @@ class Gain:
     deltas: tuple[Delta, ...]
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
-        if all(atoms == made for d in self.deltas for atoms, made in _words.bind(d, self.leaf).blocks):
+        if all(atoms == made for d in self.deltas for atoms, made in _recipe.bind(d, self.leaf).blocks):
             return self._gain(*arrays)
         # of a side that is flat no array says how a mesh cuts its parts; the gain lives where m does
         *rest, m, t, w0 = arrays
@@ -48,7 +49,7 @@ class Gain:
     def _gain(self, *arrays: jax.Array) -> jax.Array:
         *factors, n0, m, t, w0 = arrays
         w0 = w0.astype(jnp.float32)
-        out = tuple(_words.atoms(self.leaf)[n] for n in self.leaf.axes("o"))
+        out = tuple(_recipe.atoms(self.leaf)[n] for n in self.leaf.axes("o"))
         terms = list(self._terms([a.astype(jnp.float32) for a in factors]))
         square = n0 + sum(2 * self._over(term, out, w0=w0) for term in terms)
         square = square + sum(self._over(x, out, other=y) for x in terms for y in terms)
@@ -67,7 +68,7 @@ class Gain:
     def _terms(self, arrays: list[jax.Array]) -> Iterator[Valued]:
         """(operands, their labels, blocks) of each delta, its scale among the operands."""
         for delta in self.deltas:
-            bound = _words.bind(delta, self.leaf)
+            bound = _recipe.bind(delta, self.leaf)
             values = []
             for word in delta.operands:
                 own, arrays = arrays[: len(word.arrays)], arrays[len(word.arrays) :]
@@ -82,7 +83,7 @@ class Gain:
         result = tuple(dict.fromkeys(x for atom in out for x in made[atom]))
         if other is None:
             assert w0 is not None
-            axes = _words.atoms(self.leaf)
+            axes = _recipe.atoms(self.leaf)
             w0 = lax.transpose(w0, [axes.index(a) for a in bound.order]).reshape(bound.shape(bound.made))
             square = contract([w0, *values], [bound.made, *names], result)
         elif other[2].blocks == bound.blocks:
@@ -95,7 +96,7 @@ class Gain:
     def _dense(self, term: Valued) -> jax.Array:
         values, names, bound = term
         dense = contract(values, names, bound.made).reshape(bound.shape(bound.order))
-        return lax.transpose(dense, [bound.order.index(a) for a in _words.atoms(self.leaf)])
+        return lax.transpose(dense, [bound.order.index(a) for a in _recipe.atoms(self.leaf)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ class DoRA(Method):
         one = Leaf(leaf.path, tuple(leaf.shape[n] for n in kept), leaf.dtype, roles)
         arrays: list[Array] = []
         for delta in inner.deltas:
-            arrays += [dataclasses.replace(a, shape=shape) for a, shape in _words.bind(delta, one).stored()]
+            arrays += [dataclasses.replace(a, shape=shape) for a, shape in _recipe.bind(delta, one).stored()]
             arrays.append(_words.scale_of(delta))
         out = leaf.sizes("o")
         n0 = Array("n0", of_the_weight, out, trained=False, dtype="float32")

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from jlora._algebra._words import Array, Delta, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta
 from jlora._trees._leaf import Leaf
 from jlora.methods.base import Method, zeros
 

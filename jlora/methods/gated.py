@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 
-from jlora._algebra._words import Delta, Gate, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Delta, Gate
 from jlora._trees._leaf import Leaf
 from jlora._types import W0, Keys, Place
 from jlora.methods.base import Method, check_sides, inherit

@@ -9,7 +9,8 @@ import math
 from typing import Literal, TypeAlias
 
 from jlora import targets
-from jlora._algebra._words import Array, Base, Delta, Function, Ones, Recipe, Word
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Base, Delta, Function, Ones, Word
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods._fields import Rank

@@ -11,7 +11,8 @@ import math
 from typing import Annotated
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods._fields import Rank, at_least

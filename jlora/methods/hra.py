@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 
 from jlora import targets
 from jlora._algebra._mesh import automatic, explicit_mesh
-from jlora._algebra._words import Array, Delta, Function, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function
 from jlora._dtypes import alike, widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target

@@ -11,7 +11,8 @@ from typing import Literal
 
 import jax
 
-from jlora._algebra._words import Array, Delta, Function, Recipe, constant
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function, constant
 from jlora._dtypes import alike
 from jlora._trees._axes import is_trainable_dtype
 from jlora._trees._leaf import Leaf

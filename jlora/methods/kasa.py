@@ -12,7 +12,8 @@ import math
 import jax
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import W0, Keys, Place

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta, Function, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import Key, Shape

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from jlora import targets
 from jlora._algebra._mesh import automatic
-from jlora._algebra._words import Array, Delta, Difference, Function, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Difference, Function
 from jlora._dtypes import alike
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target

@@ -16,7 +16,8 @@ from jax import lax
 
 from jlora import targets
 from jlora._algebra._mesh import reshaped
-from jlora._algebra._words import Array, Delta, Function, Recipe, Word
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function, Word
 from jlora._dtypes import widened
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import targets
+from jlora._algebra._recipe import Recipe
 from jlora._algebra._rows import Rows
-from jlora._algebra._words import Array, Recipe
+from jlora._algebra._words import Array
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import W0, Keys, Place

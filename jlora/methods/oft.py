@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 
 from jlora import targets
 from jlora._algebra._mesh import automatic
+from jlora._algebra._recipe import Recipe
 from jlora._algebra._small_inverse import inverse
-from jlora._algebra._words import Array, Delta, Function, Recipe, constant
+from jlora._algebra._words import Array, Delta, Function, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods._fields import at_least

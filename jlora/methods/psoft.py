@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta, Function, Recipe, constant
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import W0, Keys, Place

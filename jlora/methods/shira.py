@@ -9,7 +9,8 @@ import jax
 
 from jlora import targets
 from jlora._algebra._mesh import automatic
-from jlora._algebra._words import Array, Delta, Function, Recipe
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods import _entries

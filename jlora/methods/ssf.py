@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import jax
 
-from jlora._algebra._words import Array, Delta, Function, Recipe, constant
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function, constant
 from jlora._dtypes import alike
 from jlora._trees._leaf import Leaf
 from jlora.methods.base import Method, zeros

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import jax
 
-from jlora._algebra._words import Array, Delta, Function, Recipe, Word
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function, Word
 from jlora._trees._leaf import Leaf
 from jlora._types import W0, Keys, Place
 from jlora.methods.base import Method

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta, Recipe, Word, constant
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Word, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import Init

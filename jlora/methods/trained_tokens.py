@@ -7,8 +7,9 @@ import dataclasses
 from typing import Annotated
 
 from jlora import targets
+from jlora._algebra._recipe import Recipe
 from jlora._algebra._rows import Rows
-from jlora._algebra._words import Array, Recipe, constant
+from jlora._algebra._words import Array, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora.methods._fields import Reads, as_hinted

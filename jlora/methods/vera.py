@@ -13,7 +13,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jlora import targets
-from jlora._algebra._words import Array, Delta, Function, Recipe, constant
+from jlora._algebra._recipe import Recipe
+from jlora._algebra._words import Array, Delta, Function, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import Init, Key, Shape

@@ -10,7 +10,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jlora._algebra._express import express
-from jlora._algebra._words import Array, Delta, Function, Recipe, Step, Word, begins, bind, constant
+from jlora._algebra._recipe import Recipe, bind
+from jlora._algebra._words import Array, Delta, Function, Step, Word, begins, constant
 from jlora._plan._sites import Site
 from jlora._types import Place, PyTree
 from jlora.adapted import Adapted, check_any, is_adapted

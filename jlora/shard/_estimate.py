@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jlora import _answers
-from jlora._algebra import _words
+from jlora._algebra import _recipe
 from jlora._plan._sites import Site
 from jlora._trees import _select, _table, _tree
 from jlora._trees._compound import is_compound
@@ -324,11 +324,11 @@ class _Side:
         return math.prod(n // ways for n, role, ways in axes if role in letters)
 
 
-def _bound(site: Site) -> list[_words.Bound]:
-    return [_words.bind(delta, site.leaf) for delta in site.recipe.deltas]
+def _bound(site: Site) -> list[_recipe.Bound]:
+    return [_recipe.bind(delta, site.leaf) for delta in site.recipe.deltas]
 
 
-def _width(bound: _words.Bound) -> int:
+def _width(bound: _recipe.Bound) -> int:
     """The size of the letters that stand on no side: what is left of an activation in the middle of a network."""
     sides = {x for side, made in bound.blocks for x in (*side, *made)}
     return sum(bound.sizes[x] for x in {x for labels in bound.labels for x in labels} - sides)

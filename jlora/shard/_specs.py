@@ -7,8 +7,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jlora import _answers
-from jlora._algebra import _words
-from jlora._algebra._words import Bound
+from jlora._algebra import _recipe, _words
+from jlora._algebra._recipe import Bound
 from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _axes, _tree
@@ -117,7 +117,7 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
         found.setdefault(place, _rules.fitted(tuple(entries), stored[place][1], sizes))
 
     for bound in site.recipe.bound(leaf):
-        entry = _letters(bound, dict(zip(_words.atoms(leaf), kernel, strict=True)), sizes)
+        entry = _letters(bound, dict(zip(_recipe.atoms(leaf), kernel, strict=True)), sizes)
         for word, labels in bound.words:
             want = bound.shape(labels)
             for array in word.arrays:
@@ -139,7 +139,7 @@ def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[
 
     Of a function it is what the function makes, as that meets the weight.
     """
-    atoms = dict(zip(_words.atoms(site.leaf), kernel, strict=True))
+    atoms = dict(zip(_recipe.atoms(site.leaf), kernel, strict=True))
     for bound in site.recipe.bound(site.leaf):
         entry = _letters(bound, atoms, sizes)
         for word, labels in bound.words:

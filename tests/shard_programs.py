@@ -3,6 +3,7 @@
 Prints one JSON object, `{program: {"sent": [[kind, count of elements, bytes, times], ...], ...}}`.
 """
 
+import importlib.metadata
 import json
 import math
 import os
@@ -13,6 +14,8 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 )
+if importlib.metadata.version("jaxlib") < "0.11":  # gone in later ones
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -81,7 +84,11 @@ METHODS = {
 }
 
 
-def program(model, place, spec=jlora.LoRA(rank=RANK, target="kernel")):  # noqa: B008
+LORA = jlora.LoRA(rank=RANK, target="kernel")
+
+
+def program(model, place, spec=LORA):
+    """What the step sends; beside it, where a law asks for them, gradients with those of x, and the plain model's."""
     f, params = MODELS[model]
     shape, names, base_specs, batch, length = PLACES[place]
     mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
@@ -102,10 +109,13 @@ def program(model, place, spec=jlora.LoRA(rank=RANK, target="kernel")):  # noqa:
     batch_bytes = 4 * math.prod(x.sharding.shard_shape(x.shape))
     options = {"batch": batch, "tx": tx, "tokens": tokens, "activations": jnp.float32}
     guess = jlora.shard.estimate(params, spec, mesh, base_specs, **options)
-    return {
+    others = {}
+    if spec is LORA or place == "groups":
+        others["with x"] = sent(ours.lower(adapted.trainable, x, adapted.frozen).compile())
+    if place.startswith("fsdp"):
+        others["plain"] = sent(theirs.lower(x, base).compile())
+    return others | {
         "sent": sent(step),
-        "with x": sent(ours.lower(adapted.trainable, x, adapted.frozen).compile()),
-        "plain": sent(theirs.lower(x, base).compile()),
         "trainable": jlora.count(adapted)[0],
         "arguments": memory.argument_size_in_bytes - batch_bytes,
         "temporary": memory.temp_size_in_bytes,

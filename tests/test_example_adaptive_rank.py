@@ -47,7 +47,7 @@ def test_a_run_ends_with_table_claims_and_plots_and_goes_on_where_it_was(folder,
     """The ways that have a budget spend it whole; begun again, what is missing alone is run, to the same numbers."""
     out = tmp_path / "out"
     args = ["--model", str(folder), "--data", str(tsv), "--out", str(out), "--rank", "1", "--steps", "6"]
-    args += ["--batch", "8", "--length", "32", "--held-out", "10"]
+    args += ["--batch", "8", "--length", "8", "--held-out", "10"]  # one width, one program
     adaptive_rank.main([*args, "--seeds", "0", "1"])
     settings, results = json.loads((out / "results.json").read_text()).values()
     weights = 2 * 6

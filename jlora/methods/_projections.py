@@ -26,8 +26,10 @@ BLOCK = 2**18  # entries of a dense P that are at hand at once
 
 
 def root(place: jax.Array) -> _draws.RawKey:
-    """The key of a projection."""
-    return functools.reduce(_draws.fold_in, [place[n] for n in range(3)], _draws.key(0))
+    """The key of a projection: place folded in, number by number. In a loop, as every round compiles on its own."""
+    place = jnp.asarray(place)
+    start = jax.tree.map(lambda word: word + 0 * place[0].astype(jnp.uint32), _draws.key(0))  # varies as place does
+    return lax.fori_loop(0, 3, lambda n, key: _draws.fold_in(key, place[n]), start)
 
 
 def by_columns(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
@@ -61,7 +63,7 @@ def strata(size: int) -> tuple[np.ndarray, np.ndarray]:
 def sparse(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
     """One entry a range: none falls on another, so that columns have norm one exactly."""
     starts, widths = strata(size)
-    rows_key, signs_key = (_draws.fold_in(root(place), n) for n in range(2))
+    rows_key, signs_key = zip(*_draws.fold_in(root(place), lax.iota(jnp.uint32, 2)), strict=True)
     shape = (theta.shape[0], len(starts))
     inside = jnp.floor(_draws.unit(rows_key, shape, np.float32) * widths.astype(np.float32)).astype(jnp.int32)
     rows = starts.astype(np.int32) + jnp.minimum(inside, widths.astype(np.int32) - 1)
@@ -80,7 +82,7 @@ def fastfood(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
 
 def draws(place: jax.Array, bits: int, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     """B, Pi and G of 2^bits entries."""
-    signs, order, gauss = (_draws.fold_in(root(place), n) for n in range(3))
+    signs, order, gauss = zip(*_draws.fold_in(root(place), lax.iota(jnp.uint32, 3)), strict=True)
     n = 2**bits
     return _draws.signs(signs, (n,), dtype), permutation(order, bits), _draws.normal(gauss, (n,), dtype)
 

@@ -526,6 +526,17 @@ def test_modes_of_a_lookup(axis, mode):
     against_dense(f, (10, 6) if axis == 0 else (6, 10), "io" if axis == 0 else "oi", ids)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_that_are_mapped_one_by_one_are_a_lookup(axis):
+    """`vmap` of `table[i]` has a start for every axis, and makes no table for it."""
+    ids = jnp.array([[0, 5], [3, 22]])
+    f = lambda p, ids: jax.vmap(jax.vmap(lambda n: lax.dynamic_index_in_dim(p["w"], n, axis, False)))(ids)
+    shape, letters = ((10, 6), "io") if axis == 0 else ((6, 10), "oi")
+    against_dense(f, shape, letters, ids)
+    ad = jlora.adapt({"w": jnp.ones(shape)}, jlora.LoRA(rank=2, target="w"), axes={"w": letters})
+    assert not jlora.explain(f, ad, ids).dense
+
+
 @pytest.mark.parametrize("spec", [jlora.KronA(factors=(2, 3)), jlora.GraLoRA(rank=2), jlora.MiSS(rank=5, mini=3)])
 def test_rows_of_a_flat_side_are_looked_up_letter_by_letter(spec):
     """Where rows are `(i j)` the table is not made, and rows out of range are what the model's own mode makes them."""

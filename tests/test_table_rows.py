@@ -103,6 +103,7 @@ FORMS = {
     "clip": lambda p, ids: jnp.take(p["embed"]["embedding"], ids, axis=0, mode="clip"),
     "index": lambda p, ids: p["embed"]["embedding"][ids],
     "vmap": lambda p, ids: jax.vmap(jax.vmap(lambda n: jnp.take(p["embed"]["embedding"], n, axis=0)))(ids),
+    "vmap of one row": lambda p, ids: jax.vmap(jax.vmap(lambda n: p["embed"]["embedding"][n]))(ids),
     "scan": lambda p, ids: lax.scan(lambda c, n: (c, p["embed"]["embedding"][n]), 0, ids)[1],
     "one by one": lambda p, ids: lax.map(lambda row: lax.map(lambda n: p["embed"]["embedding"][n], row), ids),
     "turned": lambda p, ids: jnp.moveaxis(jnp.take(p["embed"]["embedding"].T, ids, axis=1), 0, -1),

@@ -111,6 +111,26 @@ class Rows:
         return lax.transpose(y, [order.index(n) for n in range(y.ndim)])
 
 
+def along_rows(
+    shape: Shape, indices: jax.Array, params: GatherParams
+) -> tuple[jax.Array, GatherParams, tuple[int, ...]]:
+    """A gather of single rows that has a start for every axis, as `vmap` makes one of `table[i]`, along the rows alone.
+
+    Its indices, its parameters, and the axis of size one (if any) that the model's has besides. Another is as it was.
+    """
+    d, sizes = params["dimension_numbers"], params["slice_sizes"]
+    cut = [n for n, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
+    held = params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)  # to a start of 0
+    alone = len(cut) == 1 and sizes[cut[0]] == 1 and cut[0] in d.start_index_map
+    if not (held and alone) or d.collapsed_slice_dims or d.operand_batching_dims or indices.ndim < 2:
+        return indices, params, ()
+    (axis,) = cut
+    k, place = d.start_index_map.index(axis), d.offset_dims[axis]
+    offset = tuple(m - (m > place) for n, m in enumerate(d.offset_dims) if n != axis)
+    numbers = lax.GatherDimensionNumbers(offset, (axis,), (axis,))
+    return indices[..., k : k + 1], {**params, "dimension_numbers": numbers}, (place,)
+
+
 def read(w: Weight, indices: jax.Array, params: GatherParams) -> Rows:
     """The rows that a gather takes of a weight; Refusal where it takes anything else."""
     d = params["dimension_numbers"]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
 import jax
+from jax import lax
 
 from jlora._algebra._weight import Weight, is_weight
 from jlora._forward import _conv, _dot, _ops, _rows, _table
@@ -61,9 +62,11 @@ def _gather(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]
     if _ops.is_vector(w):
         raise Refusal("a vector")
     note = functools.partial(me.record, w, eqn.primitive.name)
-    bind = lambda base: me.bind(eqn, [base, indices])[0]
+    ids, params, ones = _rows.along_rows(w.shape, indices, cast(GatherParams, eqn.params))
+    bind = lambda base: lax.squeeze(me.bind(eqn, [base, indices])[0], ones)
     lookup = _table.lookup if w.rows else _rows.lookup
-    return [lookup(me.used(w), indices, cast(GatherParams, eqn.params), bind, me.forward_mode, note)]
+    y = lookup(me.used(w), ids, params, bind, me.forward_mode, note)
+    return [y if is_weight(y) else lax.expand_dims(y, ones)]
 
 
 def _ragged(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:

@@ -103,10 +103,11 @@ def _gather(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
     outer = [n for n in range(len(out)) if n not in d.offset_dims]
     lost = set(d.collapsed_slice_dims) | set(batching)
     picked = [n for n in d.start_index_map if sizes[n] < old[n] or n in lost]
+    ones = [n for n in picked if outer and n not in lost and sizes[n] == 1]  # rows one by one, as `vmap` takes them
     views = []
     for v in k.views:
         for n in d.start_index_map:
-            if n not in lost and sizes[n] < old[n]:
+            if n not in lost and n not in ones and sizes[n] < old[n]:
                 v = v.without([n], "s", keep=True) if sizes[n] == 1 else v.sized(n, sizes[n])
         if not outer:
             views.append(v.without(sorted(lost), "s"))
@@ -115,6 +116,7 @@ def _gather(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
         if index.data and v.wide(rest) <= 1:
             me.use(v, {n: "i" for n in picked} | {n: "s" for n in batching}, "lookup")
             continue
+        v = v.without(ones, "s", keep=True)
         axes = tuple(dict.fromkeys(a for n in [*picked, *batching] for held, _ in v.groups[n] for a in held))
         inner = iter([g for n, g in enumerate(v.groups) if n not in lost])
         groups = [((axes, out[n]),) if n in outer else next(inner) for n in range(len(out))]

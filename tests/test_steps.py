@@ -167,6 +167,21 @@ def test_beside_methods_that_change_weights():
     ]
 
 
+@pytest.mark.parametrize("gate", [np.array([[1, 0, 0.5], [0, 1, 1]]), np.array([0, 1.0]), np.array(0.3)], ids=str)
+@pytest.mark.parametrize("spec", [SERIAL, BESIDE])
+def test_a_gate_says_at_which_positions(spec, gate):
+    """g f(h) + (1 - g) h: where it is 0 the base, where it is 1 the adapter, bit for bit."""
+    fn, plain = started(Block(), spec)
+    _, adapted = started(Block(), jlora.Gated(spec, "on"))
+    assert plain.trainable.keys() == adapted.trainable.keys()
+    found = jlora.lift(fn)(jlora.with_gates(jlora.join(plain.trainable, adapted.frozen), on=gate), X)
+    g = np.broadcast_to(gate.reshape(gate.shape + (1,) * (2 - gate.ndim)), (2, 3))[..., None]
+    on, off = wide(jlora.lift(fn)(plain, X)), wide(fn(plain.frozen.base, X))
+    np.testing.assert_allclose(found, g * on + (1 - g) * off, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'on'"):
+        jlora.lift(fn)(jlora.with_gates(adapted, on=np.ones((2, 4))), X)
+
+
 def test_the_first_rule_takes_an_output():
     """As with weights; the other is noted."""
     params = Block().init(jax.random.key(1), X)["params"]
@@ -286,7 +301,7 @@ def test_a_step_must_keep_its_output():
     """An author's function that returns another shape is told."""
 
     class Halved(methods.Method):
-        on_outputs = True
+        on_outputs = True  # type: ignore[assignment]
 
         def recipe(self, leaf):
             return network.Recipe(steps=(network.Step(first_half, ()),))

@@ -135,11 +135,15 @@ class _Reader:
         return Put(Operand((value,), None, (), (*front, atom, *labels[1:])), atom, rows.at, new)
 
     def step(self, step: Step) -> Operand:
-        """A step as a function whose labels are the output atoms that it sees."""
+        """A step as a function whose labels are the output atoms that it sees; its gate comes last."""
         got = [self._get(a) for a in step.arrays]
         stacks = tuple(front for _, front in got)
-        outs = tuple(self.atoms[n] for n in self.leaf.axes("o"))
-        return Operand(tuple(a for a, _ in got), step.fn, stacks, (self.stack if any(stacks) else ()) + outs)
+        labels = (self.stack if any(stacks) else ()) + tuple(self.atoms[n] for n in self.leaf.axes("o"))
+        if not step.gate:
+            return Operand(tuple(a for a, _ in got), step.fn, stacks, labels)
+        g = self._operand(Gate(step.gate), ())
+        arrays = (*(a for a, _ in got), *g.arrays)
+        return Operand(arrays, step.fn, (*stacks, ()), labels, gate=g.gate, at=g.at)
 
     def _operand(self, word: Word, labels: Labels) -> Operand:
         if isinstance(word, Base):

@@ -47,8 +47,10 @@ class Recipe:
 
     @property
     def gates(self) -> tuple[tuple[str, Shape], ...]:
-        """The gates of its deltas."""
-        return tuple(gate for d in self.deltas for gate in d.gates)
+        """The gates of its deltas and steps, each with the sizes of its own letters."""
+        none: Shape = ()
+        of_deltas = (gate for d in self.deltas for gate in d.gates)
+        return (*of_deltas, *((step.gate, none) for step in self.steps if step.gate))
 
     @property
     def networks(self) -> tuple[tuple[Delta, str], ...]:

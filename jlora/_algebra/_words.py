@@ -137,11 +137,13 @@ class Step:
       arrays: what it reads, each with its shape.
       of: another weight, whose input x `(..., in)` the function sees too, `fn(y, x, *arrays)`: its path, from the
         nearest place above this weight that has it (`up/kernel`).
+      gate: a gate g, by name: y becomes g fn(y) + (1 - g) y at each position.
     """
 
     fn: Callable[..., jax.Array]
     arrays: tuple[Array, ...]
     of: str = ""
+    gate: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,12 +39,7 @@ def met(w: Weight, x: Shaped, labels: Labels, free: Labels, what: str = "an acti
         count = len(o.at)
         found = _fitted(value.shape[:count], free, shape)
         if found is None:
-            raise NoArray(
-                f"{w.named}: the gate {o.gate!r} of shape {value.shape} does not fit {what} of shape {tuple(x.shape)}: "
-                f"it has the positions {value.shape[:count]}, and the free axes there are {shape}. They must be the "
-                "first of these, where 1 stands for any size, or those joined or split by a reshape (each then in its "
-                "full size). Give another gate, or leave this weight to no gated method (exclude=...)"
-            )
+            raise _misfit(w.named, o.gate, value, count, f"{what} of shape {tuple(x.shape)}", shape)
         at, sizes = found
         value = reshaped(value, (*sizes, *value.shape[count:]))
         own = o.labels[count:]
@@ -54,6 +49,25 @@ def met(w: Weight, x: Shaped, labels: Labels, free: Labels, what: str = "an acti
 
     terms = (dataclasses.replace(t, operands=tuple(map(word, t.operands))) for t in w.terms)
     return w.replace(terms=tuple(terms))
+
+
+def spread(named: str, gate: str, value: jax.Array, shape: Shape) -> jax.Array:
+    """A gate without letters as an array of these positions, with axes of size one where it is the same along them."""
+    free = tuple(map(str, range(len(shape))))
+    found = _fitted(value.shape, free, shape)
+    if found is None:
+        raise _misfit(named, gate, value, value.ndim, "an output", shape)
+    at, sizes = found
+    return reshaped(value, tuple(sizes[at.index(n)] if n in at else 1 for n in free))
+
+
+def _misfit(named: str, gate: str, value: jax.Array, count: int, what: str, shape: Shape) -> NoArray:
+    return NoArray(
+        f"{named}: the gate {gate!r} of shape {value.shape} does not fit {what}: it has the positions "
+        f"{value.shape[:count]}, and the free axes there are {shape}. They must be the first of these, where 1 stands "
+        "for any size, or those joined or split by a reshape (each then in its full size). Give another gate, or leave "
+        "this weight to no gated method (exclude=...)"
+    )
 
 
 def _fitted(positions: Shape, free: Labels, shape: Shape) -> tuple[Labels, Shape] | None:

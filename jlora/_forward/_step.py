@@ -3,6 +3,7 @@
 A step sees its output in one form, `(stack..., positions..., features)`, whatever axes the model gave it.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +15,7 @@ from jlora._algebra._mesh import reshaped
 from jlora._algebra._term import NoArray, Operand
 from jlora._algebra._weight import Weight
 from jlora._algebra._words import Labels
+from jlora._forward import _gates
 
 Groups = Sequence[Labels | None]  # of each axis, the atoms of the weight that it stands for; None or none for others
 
@@ -52,11 +54,19 @@ def _one(w: Weight, o: Operand, y: jax.Array, groups: Groups, x: jax.Array | Non
     split = reshaped(y, tuple(shape))
     made = features_last(split, [labels.index(a) for a in outs], [labels.index(a) for a in stack])
     order = [*stack, *(a for a in labels if a not in (*stack, *outs)), *outs]
-    new = _of_layers(o, stack, made, x)
+    new = _of_layers(_ungated(o), stack, made, x)
     if new.shape != made.shape:
         raise ValueError(f"a Step of an output of shape {made.shape} returns {new.shape}; it returns what it is given")
+    if o.gate:
+        g = _gates.spread(w.named, o.gate, o.arrays[-1], made.shape[len(stack) : -1])[..., None].astype(y.dtype)
+        new = g * new + (1 - g) * made  # where g is 0 or 1, one of the two bit for bit
     new = reshaped(new.astype(y.dtype), tuple(shape[labels.index(a)] for a in order))
     return reshaped(_turned(new, [order.index(a) for a in labels]), y.shape)
+
+
+def _ungated(o: Operand) -> Operand:
+    """The same step without its gate, its last array."""
+    return dataclasses.replace(o, arrays=o.arrays[:-1], stacks=o.stacks[:-1]) if o.gate else o
 
 
 def _of_layers(o: Operand, stack: Sequence[str], y: jax.Array, x: jax.Array | None) -> jax.Array:

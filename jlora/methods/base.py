@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +110,6 @@ class Method:
       (1, 7)
     """
 
-    #: Whether it acts on what a layer makes, and leaves the layer's weights to other methods of the spec.
-    on_outputs: ClassVar[bool] = False
-
     target: Target = ""
     exclude: Target = ()
     dtype: Dtype = "float32"
@@ -169,6 +165,11 @@ class Method:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         inner = {name: change(value) for name, value in fields.items() if isinstance(value, Method)}
         return dataclasses.replace(self, **inner) if inner else self
+
+    @property
+    def on_outputs(self) -> bool:
+        """Whether it acts on what a layer makes, and leaves the layer's weights to other methods of the spec."""
+        return False
 
     def describe(self) -> str:
         """The method's short name for tables."""

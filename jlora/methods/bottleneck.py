@@ -7,7 +7,7 @@ He et al, `Towards a Unified View of Parameter-Efficient Transfer Learning <http
 
 import dataclasses
 import functools
-from typing import Annotated, ClassVar, TypeAlias
+from typing import Annotated, TypeAlias
 
 import jax
 from jax.typing import DTypeLike
@@ -73,8 +73,6 @@ class Houlsby(Method):
       Pfeiffer et al, `AdapterFusion <https://arxiv.org/abs/2005.00247>`_, 2020.
     """
 
-    on_outputs: ClassVar[bool] = True
-
     bottleneck: Rank = 64
     activation: Activation = "gelu"
     bias: bool = True
@@ -100,6 +98,10 @@ class Houlsby(Method):
         if self.bias:
             arrays += (Array("down_bias", zeros, (m,)), Array("up_bias", zeros, (d,)))
         return Recipe(steps=(Step(Bottleneck(self.activation, self.bias), arrays, self.of),))
+
+    @property
+    def on_outputs(self) -> bool:
+        return True
 
     @property
     def of(self) -> str:

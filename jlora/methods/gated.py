@@ -22,7 +22,8 @@ class Gated(Method):
     them, a `Sum` of methods has a gate for each. `target` and `exclude` are the inner method's.
 
     Attributes:
-      inner: a method that adds to W0: LoRA, AdaLoRA, LoHa, LoKr, KronA, VeRA, a Sum, HiRA.
+      inner: a method that adds to W0: LoRA, AdaLoRA, LoHa, LoKr, KronA, VeRA, a Sum, HiRA; or one that acts on
+        outputs, y = g f(h) + (1 - g) h: Houlsby, Parallel.
       gate: what `with_gates` calls g; methods with one name share it.
 
     Example:
@@ -53,15 +54,19 @@ class Gated(Method):
         inner = self.inner.recipe(leaf)
         if inner is None:
             return None
-        others = inner.gain or inner.left or inner.right or inner.rows or inner.steps
+        others = inner.gain or inner.left or inner.right or inner.rows
         if others or self.inner.beside(leaf) is not None:
             raise ValueError(
                 f"Gated({self.inner.describe()}): the inner method must add to W0, not rescale or turn it, put "
-                "rows in or act on its output: its gate multiplies what is added"
+                "rows in: its gate multiplies what is added"
             )
-        check_sides(leaf)
+        if any(step.gate for step in inner.steps):
+            raise ValueError(f"Gated({self.inner.describe()}): its step has a gate already")
+        if inner.deltas:
+            check_sides(leaf)
         inner = renamed(inner, {}, leaf.path, self.inner.dtype)
-        return Recipe(tuple(map(self._gated, inner.deltas)))
+        steps = tuple(dataclasses.replace(step, gate=self.gate) for step in inner.steps)
+        return Recipe(tuple(map(self._gated, inner.deltas)), steps=steps)
 
     def _gated(self, delta: Delta) -> Delta:
         left, right = delta.equation.split("->")
@@ -73,6 +78,10 @@ class Gated(Method):
         inner = self.inner.recipe(leaf)
         assert inner is not None, "without a recipe there is no site"
         return self.inner.initial(leaf, inner, keys, weight)
+
+    @property
+    def on_outputs(self) -> bool:
+        return self.inner.on_outputs
 
     def canonical(self) -> "Gated":
         inner = dataclasses.replace(self.inner.canonical(), target=(), exclude=())

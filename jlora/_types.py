@@ -1,5 +1,6 @@
 """What passes between the rooms, by name: the types that the signatures are written in."""
 
+import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -11,7 +12,11 @@ from jax.sharding import AbstractMesh, Mesh
 Value = TypeVar("Value")
 
 PyTree: TypeAlias = Any
-"""A tree of whatever the user has: parameters, masks, states; a leaf is the smallest."""
+"""A tree of whatever the user has: parameters, masks, states; a leaf is the smallest.
+
+It is `Any` underneath, as JAX's own is: a container is whatever was registered, a leaf whatever was not, and no type
+says either.
+"""
 
 TreeDef: TypeAlias = Hashable
 """The form of a tree, as `jax.tree.structure` gives it."""
@@ -23,6 +28,8 @@ Shape: TypeAlias = tuple[int, ...]
 
 DType: TypeAlias = np.dtype
 """Of an array that is there; what a user may write for one is a `jax.typing.DTypeLike`."""
+
+AnyPath: TypeAlias = str | os.PathLike[str]
 
 Place: TypeAlias = tuple[str, str]
 """Where a factor stands: its group (the path of a weight, or a name that several share), and its name."""

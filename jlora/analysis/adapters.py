@@ -5,8 +5,8 @@ A weight's input axes (a convolution's window among them) are one side, its outp
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def _factored(site: Site, weight: Weight) -> Factors | None:
     return Factors(a, b)
 
 
-def side_labels(blocks: Any, roles: str) -> Labels | None:
+def side_labels(blocks: Sequence[tuple[Labels, Labels]], roles: str) -> Labels | None:
     """The labels that make a side, in the kernel's order; None where a block makes axes of two sides."""
     number = lambda atom: int("".join(c for c in atom if c.isdigit()))
     mine = [(atoms, made) for atoms, made in blocks if any(a[0] in roles for a in atoms)]

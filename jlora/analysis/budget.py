@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,14 @@ import optax
 from jlora import _answers, _read
 from jlora._algebra import _contract
 from jlora._algebra._weight import Weight
+from jlora._algebra._words import Array
 from jlora._forward import _ops
 from jlora._gates import opened
 from jlora._plan import _resolve, _sites
-from jlora._plan._sites import Plan, Site
+from jlora._plan._sites import Plan, Site, Spec
 from jlora._trees import _table, _tree
 from jlora._trees._table import in_bytes
+from jlora._types import Place, PyTree, Shaped, Value
 from jlora.adapted import Adapted, Frozen, is_adapted
 from jlora.analysis.adapters import side_labels
 
@@ -98,8 +100,8 @@ class Cost:
 
 
 def cost(
-    params: Any,
-    spec: Any,
+    params: PyTree,
+    spec: Spec,
     *,
     optimizer: optax.GradientTransformation | None = None,
     tokens: int = 512,
@@ -144,7 +146,7 @@ def cost(
     _answers.check_integer("cost(tokens", tokens, 1, "a batch has at least one token")
     tree = _tree.flatten(params)
     plan, given = _resolve.resolve(tree, spec, axes, True)
-    arrays: dict[tuple[str, str], Any] = {}
+    arrays: dict[Place, tuple[Array, jax.ShapeDtypeStruct]] = {}
     rows, stored = [], 0
     flops = _delta_flops(params, plan, tokens)
     for site, (method, recipe), (delta, _) in zip(plan.sites, given, flops, strict=True):
@@ -171,12 +173,12 @@ def cost(
     )
 
 
-def _size(struct: Any) -> int:
+def _size(struct: Shaped) -> int:
     return math.prod(struct.shape) * jnp.dtype(struct.dtype).itemsize
 
 
-def _grouped(trained: dict[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
-    grouped: dict[str, dict[str, Any]] = {}
+def _grouped(trained: Mapping[Place, Value]) -> dict[str, dict[str, Value]]:
+    grouped: dict[str, dict[str, Value]] = {}
     for (group, name), struct in trained.items():
         grouped.setdefault(group, {})[name] = struct
     return grouped
@@ -188,18 +190,18 @@ def _dot_flops(path: str, shape: tuple[int, ...]) -> float:
     return 0.0 if len(shape) < 2 or looked_up else 2.0 * math.prod(shape)
 
 
-def _delta_flops(params: Any, plan: Plan, tokens: int) -> list[tuple[float, float]]:
+def _delta_flops(params: PyTree, plan: Plan, tokens: int) -> list[tuple[float, float]]:
     """For each weight, what its update adds to the forward and to the backward pass of one token."""
     leaves = _tree.leaves(params)
     structs = {s.index: jax.ShapeDtypeStruct(s.leaf.shape, s.leaf.dtype) for s in plan.sites}
     base = [structs.get(n) for n in range(len(leaves))]
-    made: dict[tuple[str, str], Any] = {}
+    made: dict[Place, jax.ShapeDtypeStruct] = {}
     for site in plan.sites:
         for place, (array, shape) in site.recipe.arrays(site.leaf).items():
             made[place] = jax.ShapeDtypeStruct(shape, site.method.dtype_of(array))
     found: list[tuple[float, float]] = []
 
-    def look(base: Any, factors: Any) -> None:
+    def look(base: list[PyTree], factors: dict[str, dict[str, jax.Array]]) -> None:
         adapted = Adapted({}, Frozen(params, factors, None, plan, opened(plan)))
         for site, weight in zip(plan.sites, _read.expressions(adapted, base), strict=True):
             forward, backward = _weight_flops(site, weight, tokens)

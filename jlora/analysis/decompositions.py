@@ -5,11 +5,12 @@
 Every function takes stacks of matrices `(stack..., in, out)` and computes in at least float32.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jlora import _answers
 from jlora._dtypes import widened
@@ -41,7 +42,7 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def check_array(x: Any, what: str) -> None:
+def check_array(x: object, what: str) -> None:
     """Raises TypeError unless `x` is an array, or numbers that make one."""
     if isinstance(x, SVD):
         raise TypeError(
@@ -51,21 +52,22 @@ def check_array(x: Any, what: str) -> None:
         raise TypeError(f"{what} is {_answers.kind(x)}, not an array")
 
 
-def check_matrix(x: Any, what: str) -> None:
+def check_matrix(x: ArrayLike, what: str) -> None:
     """Raises unless `x` has two axes beside its stack."""
     check_array(x, what)
     if jnp.ndim(x) < 2:
         raise ValueError(f"{what} of shape {jnp.shape(x)} is no matrix; give (stack..., rows, columns)")
 
 
-def check_svd(x: Any) -> None:
+def check_svd(x: object) -> None:
     """Raises unless `x` is a decomposition."""
     if not isinstance(x, SVD):
-        kind = f"an array of shape {jnp.shape(x)}" if hasattr(x, "shape") else f"a {type(x).__name__}"
+        shape = getattr(x, "shape", None)
+        kind = f"a {type(x).__name__}" if shape is None else f"an array of shape {shape}"
         raise TypeError(f"not {kind}, but its singular value decomposition: jlora.analysis.svd(x)")
 
 
-def svd(matrix: Any) -> SVD:
+def svd(matrix: ArrayLike) -> SVD:
     """The thin singular value decomposition of `(stack..., in, out)`, in at least float32.
 
     Of an update that is a product of factors, take `factored_svd`, which never makes the matrix.
@@ -80,7 +82,7 @@ def svd(matrix: Any) -> SVD:
     return SVD(u, s, vh.mT)
 
 
-def factored_svd(a: Any, b: Any) -> SVD:
+def factored_svd(a: ArrayLike, b: ArrayLike) -> SVD:
     """The decomposition of a^T b out of its factors `a (stack..., r, in)` and `b (stack..., r, out)`.
 
     With a^T = Qa Ra and b^T = Qb Rb, a^T b = Qa (Ra Rb^T) Qb^T: two thin QR decompositions and the SVD of a small
@@ -108,7 +110,7 @@ def factored_svd(a: Any, b: Any) -> SVD:
     return SVD(matmul(qa, core.u), core.s, matmul(qb, core.v))
 
 
-def effective_rank(s: Any) -> jax.Array:
+def effective_rank(s: ArrayLike) -> jax.Array:
     """exp of the entropy of s / sum(s): how many directions a spectrum `s (stack..., k)` spreads over, 1 to k.
 
     A spectrum of zeros has an effective rank of 0, one with NaN has NaN.
@@ -130,7 +132,7 @@ def effective_rank(s: Any) -> jax.Array:
     return jnp.where(total[..., 0] == 0, 0, jnp.exp(entropy))
 
 
-def stable_rank(s: Any) -> jax.Array:
+def stable_rank(s: ArrayLike) -> jax.Array:
     """||D||_F^2 / ||D||_2^2 of a spectrum `s (stack..., k)`: 1 to k, and blind to small singular values; 0 for zeros.
 
     Example:

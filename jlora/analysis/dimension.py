@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jlora import _answers
 from jlora._plan import _resolve
+from jlora._plan._sites import Spec
 from jlora._trees import _tree
+from jlora._types import Key, PyTree
 from jlora.adapted import Adapted, adapt
 from jlora.methods.intrinsic import IntrinsicDimension
 
@@ -28,15 +30,15 @@ class Found(NamedTuple):
 
 def intrinsic_dimension(
     train: Callable[[Adapted], float],
-    params: Any,
+    params: PyTree,
     dimensions: Sequence[int],
     *,
     baseline: float,
     share: float = 0.9,
     ratio: float = 1.1,
     method: IntrinsicDimension | None = None,
-    also: Sequence[Any] = (),
-    key: Any = None,
+    also: Sequence[Spec] = (),
+    key: Key | None = None,
     axes: dict[str, str] | None = None,
 ) -> Found:
     """d90: the smallest d for which training in d dimensions reaches 90 % of the score of training all.

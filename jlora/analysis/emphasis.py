@@ -6,10 +6,11 @@ inside(k) = ||U_k^T dW V_k||_F^2 / ||dW||_F^2      U_k, V_k those of W
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jlora import _answers
 from jlora._dtypes import widened
@@ -61,7 +62,7 @@ def _check_shapes(update: SVD, rows: int, columns: int) -> None:
         raise ValueError(f"an update of shape {have} and a weight of shape {(rows, columns)} do not belong together")
 
 
-def amplification(update: SVD, weight: Any, rank: int | None = None) -> Amplification:
+def amplification(update: SVD, weight: ArrayLike, rank: int | None = None) -> Amplification:
     """How much dW emphasises directions that W has, but does not emphasise.
 
     Args:
@@ -129,7 +130,7 @@ def inside(update: SVD, weight: SVD) -> Inside:
 
 
 def intruders(
-    before: Any, after: Any, k: int = 10, epsilon: float = 0.5, side: Literal["left", "right"] = "left"
+    before: ArrayLike, after: ArrayLike, k: int = 10, epsilon: float = 0.5, side: Literal["left", "right"] = "left"
 ) -> jax.Array:
     """Which of the first k singular vectors of the trained weight no singular vector of the old one resembles.
 

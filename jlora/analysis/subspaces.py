@@ -8,10 +8,11 @@
 Stacks of subspaces are compared layer by layer: leading axes are kept, and broadcast.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jlora import _answers
 from jlora._dtypes import widened
@@ -103,7 +104,7 @@ def random_similarity(d: int, i: int, j: int) -> jax.Array:
     return jnp.maximum(i_[:, None], j_[None, :]).astype(jnp.float32) / d
 
 
-def principal_angles(a: Any, b: Any) -> jax.Array:
+def principal_angles(a: ArrayLike, b: ArrayLike) -> jax.Array:
     """The angles between the spans of the columns of `a (stack..., d, i)` and `b (stack..., d, j)`, in radians.
 
     arccos loses half of the digits where an angle is small: in float32 all below 0.0003 come out as 0. There the angle
@@ -143,7 +144,7 @@ def principal_angles(a: Any, b: Any) -> jax.Array:
     return jnp.where(small, jnp.arcsin(jnp.clip(sine, 0, 1)), jnp.arccos(jnp.clip(cosine, 0, 1)))
 
 
-def distances(a: Any, b: Any) -> Distances:
+def distances(a: ArrayLike, b: ArrayLike) -> Distances:
     """Grassmann, chordal and projection distance between the spans of the columns of a and b; see `Distances`.
 
     Args:

@@ -2,21 +2,21 @@
 
 import hashlib
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jlora._types import DType, Place, PyTree
 from jlora.adapted import Adapted, check_adapted, derived
 from jlora.io import _checkpoint, _manifest
-from jlora.io._record import several
+from jlora.io._record import Content, several
 
 
-def check_concrete(adapted: Any, parts: Any, what: str) -> None:
+def check_concrete(adapted: Adapted, parts: Callable[[Adapted], PyTree], what: str) -> None:
     """Raises unless the parts of an `Adapted` that `what` writes are values of this process."""
     check_adapted(what, adapted)
     if jax.process_count() > 1:
@@ -39,7 +39,7 @@ def stored_name(side: str, group: str, factor: str) -> str:
     return f"{side}:{quote(group)}:{quote(factor)}"
 
 
-def _host(leaf: Any, where: str) -> tuple[np.ndarray, str | None]:
+def _host(leaf: PyTree, where: str) -> tuple[np.ndarray, str | None]:
     """An array in the host's memory, and the name of its generator if it is a key."""
     number = hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
     if isinstance(leaf, jax.ShapeDtypeStruct) or not number:
@@ -87,7 +87,7 @@ _STORABLE = {"bfloat16", "int2", "int4", "float4_e2m1fn", "float8_e8m0fnu", "flo
 _STORABLE |= {"float8_e5m2fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz"}
 
 
-def storable(dtype: Any) -> bool:
+def storable(dtype: DType) -> bool:
     """Whether Orbax has a type for elements of this dtype."""
     return dtype.name in _STORABLE or dtype.kind in "biufc"
 
@@ -101,13 +101,13 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]], dict[str, str]]:
+def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, Content], dict[str, str]]:
     """The arrays of an adapter by their stored names, what the manifest says of them, and digests of those left out.
 
     A factor that the plan makes again is left out where it is what would be made: a cast one is not, nor one that came
     from a weight of another path.
     """
-    leaves: dict[tuple[str, str], tuple[Any, str]] = {}
+    leaves: dict[Place, tuple[jax.Array, str]] = {}
     for side, tree in (("trainable", adapted.trainable), ("frozen", adapted.frozen.factors)):
         if not isinstance(tree, Mapping) or not all(isinstance(v, Mapping) for v in tree.values()):
             raise ValueError(f"the {side} factors are no {{group: {{factor: array}}}}")
@@ -130,7 +130,7 @@ def gather(adapted: Adapted) -> tuple[dict[str, np.ndarray], dict[str, dict[str,
     return arrays, factors, drawn
 
 
-def as_stored(leaf: Any, where: str) -> tuple[np.ndarray, dict[str, Any]]:
+def as_stored(leaf: PyTree, where: str) -> tuple[np.ndarray, Content]:
     """An array as Orbax stores it, and what a manifest says of it."""
     array, key = _host(leaf, where)
     said = {"shape": list(array.shape), "dtype": array.dtype.name, "key": key, "sha256": _digest(array)}
@@ -143,7 +143,7 @@ def check_drawn(value: jax.Array, sha256: str, where: str) -> None:
         raise ValueError(f"{where} is made again from its seed, and comes out otherwise than when it was saved")
 
 
-def rebuild(array: np.ndarray | None, record: Mapping[str, Any], where: str) -> jax.Array:
+def rebuild(array: np.ndarray | None, record: Content, where: str) -> jax.Array:
     """The inverse: an array as it was, its digest checked."""
     dtype = _dtype(record["dtype"], where)
     check_dtype(dtype, where)
@@ -162,7 +162,7 @@ def rebuild(array: np.ndarray | None, record: Mapping[str, Any], where: str) -> 
         raise ValueError(f"{where} is no key of {record['key']!r:.60}: {str(error)[:200]}") from None
 
 
-def restore(data: Path, want: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def restore(data: Path, want: Mapping[str, Content]) -> dict[str, np.ndarray]:
     """The arrays of a manifest as they are stored; ValueError where keys, shapes or dtypes are not the manifest's."""
     found = _checkpoint.tree_of(data)
     bad = [f"missing {name!r}" for name in want if name not in found]

@@ -9,11 +9,16 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from jlora._types import PyTree
+
+Tree: TypeAlias = dict[str, PyTree]
+"""What Orbax keeps: nested dictionaries of arrays, or of what stands for them."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./-]*")
 _AT_ONCE = 2**28
@@ -68,7 +73,7 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     read_back(folder, dict(arrays), lambda part: restore_part(folder, part))
 
 
-def write_tree(folder: Path, tree: Mapping[str, Any]) -> None:
+def write_tree(folder: Path, tree: Tree) -> None:
     """The same for nested dictionaries, as `StandardCheckpointer` writes them, which must open them by their own name.
 
     Raises:
@@ -84,7 +89,7 @@ def write_tree(folder: Path, tree: Mapping[str, Any]) -> None:
     read_back(folder, tree, lambda part: restore_part(folder, part, literal=True))
 
 
-def read_back(folder: Path, want: Any, restore: Callable[[Any], Any]) -> None:
+def read_back(folder: Path, want: Tree, restore: Callable[[PyTree], PyTree]) -> None:
     """Compares what is in a checkpoint with what was to be written, a part at a time: it may fill half the memory."""
     leaves, treedef = jax.tree.flatten(want)
     parts: list[list[int]] = [[]]
@@ -105,7 +110,7 @@ def read_back(folder: Path, want: Any, restore: Callable[[Any], Any]) -> None:
                 raise OSError(f"{folder} does not hold what was written to it: the disk, or what is between, lost it")
 
 
-def _pruned(tree: Any) -> Any:
+def _pruned(tree: PyTree) -> PyTree:
     """Nested dictionaries without the places where nothing is."""
     if not isinstance(tree, dict):
         return tree
@@ -113,16 +118,19 @@ def _pruned(tree: Any) -> Any:
     return {k: v for k, v in kept.items() if v is not None and not (isinstance(v, dict) and not v)}
 
 
-def _handler() -> Any:
-    """Orbax's reader of one item: its Checkpointer would warn of metadata that items of a manager do not have."""
+def _handler() -> contextlib.closing[PyTree]:
+    """Orbax's reader of one item: its Checkpointer would warn of metadata that items of a manager do not have.
+
+    By its types it asks for paths of etils, and takes any.
+    """
     return contextlib.closing(ocp.PyTreeCheckpointHandler())
 
 
-def tree_of(folder: Path) -> dict[str, Any]:
+def tree_of(folder: Path) -> Tree:
     """The tree of an Orbax checkpoint, with the shape of each array in its place."""
     try:
         with _plainly(folder) as path, _handler() as handler:
-            found: Any = handler.metadata(path)
+            found = handler.metadata(path)
         found = getattr(found, "tree", found)
     except Exception as error:
         raise ValueError(f"Orbax cannot read {folder}: {str(error)[:500]}") from error
@@ -131,7 +139,7 @@ def tree_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def restore_part(folder: Path, item: Any, literal: bool = False) -> Any:
+def restore_part(folder: Path, item: PyTree, literal: bool = False) -> PyTree:
     """A part of a checkpoint as NumPy arrays; under its own path, if `literal`."""
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     request = ocp.args.PyTreeRestore(item=item, restore_args=to_numpy, partial_restore=True)

@@ -3,8 +3,8 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,13 @@ from jax.core import Tracer
 
 from jlora._trees import _tree
 from jlora._trees._compound import is_compound, sound
+from jlora._types import PyTree, Shape
 from jlora.io._record import several
 
 SAMPLES = 1024
+
+Row: TypeAlias = tuple[str, Shape, str, str | None]
+"""Path, shape, dtype, and a digest of some values, where a leaf has any."""
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -32,7 +36,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-n // m) if m else 1 for n, m in zip(shape, counts, strict=True))
 
 
-def _sample(arrays: list[Any], starts: tuple[tuple[int, ...], ...], steps: tuple[tuple[int, ...], ...]) -> list[Any]:
+def _sample(arrays: list[jax.Array], starts: tuple[Shape, ...], steps: tuple[Shape, ...]) -> list[jax.Array]:
     return [
         x[tuple(slice(a, None, s) for a, s in zip(*cut, strict=True))]
         for x, *cut in zip(arrays, starts, steps, strict=True)
@@ -42,13 +46,13 @@ def _sample(arrays: list[Any], starts: tuple[tuple[int, ...], ...], steps: tuple
 _sample_jit = jax.jit(_sample, static_argnums=(1, 2))
 
 
-def samples(leaves: Sequence[Any]) -> list[np.ndarray | None]:
+def samples(leaves: Sequence[PyTree]) -> list[np.ndarray | None]:
     """At most 1,024 strided elements of each leaf, None where there are no values to read.
 
     One jitted program a device: each shard is sliced where it lies, so nothing is gathered, whatever the mesh.
     """
     out: list[np.ndarray | None] = [None] * len(leaves)
-    pieces: dict[Any, list[tuple[int, Any, tuple[int, ...], tuple[int, ...]]]] = {}
+    pieces: dict[Hashable, list[tuple[int, jax.Array, Shape, Shape]]] = {}
     for n, leaf in enumerate(leaves):
         if not _has_values(leaf):
             continue
@@ -79,7 +83,7 @@ def samples(leaves: Sequence[Any]) -> list[np.ndarray | None]:
     return out
 
 
-def _has_values(leaf: Any) -> bool:
+def _has_values(leaf: object) -> bool:
     if isinstance(leaf, Tracer):
         return False
     if isinstance(leaf, jax.Array):  # a PRNG key is no weight: two runs of one model differ in it
@@ -87,8 +91,8 @@ def _has_values(leaf: Any) -> bool:
     return isinstance(leaf, (np.ndarray, np.generic, bool, int, float, complex))
 
 
-def fingerprint(params: Any, tree: _tree.Named) -> list[list[Any]]:
-    """`[path, shape, dtype, digest of some values]` of every leaf. The state of random streams has no digest."""
+def fingerprint(params: PyTree, tree: _tree.Named) -> list[Row]:
+    """The row of every leaf. The state of random streams has no digest."""
     sound(zip(tree.paths, tree.leaves, strict=True))
     is_stream = lambda x: isinstance(x, nnx.RngState)  # noqa: E731
     boxes = [x for x in jax.tree.leaves(params, is_leaf=is_stream) if is_stream(x)]
@@ -102,7 +106,7 @@ def fingerprint(params: Any, tree: _tree.Named) -> list[list[Any]]:
         dtype = f"{leaf.describe()} of {dtype}" if is_compound(leaf) else dtype
         mine = [next(values) for _ in arrays]
         digest = None if any(x is None for x in mine) else ":".join(_digest(x) for x in mine if x is not None)
-        rows.append([path, list(shape), str(dtype), digest])
+        rows.append((path, shape, str(dtype), digest))
     return rows
 
 
@@ -116,7 +120,7 @@ def _differ(old: str | None, new: str | None) -> bool:
     return any(a != b for a, b in pairs)
 
 
-def compare(saved: Sequence[Any], here: Sequence[Any], check: str, where: str) -> None:
+def compare(saved: Sequence[Row], here: Sequence[Row], check: str, where: str) -> None:
     """ValueError where the base an adapter was trained on is not the one at hand, by `check`'s standard."""
     was = {path: (tuple(shape), dtype, digest) for path, shape, dtype, digest in saved}
     now = {path: (tuple(shape), dtype, digest) for path, shape, dtype, digest in here}

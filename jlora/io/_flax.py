@@ -7,19 +7,26 @@ what the arrays mean; a state of another scheme, method, shape or set of factors
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization
+from jax.typing import ArrayLike
 
 from jlora._plan._sites import Plan
+from jlora._types import Key, PyTree
 from jlora.adapted import Adapted, Frozen
 from jlora.io import quantised
 from jlora.io._record import several
 from jlora.methods.base import Dropping, Method
 from jlora.quant._leaf import Quantized
+
+Node = TypeVar("Node", Adapted, Frozen)
+
+State: TypeAlias = dict[str, PyTree]
+"""To Flax: nested dictionaries of arrays."""
 
 #: Beside the arrays: what they mean. No array and no attribute is called so.
 _RECORD = "jlora"
@@ -37,15 +44,17 @@ def register() -> None:
 # --- to and from Flax's dictionaries ------------------------------------------------------------------------------
 
 
-def _attributes(names: tuple[str, ...], record: Callable[[Any], Any] | None) -> Any:
+def _attributes(
+    names: tuple[str, ...], record: Callable[[Node], Mapping[str, str]] | None
+) -> tuple[Callable[[Node], State], Callable[[Node, State], Node]]:
     """By attribute; a dropout key as its numbers."""
     raw = lambda x: jax.random.key_data(x) if _is_key(x) else x
 
-    def state(x: Any) -> dict[str, Any]:
+    def state(x: Node) -> State:
         own = {_RECORD: _written(record(x))} if record else {}
         return own | {n: serialization.to_state_dict(raw(getattr(x, n))) for n in names}
 
-    def restored(x: Any, have: Any) -> Any:
+    def restored(x: Node, have: State) -> Node:
         _check(state(x), have)
         found = {n: serialization.from_state_dict(raw(getattr(x, n)), have[n], name=n) for n in names}
         return dataclasses.replace(x, **{n: _keyed(getattr(x, n), v) for n, v in found.items()})
@@ -53,22 +62,22 @@ def _attributes(names: tuple[str, ...], record: Callable[[Any], Any] | None) -> 
     return state, restored
 
 
-def _is_key(x: Any) -> bool:
+def _is_key(x: object) -> TypeGuard[Key]:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _keyed(like: Any, value: Any) -> Any:
+def _keyed(like: PyTree, value: PyTree) -> PyTree:
     return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(like)) if _is_key(like) else value
 
 
-def _arrays_of(leaf: Quantized) -> dict[str, Any]:
+def _arrays_of(leaf: Quantized) -> State:
     how = quantised.described(leaf.codec, leaf.kernel)
     rest = ", ".join(f"{name} {value}" for name, value in (how["layout"] | how["scheme"]).items() if name != "shape")
     said = f"{leaf.describe()} of {leaf.codec.layout.shape}, {leaf.codec.dtype}, {leaf.kernel!r}, {rest}"
     return {_RECORD: _written({"": said}), **leaf.arrays}
 
 
-def _with_arrays(leaf: Quantized, have: Any) -> Quantized:
+def _with_arrays(leaf: Quantized, have: State) -> Quantized:
     _check(_arrays_of(leaf), have)
     return Quantized(tuple(have[n] for n in leaf.arrays), leaf.codec, leaf.kernel)
 
@@ -81,7 +90,7 @@ def _written(record: Mapping[str, str]) -> np.ndarray:
     return np.frombuffer(json.dumps(record).encode(), np.uint8)
 
 
-def _read(array: Any) -> dict[str, str]:
+def _read(array: ArrayLike) -> dict[str, str]:
     try:
         record = json.loads(np.asarray(array, np.uint8).tobytes())
         return {str(key): str(value) for key, value in record.items()}
@@ -104,7 +113,7 @@ def _said(method: Method) -> str:
     return f"{type(method).__name__}({', '.join(f'{name}={_value(value)}' for name, value in given.items())})"
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, Method):
         return _said(value)
     if isinstance(value, tuple):
@@ -116,7 +125,7 @@ def _value(value: Any) -> str:
 # --- holding a state against the tree at hand ---------------------------------------------------------------------
 
 
-def _check(want: Mapping[str, Any], have: Any) -> None:
+def _check(want: State, have: State) -> None:
     """ValueError where a state is not of the form of the tree at hand; all that is not is named at once."""
     bad = list(_unlike(want, have, (), False))
     if bad:
@@ -124,7 +133,7 @@ def _check(want: Mapping[str, Any], have: Any) -> None:
         raise ValueError(f"this state is not of the form of what it is to be read into (at {place}):" + several(bad))
 
 
-def _unlike(want: Any, have: Any, path: tuple[str, ...], typed: bool) -> Iterator[str]:
+def _unlike(want: PyTree, have: PyTree, path: tuple[str, ...], typed: bool) -> Iterator[str]:
     """The differences of two states; of their dtypes too, where they are `typed`."""
     at = repr("/".join(path)) if path else "it"
     if isinstance(want, Mapping) != isinstance(have, Mapping):

@@ -15,13 +15,14 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+
+from jlora._types import AnyPath
 
 _TEMPORARY = re.compile(r"\.jlora-tmp-[0-9a-f]{16}")
 _DAY = 86400.0
 
 
-def local(path: Any) -> Path:
+def local(path: AnyPath) -> Path:
     """A path as it is written, absolute and without links: what is renamed is then the folder, and not a link to it.
 
     Raises:

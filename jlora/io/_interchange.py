@@ -5,7 +5,6 @@ For an adapter it is the plan, as a manifest would say it; methods of one's own 
 
 import dataclasses
 import json
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from jlora._plan._sites import Plan
 from jlora._trees import _tree
 from jlora.adapted import Adapted, Frozen
 from jlora.io import _manifest, quantised
-from jlora.quant._leaf import Quantized
+from jlora.quant._leaf import Codec, Quantized
 
 _WHERE = "an exported adapter"
 
@@ -26,7 +25,7 @@ def _plan_bytes(plan: Plan) -> bytes:
     return json.dumps(_manifest.write_methods(plan) | {"base": base, "places": [s.index for s in plan.sites]}).encode()
 
 
-def _plan_of(raw: Any) -> Plan:
+def _plan_of(raw: bytes) -> Plan:
     content = json.loads(bytes(raw))
     base = [(path, tuple(shape), np.dtype(dtype)) for path, shape, dtype, _ in content["base"]]
     leaves = tuple(jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in base)
@@ -37,7 +36,7 @@ def _plan_of(raw: Any) -> Plan:
     return _sites.intern(tuple(placed), plan.methods, plan.notes)
 
 
-def _codec_bytes(static: Any) -> bytes:
+def _codec_bytes(static: tuple[Codec, str]) -> bytes:
     return json.dumps(quantised.described(*static)).encode()
 
 

@@ -9,35 +9,36 @@ from typing import Any
 import numpy as np
 
 from jlora import methods
+from jlora._algebra._words import Recipe
 from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _tree
 from jlora._trees._axes import is_trainable_dtype
 from jlora._trees._leaf import Leaf
 from jlora.io import _record
-from jlora.io._record import cast, several
+from jlora.io._record import Content, Schema, cast, several
 from jlora.io._store import Store
 from jlora.methods.base import Method
 
 #: Everything a manifest of format 2 holds. (Format 1 has no `drawn` and no `generator`.) JSON's lists become tuples.
-SCHEMA: dict[str, Any] = {
+SCHEMA: Schema = {
     "format": int,
     "jlora": str,  # the version that wrote it; for people
     "data": str | None,  # the folder of the arrays, None where there are none
     "files": dict[str, tuple[int, str]],  # below it: {name: (size, sha256)}
-    "factors": dict[str, dict[str, Any]],  # {name: FACTOR}
+    "factors": dict[str, Content],  # {name: FACTOR}
     "drawn": dict[str, str] | None,  # {name: sha256} of the factors that are made again and not stored
     "generator": str | None,  # what drew them
-    "methods": tuple[dict[str, Any], ...],  # {"method": class name, field: value, ...}
+    "methods": tuple[Content, ...],  # {"method": class name, field: value, ...}
     "rules": tuple[int, ...],  # the spec, in the order of its rules
     "sites": tuple[tuple[str, str, int], ...],  # path, one letter an axis, method
     "notes": tuple[str, ...],
     "base": tuple[tuple[str, tuple[int, ...], str, str | None], ...],  # path, shape, dtype, digest
 }
-FACTOR: dict[str, Any] = {"shape": tuple[int, ...], "dtype": str, "key": str | None, "sha256": str}
+FACTOR: Schema = {"shape": tuple[int, ...], "dtype": str, "key": str | None, "sha256": str}
 
 
-def _check(content: dict[str, Any]) -> dict[str, Any]:
+def _check(content: Content) -> Content:
     factors = {n: _record.record(f, FACTOR, f"factor {n!r:.200}") for n, f in content["factors"].items()}
     return {**content, "factors": factors}
 
@@ -50,7 +51,7 @@ seal = FORM.seal
 # --- methods ------------------------------------------------------------------------------------------------------
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: object) -> object:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
@@ -67,11 +68,11 @@ def nameable(extra: Sequence[type[Method]]) -> dict[str, type[Method]]:
     return found
 
 
-def _is_method(cls: Any) -> bool:
+def _is_method(cls: object) -> bool:
     return isinstance(cls, type) and issubclass(cls, Method)
 
 
-def write_methods(plan: Plan) -> dict[str, Any]:
+def write_methods(plan: Plan) -> Content:
     """The fields `methods`, `rules` and `sites` of a manifest.
 
     A site is its exact path with its letters: nothing is matched again when the adapter is read, so rules may
@@ -87,18 +88,18 @@ def write_methods(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _write_method(method: Method) -> dict[str, Any]:
+def _write_method(method: Method) -> Content:
     cls = type(method)
     if vars(methods).get(cls.__name__, cls) is not cls:
         raise ValueError(f"{cls.__name__!r} is the name of one of jlora's own methods; rename your class")
-    record: dict[str, Any] = {"method": cls.__name__}
+    record: Content = {"method": cls.__name__}
     for field in dataclasses.fields(method):
         if field.init and field.name not in ("target", "exclude"):
             record[field.name] = _plain(getattr(method, field.name), f"{cls.__name__}.{field.name}")
     return record
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: object, where: str) -> object:
     if isinstance(value, Method):
         return _write_method(value)
     if isinstance(value, np.generic):
@@ -113,7 +114,7 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]]) -> Method:
+def _read_method(record: Content, classes: Mapping[str, type[Method]]) -> Method:
     name = record.get("method")
     if not isinstance(name, str) or name not in classes:
         raise ValueError(
@@ -122,7 +123,7 @@ def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]])
         )
     cls = classes[name]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in ("target", "exclude")}
-    values: dict[str, Any] = {"target": "."}  # not used: the sites say what it adapts
+    values: Content = {"target": "."}  # not used: the sites say what it adapts
     for key, value in record.items():
         where = f"{key!r:.100} of {name}"
         if key in fields:
@@ -136,7 +137,7 @@ def _read_method(record: Mapping[str, Any], classes: Mapping[str, type[Method]])
     return _sites.named(cls(**values))
 
 
-def _hint(cls: type, field: dataclasses.Field) -> Any:
+def _hint(cls: type, field: dataclasses.Field) -> object:
     """A field's type; Any where it is written as a string that cannot be looked up in the class's module."""
     if not isinstance(field.type, str):
         return field.type
@@ -148,7 +149,7 @@ def _hint(cls: type, field: dataclasses.Field) -> Any:
         return Any
 
 
-def read_plan(content: Mapping[str, Any], tree: _tree.Named, extra: Sequence[type[Method]], where: str) -> Plan:
+def read_plan(content: Content, tree: _tree.Named, extra: Sequence[type[Method]], where: str) -> Plan:
     """The plan of a manifest over a tree of parameters. All that does not fit is named at once."""
     classes, table = nameable(extra), []
     for record in content["methods"]:
@@ -187,16 +188,16 @@ def read_plan(content: Mapping[str, Any], tree: _tree.Named, extra: Sequence[typ
     return _sites.intern(tuple(sites.values()), rules, content["notes"])
 
 
-def _recipe(method: Method, leaf: Leaf, where: str) -> Any:
+def _recipe(method: Method, leaf: Leaf, where: str) -> Recipe:
     try:
         recipe = method.recipe(leaf)
         if recipe is not None:
             recipe.arrays(leaf)
             return recipe
-        error: Any = "it leaves this weight alone"
+        error = "it leaves this weight alone"
     except Exception as e:
-        error = e
-    message = f"{where}: {method.describe()} on {leaf.path!r} of shape {leaf.shape}: {str(error)[:500]}"
+        error = str(e)
+    message = f"{where}: {method.describe()} on {leaf.path!r} of shape {leaf.shape}: {error[:500]}"
     raise ValueError(message) from None
 
 

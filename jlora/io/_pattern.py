@@ -6,8 +6,8 @@ is a set of states that all move on at once, one letter of the text at a time.
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 _LONGEST, _STATES = 1000, 4000
 #: Of all keys together; and how many it takes to read a name, to build a pattern, a letter and a state of it, and to
@@ -17,6 +17,22 @@ _STEPS, _NAMED, _BUILT, _LETTER, _STATE, _LOOKED_UP = 3 * 10**7, 200, 15_000, 30
 _ATOM = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]|\\[dDwWsS]|\\[^a-zA-Z0-9]|[^\\\[(){}|*+?^$]", re.DOTALL)
 _COUNT = re.compile(r"([*+?])|\{(\d{1,4})(?:(,)(\d{1,4})?)?\}")
 _NAME = re.compile(r"(?:[\w.-]|\\[^a-zA-Z0-9])+")
+
+
+Match: TypeAlias = Callable[[str], re.Match[str] | None]
+"""Whether an atom takes a letter."""
+
+Parts: TypeAlias = "tuple[Literal['either', 'run'], list[Node]]"
+Times: TypeAlias = "tuple[Literal['times'], Node, int, int | None]"
+Node: TypeAlias = "Parts | Times | tuple[Literal['at'], str] | tuple[Literal['letter'], Match]"
+"""A part of a pattern as it is read."""
+
+State: TypeAlias = (
+    tuple[Literal["any"], list[int]] | tuple[Literal["at"], str, int] | tuple[Literal["letter"], Match, int]
+)
+"""A part as it is matched, with the states that come next."""
+
+V = TypeVar("V")
 
 
 class Pattern:
@@ -34,7 +50,7 @@ class Pattern:
         try:
             re.compile(rf"(.*\.)?({key})$")
             self.text, self.at = key, 0
-            self.states: list[Any] = [None]  # the first is the end
+            self.states: list[State | None] = [None]  # the first is the end
             self.steps = 0  # of the last match
             self.start = self._build(self._either(), 0)
         except (re.error, RecursionError, OverflowError) as error:
@@ -42,16 +58,16 @@ class Pattern:
         if self.at < len(key):
             raise ValueError(f"{key[self.at :]!r:.20} in it is not read here")
 
-    # --- from text to a tree: (kind, part, ...) ---
+    # --- from text to a tree ---
 
-    def _either(self) -> Any:
+    def _either(self) -> Node:
         parts = [self._run()]
         while self._take("|"):
             parts.append(self._run())
         return parts[0] if len(parts) == 1 else ("either", parts)
 
-    def _run(self) -> Any:
-        parts = []
+    def _run(self) -> Node:
+        parts: list[Node] = []
         while self.at < len(self.text) and self.text[self.at] not in "|)":
             atom = self._one()
             while self.at < len(self.text) and (count := _COUNT.match(self.text, self.at)):
@@ -61,7 +77,7 @@ class Pattern:
             parts.append(atom)
         return ("run", parts)
 
-    def _one(self) -> Any:
+    def _one(self) -> Node:
         if self._take("("):
             if self._take("?") and not self._take(":"):
                 raise ValueError(f"{self.text[self.at - 2 :]!r:.20} in it is not read here")
@@ -84,33 +100,38 @@ class Pattern:
 
     # --- from the tree to states, the last first ---
 
-    def _state(self, *state: Any) -> int:
+    def _state(self, state: State) -> int:
         self.states.append(state)
         if len(self.states) > _STATES:
             raise ValueError("it repeats too much")
         return len(self.states) - 1
 
-    def _build(self, node: Any, then: int) -> int:
+    def _build(self, node: Node, then: int) -> int:
         """The state in which the node is matched next, and after it `then`."""
         self.steps += 1
         if self.steps > 10 * _STATES:
             raise ValueError("it repeats too much")
-        kind, *rest = node
-        if kind == "run":
-            for part in reversed(rest[0]):
-                then = self._build(part, then)
-            return then
-        if kind == "either":
-            return self._state("any", [self._build(part, then) for part in rest[0]])
-        if kind != "times":
-            return self._state(kind, rest[0], then)
-        part, least, most = rest
+        match node:
+            case ("run", parts):
+                for part in reversed(parts):
+                    then = self._build(part, then)
+                return then
+            case ("either", parts):
+                return self._state(("any", [self._build(part, then) for part in parts]))
+            case ("at", where):
+                return self._state(("at", where, then))
+            case ("letter", match):
+                return self._state(("letter", match, then))
+            case ("times", part, least, most):
+                return self._times(part, least, most, then)
+
+    def _times(self, part: Node, least: int, most: int | None, then: int) -> int:
         if most is None:
-            loop = self._state("any", [then])
-            self.states[loop][1].append(self._build(part, loop))
-            then = loop
+            ways = [then]
+            then = self._state(("any", ways))
+            ways.append(self._build(part, then))
         for _ in range(0 if most is None else most - least):
-            then = self._state("any", [then, self._build(part, then)])
+            then = self._state(("any", [then, self._build(part, then)]))
         for _ in range(least):
             then = self._build(part, then)
         return then
@@ -129,14 +150,16 @@ class Pattern:
                 state = self.states[todo.pop()]
                 if state is None or state[0] == "letter":
                     continue
-                there = state[0] == "any" or n == (0 if state[1] == "^" else len(module))
-                new = [] if not there else state[1] if state[0] == "any" else [state[2]]
+                if state[0] == "any":
+                    new = state[1]
+                else:
+                    new = [state[2]] if n == (0 if state[1] == "^" else len(module)) else []
                 todo += [s for s in new if s not in seen]
                 seen.update(new)
             self.steps += len(seen)
             if n == len(module):
                 return 0 in seen
-            letters = (self.states[s] for s in seen if s and self.states[s][0] == "letter")
+            letters = (state for s in seen if (state := self.states[s]) is not None and state[0] == "letter")
             now = {then for _, match, then in letters if match(module[n])}
         return False
 
@@ -201,7 +224,7 @@ def parsed(key: str) -> "Name | Pattern":
     return Name.read(key) or Pattern(key)
 
 
-class Patterns:
+class Patterns(Generic[V]):
     """Keys with their values, in order: the first that names a module gives it its value.
 
     Attributes:
@@ -211,10 +234,10 @@ class Patterns:
       ValueError: building or matching them takes longer than it can for any model there is.
     """
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, V]) -> None:
         self.left, self.bad = _STEPS, list[str]()
-        self.names: dict[Dots, dict[str, tuple[int, Any]]] = {}
-        self.others: list[tuple[int, Pattern, Any]] = []
+        self.names: dict[Dots, dict[str, tuple[int, V]]] = {}
+        self.others: list[tuple[int, Pattern, V]] = []
         for place, (key, value) in enumerate(values.items()):
             self._spend(_NAMED + len(key))
             if name := Name.read(key):
@@ -235,7 +258,7 @@ class Patterns:
         if self.left < 0:
             raise ValueError("its patterns take too long to match; write the modules' names")
 
-    def value(self, module: str, default: Any) -> Any:
+    def value(self, module: str, default: V) -> V:
         """The value of a module."""
         first = None
         for form, names in self.names.items():

@@ -11,15 +11,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NoReturn, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 
+from jlora._types import AnyPath, PyTree
 from jlora.io import _pattern
 from jlora.io._pattern import Patterns
 from jlora.io._record import several
+
+Fields: TypeAlias = dict[str, object]
+"""Of a JSON object, whatever they are."""
+
+Number = TypeVar("Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
 #: In front of a module's name in the keys of tensors; and what peft's own modules are called.
@@ -65,11 +71,11 @@ class Config:
     modules_to_save: tuple[str, ...] = ()
 
     @functools.cached_property
-    def _ranks(self) -> Patterns:
+    def _ranks(self) -> Patterns[int]:
         return Patterns(self.rank_pattern)
 
     @functools.cached_property
-    def _alphas(self) -> Patterns:
+    def _alphas(self) -> Patterns[float]:
         return Patterns(self.alpha_pattern)
 
     @functools.cached_property
@@ -148,7 +154,7 @@ def read(path: Path) -> Config:
     return config
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> Fields:
     if path.stat().st_size > _LARGEST:
         raise ValueError(f"{path} is too large to be a configuration")
     try:
@@ -160,51 +166,55 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_twins(pairs: list[tuple[str, object]]) -> Fields:
     twice = [name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1]
     if twice:
         raise ValueError(f"{twice[0]!r:.60} stands there twice")
     return dict(pairs)
 
 
-def _whole(name: str, value: Any, bad: list[str]) -> int:
+def _whole(name: str, value: object, bad: list[str]) -> int:
     if type(value) is not int or not 0 < value < 2**31:
         bad.append(f"{name} is {value!r:.60}, not a whole number above 0")
         return 1
     return value
 
 
-def _number(name: str, value: Any, bad: list[str]) -> float:
-    if type(value) not in (int, float) or not abs(value) < 1e30:  # beyond float32's range it is no scale
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return type(value) in (int, float)
+
+
+def _number(name: str, value: object, bad: list[str]) -> float:
+    if not _is_number(value) or not abs(value) < 1e30:  # beyond float32's range it is no scale
         bad.append(f"{name} is {value!r:.60}, not a number")
         return 0.0
     return value
 
 
-def _rate(name: str, value: Any, bad: list[str]) -> float:
-    if type(value) not in (int, float) or not 0 <= value < 1:
+def _rate(name: str, value: object, bad: list[str]) -> float:
+    if not _is_number(value) or not 0 <= value < 1:
         bad.append(f"{name} is {value!r:.60}, not a rate in [0, 1)")
         return 0.0
     return float(value)
 
 
-def _flag(name: str, value: Any, bad: list[str]) -> bool:
+def _flag(name: str, value: object, bad: list[str]) -> bool:
     if value is not None and type(value) is not bool:
         bad.append(f"{name} is {value!r:.60}, neither true nor false")
     return bool(value)
 
 
-def _bias(name: str, value: Any, bad: list[str]) -> str:
+def _bias(name: str, value: object, bad: list[str]) -> str:
     if value not in ("none", "all", "lora_only"):
         bad.append(f"{name} is {value!r:.60}, not 'none', 'all' or 'lora_only'")
-    return value
+    return str(value)
 
 
-def _modules(name: str, value: Any, bad: list[str]) -> tuple[str, ...]:
+def _modules(name: str, value: object, bad: list[str]) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(x, str) and x for x in value):
@@ -213,21 +223,21 @@ def _modules(name: str, value: Any, bad: list[str]) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _target_modules(name: str, value: Any, bad: list[str]) -> tuple[str, ...] | str | None:
+def _target_modules(name: str, value: object, bad: list[str]) -> tuple[str, ...] | str | None:
     if value is None or isinstance(value, str):  # a pattern over the torch model's modules: the tensors say the rest
         return value
     return _modules(name, value, bad)
 
 
-def _ranks(name: str, value: Any, bad: list[str]) -> dict[str, int]:
+def _ranks(name: str, value: object, bad: list[str]) -> dict[str, int]:
     return {k: _whole(f"{name}[{k!r:.60}]", v, bad) for k, v in _patterns(name, value, bad).items()}
 
 
-def _alphas(name: str, value: Any, bad: list[str]) -> dict[str, float]:
+def _alphas(name: str, value: object, bad: list[str]) -> dict[str, float]:
     return {k: _number(f"{name}[{k!r:.60}]", v, bad) for k, v in _patterns(name, value, bad).items()}
 
 
-def _patterns(name: str, value: Any, bad: list[str]) -> dict[str, Any]:
+def _patterns(name: str, value: object, bad: list[str]) -> Fields:
     """A dictionary; its keys are regular expressions, which `Config.misread` reads."""
     if value is not None and not isinstance(value, dict):
         bad.append(f"{name} is {value!r:.60}, not a dictionary")
@@ -253,7 +263,7 @@ _CHECKS = {
 # --- write --------------------------------------------------------------------------------------------------------
 
 
-def describe(scales: Mapping[str, tuple[int, np.float32]], known: Collection[str] = (), **rest: Any) -> Config:
+def describe(scales: Mapping[str, tuple[int, np.float32]], known: Collection[str] = (), **rest: PyTree) -> Config:
     """The configuration of some modules, `{module: (rank, s)}`, of a model of which these names are known.
 
     An adapter keeps s alone. rsLoRA is said where every alpha is then a whole number, and not otherwise.
@@ -312,12 +322,12 @@ def _alpha(s: np.float32, divisor: float) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _usual(values: Any) -> Any:
+def _usual(values: Collection[Number]) -> Number:
     counts = collections.Counter(values)
     return max(counts, key=lambda value: (counts[value], value))
 
 
-def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+def _exceptions(values: Mapping[str, Number], usual: Number) -> dict[str, Number]:
     """The patterns of the modules whose value is not the usual one.
 
     A pattern takes every module that ends in it, and the first one wins. Where it would take another module too, it
@@ -339,7 +349,7 @@ def in_one_spelling(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), sort_keys=True)
 
 
-def write(config: Config, task_type: str | None = None, base_model: Any = None) -> bytes:
+def write(config: Config, task_type: str | None = None, base_model: AnyPath | None = None) -> bytes:
     """A configuration as the bytes of its file.
 
     Raises:
@@ -350,7 +360,7 @@ def write(config: Config, task_type: str | None = None, base_model: Any = None) 
         raise ValueError(f"task_type={task_type!r:.60}: peft has {', '.join(TASKS)}")
     if base_model is not None and not (isinstance(base_model, (str, os.PathLike)) and str(base_model)):
         raise TypeError(f"base_model={base_model!r:.60}: write the model's name on the hub, or its folder")
-    fields: dict[str, Sequence[Any] | Any] = dataclasses.asdict(config)
+    fields = dataclasses.asdict(config)
     content = {
         "base_model_name_or_path": base_model if base_model is None else os.fspath(base_model),
         "inference_mode": True,

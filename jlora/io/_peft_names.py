@@ -9,12 +9,12 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from jlora._trees import _tree
 
 Slot: TypeAlias = tuple[str, tuple[int, ...]]
-ModuleNames: TypeAlias = "Mapping[str, str] | Callable[..., Any] | None"
+ModuleNames: TypeAlias = "Mapping[str, str] | Callable[..., object] | None"
 
 #: What Flax calls the weight of a module that peft calls `weight`.
 WEIGHTS = ("kernel", "embedding", "scale")
@@ -83,7 +83,7 @@ def _steps(path: str) -> list[str]:
     return steps[1:] if len(steps) > 1 and steps[0] == "params" else steps
 
 
-def _answer(answer: Any, module: str) -> list[Slot]:
+def _answer(answer: object, module: str) -> list[Slot]:
     """What a function said that a module is."""
     if answer is None or isinstance(answer, str):
         return [] if answer is None else [(answer, ())]
@@ -153,9 +153,10 @@ class Book:
     def name(self, path: str, index: tuple[int, ...]) -> str:
         """The module of a slot; ValueError in words."""
         if self.function is not None:
-            answers = [self.function(path, index)]
-            if not isinstance(answers[0], (str, type(None))):
-                raise TypeError(f"names({path!r}, {index}) returned {answers[0]!r:.100}: write a module's name or None")
+            answer = self.function(path, index)
+            if answer is not None and not isinstance(answer, str):
+                raise TypeError(f"names({path!r}, {index}) returned {answer!r:.100}: write a module's name or None")
+            answers = [answer]
         else:
             answers = [t.name(path, index) for t in self.templates]
         said = {name for name in answers if name is not None}

@@ -5,11 +5,11 @@ Everything that does not fit is noted with its module, its path and both shapes,
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jlora._trees import _axes, _tree
 from jlora._trees._leaf import Leaf
@@ -31,6 +31,7 @@ _WHOLE = ("base_layer.weight", "base_layer.bias", "weight", "bias")
 LONGEST = 1000
 
 Index = tuple[int, ...]
+Values = Mapping[str, np.ndarray | np.float32]
 
 
 def modules(tensors: Mapping[str, np.ndarray], bad: list[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -58,7 +59,7 @@ class Part:
 
     leaf: Leaf
     kind: tuple[str, int]
-    slices: dict[Index, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    slices: dict[Index, Values] = dataclasses.field(default_factory=dict)
 
     def stack(self) -> tuple[int, ...]:
         """The sizes of the axes that the indices go over."""
@@ -128,7 +129,7 @@ class Collector:
             raise ValueError(f"{path!r} of shape {shape} has no slice {index}")
         return leaf, layout.one_layer(leaf, index)
 
-    def _put(self, module: str, leaf: Leaf, kind: tuple[str, int], index: Index, values: dict[str, Any]) -> None:
+    def _put(self, module: str, leaf: Leaf, kind: tuple[str, int], index: Index, values: Values) -> None:
         other = self.givers.setdefault((leaf.path, index), module)
         part = self.parts.setdefault(leaf.path, Part(leaf, kind))
         at = f"{leaf.path!r}{list(index) if index else ''}"
@@ -208,7 +209,7 @@ class Collector:
 # --- putting them in ----------------------------------------------------------------------------------------------
 
 
-def spec(parts: Mapping[str, Part], dropout: float, dtype: Any) -> list[Method]:
+def spec(parts: Mapping[str, Part], dropout: float, dtype: DTypeLike) -> list[Method]:
     """The rules for `jlora.adapt`: one a kind and rank, with exact paths."""
     name = jnp.dtype(dtype).name
     if not jnp.issubdtype(name, jnp.floating):

@@ -1,7 +1,7 @@
 """From an `Adapted` to the tensors of peft's file and the configuration that gives them their meaning."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from jlora._plan._sites import Site
 from jlora._trees import _axes, _tree
 from jlora._trees._leaf import Leaf
+from jlora._types import PyTree
 from jlora.adapted import Adapted
 from jlora.io import _peft_config as config
 from jlora.io import _peft_layout as layout
@@ -21,6 +22,9 @@ from jlora.methods.full import Full
 from jlora.methods.ln_tuning import LNTuning
 from jlora.methods.lora import LoRA
 from jlora.methods.lora_fa import LoRAFA
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: What peft has a name for. LoRA-FA is LoRA to it: which factors are trained is no part of its files.
 _LOW_RANK = (LoRA, LoRAFA)
@@ -51,10 +55,11 @@ class Writer:
             self._attempt(self._low_rank, site)
         wholes = [s for s in self.plan.sites if type(s.method) in _WHOLE]
         biases = [site for site in wholes if self._is_bias(site)]
-        saved = {self._attempt(self._save_module, site, index) for site, index in _slots(self, wholes, biases)}
+        named = [self._attempt(self._save_module, site, index) for site, index in _slots(self, wholes, biases)]
+        saved = {name for name in named if name is not None}
         bias = self._attempt(self._biases, biases) if not self.bad else {}
         known = self.book.known() | set(self.scales)
-        for name, others in config.taken_too(saved - {None}, known, self.scales).items():
+        for name, others in config.taken_too(saved, known, self.scales).items():
             if others:
                 self.bad.append(
                     f"{name!r} is saved whole, and peft saves every module whose name ends in these letters, and what "
@@ -73,9 +78,9 @@ class Writer:
         rest = {"use_dora": doras == {True}, "lora_dropout": rate, "modules_to_save": modules, **(bias or {})}
         return self.tensors, config.describe(self.scales, known, **rest)
 
-    def _attempt(self, fn: Any, *args: Any) -> Any:
+    def _attempt(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         try:
-            return fn(*args)
+            return fn(*args, **kwargs)
         except ValueError as error:
             self.bad.append(str(error))
 
@@ -166,7 +171,7 @@ class Writer:
             self._add(module, "bias", np.asarray(value)[index].astype(np.float32).ravel(), bias)
         return module
 
-    def _biases(self, sites: list[Site]) -> dict[str, Any]:
+    def _biases(self, sites: list[Site]) -> dict[str, PyTree]:
         """Adds the biases; what the configuration says of them.
 
         `lora_bias` keeps the change itself; it is written where every factor has one under its own scale, as `load`

@@ -13,7 +13,13 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+Content: TypeAlias = dict[str, Any]
+"""The fields of a manifest, or of a part of it: each of the type that a schema says, by which it is read."""
+
+Schema: TypeAlias = Mapping[str, object]
+"""`{field: type}`, types as annotations write them."""
 
 #: No manifest is larger: it has less than a kilobyte a weight.
 LARGEST = 2**26
@@ -26,13 +32,13 @@ def several(bad: Sequence[str], most: int = 8) -> str:
     return "\n  ".join(["", *lines, *more])
 
 
-def lines(content: Mapping[str, Any]) -> str:
+def lines(content: Content) -> str:
     """A spelling: sorted keys, a line for each of the outermost."""
     rows = (f"{json.dumps(k)}: {json.dumps(v, sort_keys=True, allow_nan=False)}" for k, v in sorted(content.items()))
     return "{\n" + ",\n".join(rows) + "\n}\n"
 
 
-def line(content: Mapping[str, Any]) -> str:
+def line(content: Content) -> str:
     """A spelling: sorted keys, all in one line."""
     return json.dumps(content, sort_keys=True, allow_nan=False)
 
@@ -53,20 +59,20 @@ class Form:
 
     name: str
     format: int
-    schema: Mapping[str, Any]
-    spell: Callable[[Mapping[str, Any]], str]
-    check: Callable[[dict[str, Any]], dict[str, Any]]
-    older: Mapping[str, Any] | None = None
-    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schema: Schema
+    spell: Callable[[Content], str]
+    check: Callable[[Content], Content]
+    older: Schema | None = None
+    added: Content = dataclasses.field(default_factory=dict)
 
-    def _digest(self, content: Mapping[str, Any]) -> str:
+    def _digest(self, content: Content) -> str:
         return hashlib.sha256(self.spell(content).encode()).hexdigest()
 
-    def seal(self, content: Mapping[str, Any]) -> bytes:
+    def seal(self, content: Content) -> bytes:
         """A manifest as the bytes of its file."""
         return self.spell({**content, "sha256": self._digest(content)}).encode()
 
-    def unseal(self, raw: bytes, where: str) -> dict[str, Any]:
+    def unseal(self, raw: bytes, where: str) -> Content:
         """The content of a manifest, its types checked; ValueError in words for anything else."""
         damaged = f"{where} is cut short or damaged"
         try:
@@ -99,7 +105,7 @@ class Form:
         except (TypeError, RecursionError) as error:
             raise ValueError(f"{where} is no manifest that jlora wrote: {str(error)[:500]}") from None
 
-    def read(self, folder: Path) -> dict[str, Any]:
+    def read(self, folder: Path) -> Content:
         """The manifest in a folder."""
         path = folder / self.name
         info = path.lstat()
@@ -111,7 +117,7 @@ class Form:
 # --- types --------------------------------------------------------------------------------------------------------
 
 
-def record(content: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> dict[str, Any]:
+def record(content: Content, schema: Schema, where: str) -> Content:
     """The fields of a JSON object, each of its type; TypeError where one is missing, unknown or something else."""
     odd = sorted(set(content) ^ set(schema))
     if odd:
@@ -119,7 +125,7 @@ def record(content: Mapping[str, Any], schema: Mapping[str, Any], where: str) ->
     return {k: cast(content[k], hint, f"{k!r} of {where}") for k, hint in schema.items()}
 
 
-def cast(value: Any, hint: Any, where: str) -> Any:
+def cast(value: object, hint: object, where: str) -> Any:
     """A JSON value as a type hint says it (lists become tuples); TypeError where it is something else."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -148,7 +154,7 @@ def cast(value: Any, hint: Any, where: str) -> Any:
     raise TypeError(f"{where} is {_short(value)!r}, not of type {getattr(hint, '__name__', hint)}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """The beginning of a JSON value: the whole of a large one takes long to spell."""
     if isinstance(value, (list, dict)) and len(value) > 60:
         return f"{type(value).__name__} of {len(value)}"

@@ -14,12 +14,13 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
+from jlora._types import AnyPath
 from jlora.io import _checkpoint, _folder
-from jlora.io._record import Form, several
+from jlora.io._record import Content, Form, several
 
 T = TypeVar("T")
 
@@ -54,13 +55,13 @@ class Store:
 
     # --- save ---
 
-    def place(self, path: Any, overwrite: bool) -> Path:
+    def place(self, path: AnyPath, overwrite: bool) -> Path:
         """The folder to save into; raises where something else is there."""
         target = _folder.local(path)
         _folder.check_free(target, overwrite, self.form.name, self.what)
         return target
 
-    def save(self, target: Path, arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> None:
+    def save(self, target: Path, arrays: Mapping[str, np.ndarray], content: Content) -> None:
         """Saves arrays and what a manifest says besides them."""
         if not target.is_dir():
             with _folder.new_folder(target) as made:
@@ -85,7 +86,7 @@ class Store:
             finally:
                 self._sweep(target, was)
 
-    def _write(self, folder: Path, arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> str | None:
+    def _write(self, folder: Path, arrays: Mapping[str, np.ndarray], content: Content) -> str | None:
         """Writes and reads back; the name of the folder of arrays."""
         data, entries = None, {}
         if arrays:
@@ -110,7 +111,7 @@ class Store:
 
     # --- load ---
 
-    def find(self, path: Any) -> Path:
+    def find(self, path: AnyPath) -> Path:
         """The folder to open; raises where there is none. Its manifest may be missing."""
         folder = _folder.local(path)
         if not folder.exists():
@@ -125,7 +126,7 @@ class Store:
         """Whether there is a manifest of this kind, sound or not."""
         return os.path.lexists(folder / self.form.name)
 
-    def read(self, folder: Path) -> dict[str, Any]:
+    def read(self, folder: Path) -> Content:
         """The manifest; ValueError where it is none."""
         content = self.form.read(folder)
         content.setdefault("data", self.before)
@@ -136,7 +137,7 @@ class Store:
             raise ValueError(f"{where} is no manifest that jlora wrote: {data!r:.100} is no name of its arrays")
         return content
 
-    def open(self, folder: Path, make: Callable[[dict[str, Any], int], T]) -> T:
+    def open(self, folder: Path, make: Callable[[Content, int], T]) -> T:
         """What `make(content, bytes of the files)` makes; of one save, if another process saves in the meantime."""
         while True:
             content = self.read(folder)
@@ -148,7 +149,7 @@ class Store:
                 # another process has saved over it in the meantime: the new one is read
 
 
-def _check_files(folder: Path, content: Mapping[str, Any]) -> int:
+def _check_files(folder: Path, content: Content) -> int:
     """Compares every file of the arrays with its digest, before Orbax reads any; the bytes of them all."""
     if content["data"] is None:
         return 0

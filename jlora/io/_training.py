@@ -2,20 +2,22 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora._trees import _tree
+from jlora._types import Place, PyTree, Shape
 from jlora.adapted import Adapted, Frozen, begun, derived, is_adapted
 from jlora.io import _arrays, _checkpoint, _manifest
+from jlora.io._checkpoint import Tree
 from jlora.io._record import several
 
 
-def load(folder: Path, params: Any, spec: Any) -> Adapted:
+def load(folder: Path, params: PyTree, spec: object) -> Adapted:
     """The adapter in a training checkpoint, its plan and frozen factors made from a spec."""
     if spec is None:
         raise ValueError(
@@ -30,7 +32,7 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
     }
     adapted = _fresh(params, spec, folder, stored)
     leaves = jax.tree_util.tree_flatten_with_path(found, is_leaf=lambda x: hasattr(x, "shape"))[0]
-    names: dict[str, Any] = {}
+    names: dict[str, tuple[str, ...]] = {}
     for keys, _ in leaves:
         steps = tuple(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys)
         other = names.setdefault(".".join(steps), steps)
@@ -54,7 +56,7 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
     bad = _manifest.misfits(have | frozen, plan)
     if bad:
         raise ValueError(f"the factors in {item} do not fit the spec:" + several(bad))
-    part: Any = node
+    part: Tree = node
     for step in reversed(within):
         part = {step: part}
     value = _checkpoint.restore_part(item, part) if have else part
@@ -67,11 +69,11 @@ def load(folder: Path, params: Any, spec: Any) -> Adapted:
     return _whole(back, item, found["params"]["frozen"], stored) if whole else back
 
 
-def _whole(adapted: Adapted, item: Path, held: Any, stored: Any) -> Adapted:
+def _whole(adapted: Adapted, item: Path, held: Tree, stored: Mapping[Place, Shape]) -> Adapted:
     """The adapter with the frozen factors of a checkpoint of the whole form, whose base is the one at hand."""
     plan = adapted.frozen.plan
     known = derived(plan)
-    wanted: dict[str, dict[str, Any]] = {}
+    wanted: dict[str, Tree] = {}
     for group, name in stored:
         if group in adapted.frozen.factors and name in adapted.frozen.factors[group] and (group, name) not in known:
             wanted.setdefault(group, {})[name] = held["factors"][group][name]
@@ -99,24 +101,24 @@ def _whole(adapted: Adapted, item: Path, held: Any, stored: Any) -> Adapted:
     return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, factors=factors))
 
 
-def _restored(item: Path, name: str, part: Any) -> Any:
+def _restored(item: Path, name: str, part: PyTree) -> PyTree:
     return _checkpoint.restore_part(item, {"params": {"frozen": {name: part}}})["params"]["frozen"][name]
 
 
-def _nest(path: str, x: Any) -> Any:
+def _nest(path: str, x: PyTree) -> PyTree:
     for step in reversed(path.split("/")):
         x = {step: x}
     return x
 
 
-def _at(tree: Any, path: str) -> Any:
+def _at(tree: PyTree, path: str) -> PyTree:
     """The leaf of a nested dictionary at a path, or None."""
     for step in path.split("/"):
         tree = tree.get(step) if isinstance(tree, dict) else None
     return tree if hasattr(tree, "shape") else None
 
 
-def _fresh(params: Any, spec: Any, folder: Path, stored: Any) -> Adapted:
+def _fresh(params: PyTree, spec: object, folder: Path, stored: Mapping[Place, Shape]) -> Adapted:
     """The adapter before training, for its plan and the frozen factors that are not stored."""
     if not is_adapted(spec):
         adapted = begun(params, spec)
@@ -141,7 +143,7 @@ def _fresh(params: Any, spec: Any, folder: Path, stored: Any) -> Adapted:
     return Adapted(spec.trainable, Frozen(params, spec.frozen.factors, None, spec.frozen.plan))
 
 
-def _find_trainable(folder: Path) -> tuple[Path, tuple[str, ...], dict[str, Any]]:
+def _find_trainable(folder: Path) -> tuple[Path, tuple[str, ...], Tree]:
     """The folder of the Orbax item that holds the trainable half, where in it, and its tree."""
     step = folder
     if not (folder / "_METADATA").is_file():
@@ -152,7 +154,7 @@ def _find_trainable(folder: Path) -> tuple[Path, tuple[str, ...], dict[str, Any]
         }
         step = numbered[max(numbered)] if numbered else folder
     items = [e for e in (step, *sorted(step.iterdir())) if (e / "_METADATA").is_file()]
-    found: list[tuple[Path, tuple[str, ...], dict[str, Any]]] = []
+    found: list[tuple[Path, tuple[str, ...], Tree]] = []
     seen = []
     for item in items:
         tree = _checkpoint.tree_of(item)

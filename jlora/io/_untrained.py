@@ -1,7 +1,6 @@
 """An adapter that is as it began: where training went on in `trainable`, the `Adapted` of before holds the start."""
 
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +55,7 @@ def _start(adapted: Adapted) -> str:
         for word in (*words, *site.recipe.steps):
             for array in (a for a in word.arrays if a.trained):
                 x = np.asarray(adapted.trainable[array.group or site.leaf.path][array.name])
-                start: Any = begins(array)
+                start: float | jax.Array | None = begins(array)
                 where = f"{start} everywhere"
                 if isinstance(word, Difference):
                     kept = word.arrays[1]

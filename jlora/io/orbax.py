@@ -5,12 +5,11 @@ folder that the manifest names (`_store`). Merged parameters are a plain Orbax c
 """
 
 import math
-import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,11 @@ import numpy as np
 from jlora._merge import MergeReport, merge, merge_report
 from jlora._trees import _tree
 from jlora._trees._compound import is_compound
+from jlora._types import AnyPath, PyTree
 from jlora._version import __version__
 from jlora.adapted import Adapted, Frozen, derived, is_adapted
 from jlora.io import _arrays, _checkpoint, _fingerprint, _folder, _manifest, _store, _training, _untrained
-from jlora.io._record import several
+from jlora.io._record import Content, several
 from jlora.methods import _draws
 from jlora.methods.base import Method
 from jlora.optim._checks import check_ran
@@ -37,7 +37,7 @@ _OF_ORBAX = frozenset(
 # --- save ---------------------------------------------------------------------------------------------------------
 
 
-def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = None, overwrite: bool = False) -> None:
+def save(path: AnyPath, adapted: Adapted, *, opt_state: PyTree = None, overwrite: bool = False) -> None:
     """Saves an adapter: its trainable leaves, frozen factors and scales, the methods, a fingerprint of the base.
 
     Neither the base nor a dropout key is saved. Factors may be of any shape and dtype, and sharded over the devices
@@ -92,11 +92,11 @@ def save(path: "str | os.PathLike[str]", adapted: Adapted, *, opt_state: Any = N
 
 
 def load(
-    path: "str | os.PathLike[str]",
-    params: Any,
+    path: AnyPath,
+    params: PyTree,
     *,
     check: Literal["values", "shapes", "none"] = "values",
-    spec: Any = None,
+    spec: object = None,
     methods: Sequence[type[Method]] = (),
 ) -> Adapted:
     """Opens a saved adapter over its base: `load(path, params) == adapted`, bit for bit, of the same structure.
@@ -149,7 +149,7 @@ def load(
 
 
 def _open(
-    folder: Path, content: Mapping[str, Any], size: int, params: Any, check: str, methods: Sequence[type[Method]]
+    folder: Path, content: Content, size: int, params: PyTree, check: str, methods: Sequence[type[Method]]
 ) -> Adapted:
     """The adapter of a manifest, whose files have so many bytes."""
     tree = _tree.flatten(params)
@@ -189,7 +189,7 @@ def _open(
             f"{folder} was drawn by {content['generator']!r:.60}, and this jlora draws by {_draws.GENERATOR!r}"
         )
     arrays = _read_arrays(folder, content)
-    sides: dict[bool, dict[str, dict[str, Any]]] = {True: {}, False: {}}
+    sides: dict[bool, dict[str, dict[str, jax.Array]]] = {True: {}, False: {}}
     for name, (group, factor, trained, shape) in want.items():
         value = _arrays.rebuild(arrays.get(name), records[name], f"{folder}: factor {group!r}: {factor!r}")
         if value.shape != shape:
@@ -202,7 +202,7 @@ def _open(
     return Adapted(sides[True], Frozen(params, sides[False], None, plan))
 
 
-def _read_arrays(folder: Path, content: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _read_arrays(folder: Path, content: Content) -> dict[str, np.ndarray]:
     want = {n: r for n, r in content["factors"].items() if 0 not in r["shape"]}
     if content["data"] is None:
         if want:
@@ -214,9 +214,7 @@ def _read_arrays(folder: Path, content: Mapping[str, Any]) -> dict[str, np.ndarr
 # --- export -------------------------------------------------------------------------------------------------------
 
 
-def export(
-    path: "str | os.PathLike[str]", adapted: Adapted, *, allow_loss: bool = False, overwrite: bool = False
-) -> None:
+def export(path: AnyPath, adapted: Adapted, *, allow_loss: bool = False, overwrite: bool = False) -> None:
     """Saves merged parameters, for programs that know nothing of jlora.
 
     `orbax.checkpoint.StandardCheckpointer().restore(path)` gives them back, on any machine, as plain nested
@@ -289,20 +287,20 @@ def _check_loss(report: MergeReport, allow_loss: bool) -> None:
     warnings.warn(f"merging loses a part of the update of {len(lost)} weights:\n{table}", stacklevel=3)
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: object) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _portable(leaf: Any) -> Any:
+def _portable(leaf: PyTree) -> PyTree:
     """A leaf that Orbax restores without being told where: it refuses a jax.Array of devices that are not there."""
     leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
 
 
-def _plain_tree(params: Any) -> dict[str, Any]:
+def _plain_tree(params: PyTree) -> dict[str, PyTree]:
     """Nested dictionaries of arrays under the user's names; ValueError where Orbax could not give them back."""
     tree = _tree.flatten(params)
-    plain: dict[str, Any] = {}
+    plain: dict[str, PyTree] = {}
     names: dict[str, str] = {}
     bad = []
     for path, leaf in zip(tree.paths, tree.leaves, strict=True):

@@ -7,11 +7,12 @@ The format as peft 0.21 writes it: https://huggingface.co/docs/peft/developer_gu
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jlora._trees import _tree
+from jlora._types import AnyPath, PyTree
 from jlora.adapted import Adapted, begun, is_adapted, join, split
 from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read, _untrained
 from jlora.io._peft_config import Config
@@ -23,12 +24,12 @@ _FILES = (_peft_config.CONFIG_FILE, _peft_layout.TENSORS_FILE, "adapter_model.bi
 
 
 def load(
-    folder: "str | os.PathLike[str]",
-    params: Any,
+    folder: AnyPath,
+    params: PyTree,
     names: ModuleNames = None,
     *,
     axes: dict[str, str] | None = None,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
 ) -> Adapted:
     """Opens a LoRA or DoRA adapter that peft saved, over the same model's parameters in JAX.
 
@@ -92,7 +93,7 @@ def load(
     return join(*split(_peft_read.fill(adapted, parts)))
 
 
-def _read(folder: "str | os.PathLike[str]") -> tuple[Path, Config, dict[str, np.ndarray]]:
+def _read(folder: AnyPath) -> tuple[Path, Config, dict[str, np.ndarray]]:
     """Both files of one adapter: if another process saved over it in the meantime, both of the new one."""
     while True:
         where = _find(_folder.local(folder))
@@ -140,12 +141,12 @@ def _find(where: Path) -> Path:
 
 
 def save(
-    folder: "str | os.PathLike[str]",
+    folder: AnyPath,
     adapted: Adapted,
     names: ModuleNames = None,
     *,
     task_type: str | None = None,
-    base_model: "str | os.PathLike[str] | None" = None,
+    base_model: AnyPath | None = None,
     overwrite: bool = False,
 ) -> None:
     """Saves a LoRA or DoRA adapter as peft would: `PeftModel.from_pretrained(model, folder)` reads it.

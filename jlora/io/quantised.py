@@ -5,20 +5,20 @@ A folder with an Orbax checkpoint of the arrays and `jlora_base.json`, which say
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
 
 from jlora._trees import _tree
 from jlora._trees._compound import is_compound, sound
+from jlora._types import AnyPath, PyTree, Shaped
 from jlora.adapted import is_adapted
 from jlora.io import _arrays, _folder, _record, _store
 from jlora.io._manifest import FACTOR
-from jlora.io._record import several
+from jlora.io._record import Content, Schema, several
 from jlora.quant import NF, Int
 from jlora.quant._layout import Layout
 from jlora.quant._leaf import Codec, Quantized
@@ -26,10 +26,10 @@ from jlora.quant._leaf import Codec, Quantized
 _SCHEMES = {"NF": NF, "Int": Int}
 
 #: What the manifest says of a leaf, of how it is quantised, and of the scheme and layout in there.
-_LEAF: dict[str, Any] = {"quantised": dict[str, Any] | None, "arrays": dict[str, dict[str, Any]]}
-_HOW: dict[str, Any] = {"scheme": dict[str, Any], "layout": dict[str, Any], "dtype": str, "kernel": str}
-_SCHEME: dict[str, Any] = {"kind": str, "bits": int, "block": int | None, "double": bool}
-_LAYOUT: dict[str, Any] = {
+_LEAF: Schema = {"quantised": Content | None, "arrays": dict[str, Content]}
+_HOW: Schema = {"scheme": Content, "layout": Content, "dtype": str, "kernel": str}
+_SCHEME: Schema = {"kind": str, "bits": int, "block": int | None, "double": bool}
+_LAYOUT: Schema = {
     "shape": tuple[int, ...],
     "order": tuple[int, ...],
     "block": tuple[int, ...],
@@ -42,16 +42,16 @@ _LAYOUT: dict[str, Any] = {
 class _Described:
     """A leaf before its arrays are read: what the manifest says of each, and how they are a weight."""
 
-    records: Mapping[str, Mapping[str, Any]]
+    records: Mapping[str, Content]
     codec: Codec | None
     kernel: str
 
-    def leaf(self, arrays: Mapping[str, Any]) -> Any:
+    def leaf(self, arrays: Mapping[str, PyTree]) -> PyTree:
         if self.codec is None:
             return arrays[""]
         return Quantized(tuple(arrays[name] for name in self.codec.arrays), self.codec, self.kernel)
 
-    def abstract(self) -> Any:
+    def abstract(self) -> Shaped:
         """The leaf without values."""
         of = lambda r: (
             r["shape"] if r["key"] is None else r["shape"][:-1]
@@ -59,12 +59,12 @@ class _Described:
         return self.leaf({n: jax.ShapeDtypeStruct(of(r), np.uint8) for n, r in self.records.items()})
 
 
-def _check(content: dict[str, Any]) -> dict[str, Any]:
+def _check(content: Content) -> Content:
     described = {path: _read_leaf(leaf, f"{path!r:.200}") for path, leaf in content["leaves"].items()}
     return {**content, "leaves": described}
 
 
-_FIELDS: dict[str, Any] = {"format": int, "leaves": dict[str, dict[str, Any]]}
+_FIELDS: Schema = {"format": int, "leaves": dict[str, Content]}
 _FORM = _record.Form(
     "jlora_base.json",
     1,
@@ -79,7 +79,7 @@ _STORE = _store.Store(_FORM, "base", "quantised base", "jlora.io.quantised.load"
 # --- save ---------------------------------------------------------------------------------------------------------
 
 
-def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False) -> None:
+def save(path: AnyPath, params: PyTree, *, overwrite: bool = False) -> None:
     """Saves a tree with quantised leaves: codes and scales as they are, other leaves as arrays.
 
     The folder appears, or changes, in one step: a save that is interrupted leaves what was there before readable.
@@ -124,7 +124,7 @@ def save(path: "str | os.PathLike[str]", params: Any, *, overwrite: bool = False
     _STORE.save(target, arrays, {"leaves": leaves})
 
 
-def described(codec: Codec, kernel: str) -> dict[str, Any]:
+def described(codec: Codec, kernel: str) -> Content:
     """The static part of a quantised leaf, for JSON."""
     scheme = {"kind": type(codec.scheme).__name__, **dataclasses.asdict(codec.scheme)}
     return {"scheme": scheme, "layout": dataclasses.asdict(codec.layout), "dtype": codec.dtype, "kernel": kernel}
@@ -133,7 +133,7 @@ def described(codec: Codec, kernel: str) -> dict[str, Any]:
 # --- load ---------------------------------------------------------------------------------------------------------
 
 
-def load(path: "str | os.PathLike[str]", like: Any = None) -> Any:
+def load(path: AnyPath, like: PyTree = None) -> PyTree:
     """What `save` saved, bit for bit.
 
     Args:
@@ -152,7 +152,7 @@ def load(path: "str | os.PathLike[str]", like: Any = None) -> Any:
     return _STORE.open(folder, lambda content, size: _open(folder, content, size, like))
 
 
-def _open(folder: Path, content: Mapping[str, Any], size: int, like: Any) -> Any:
+def _open(folder: Path, content: Content, size: int, like: PyTree) -> PyTree:
     """The tree of a manifest, whose files have so many bytes."""
     leaves: dict[str, _Described] = content["leaves"]
     tree = None if like is None else _tree.flatten(like)
@@ -181,7 +181,7 @@ def _open(folder: Path, content: Mapping[str, Any], size: int, like: Any) -> Any
     return jax.tree.unflatten(tree.treedef, [made[p] for p in tree.paths])
 
 
-def _check_like(made: Mapping[str, Any], tree: _tree.Named, folder: Path) -> None:
+def _check_like(made: Mapping[str, Shaped], tree: _tree.Named, folder: Path) -> None:
     paths = set(tree.paths)
     bad = [f"{p!r} is not in the file" for p in tree.paths if p not in made]
     bad += [f"{p!r} is in the file alone" for p in made if p not in paths]
@@ -194,12 +194,12 @@ def _check_like(made: Mapping[str, Any], tree: _tree.Named, folder: Path) -> Non
         raise ValueError(f"{folder} is not a base of this structure:" + several(bad))
 
 
-def _named(leaf: Any) -> str:
+def _named(leaf: object) -> str:
     """How a leaf is held, in a word."""
     return leaf.describe() if is_compound(leaf) else "an array"
 
 
-def _read_leaf(leaf: Mapping[str, Any], where: str) -> _Described:
+def _read_leaf(leaf: Content, where: str) -> _Described:
     """What a manifest says of a leaf, held against what quantising gives; TypeError in words."""
     leaf = _record.record(leaf, _LEAF, where)
     records = {n: _record.record(r, FACTOR, f"{n!r:.60} of {where}") for n, r in leaf["arrays"].items()}
@@ -225,7 +225,7 @@ def _read_leaf(leaf: Mapping[str, Any], where: str) -> _Described:
     return _Described(records, codec, kernel)
 
 
-def static(how: Mapping[str, Any], where: str) -> tuple[Codec, str]:
+def static(how: Content, where: str) -> tuple[Codec, str]:
     """What `described` wrote, held against what quantising gives; TypeError in words."""
     how = _record.record(how, _HOW, where)
     scheme, fields = _record.record(how["scheme"], _SCHEME, where), _record.record(how["layout"], _LAYOUT, where)
@@ -251,8 +251,8 @@ def static(how: Mapping[str, Any], where: str) -> tuple[Codec, str]:
     return codec, how["kernel"]
 
 
-def _nested(made: dict[str, Any], folder: Path) -> Any:
-    plain: dict[str, Any] = {}
+def _nested(made: dict[str, PyTree], folder: Path) -> PyTree:
+    plain: dict[str, PyTree] = {}
     for path, leaf in made.items():
         *parents, last = (s.replace("%2F", "/").replace("%25", "%") for s in path.split("/"))
         node = plain

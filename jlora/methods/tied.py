@@ -8,14 +8,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 from jlora import targets
 from jlora._algebra._recipe import Recipe
 from jlora._algebra._words import Array, Delta, Word, constant
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
-from jlora._types import Init
+from jlora._types import Init, PyTree
 from jlora.methods._fields import Holds, Rank, letters_of
 from jlora.methods.base import Dropping, check_sides, uniform, zeros
 from jlora.methods.vera import shared
@@ -73,12 +73,12 @@ class TiedLoRA(Dropping):
             raise ValueError("TiedLoRA(trained=()) trains nothing: the update would stay zero for ever")
 
     @classmethod
-    def tl5(cls, rank: int = 8, **fields: Any) -> "TiedLoRA":
+    def tl5(cls, rank: int = 8, **fields: PyTree) -> "TiedLoRA":
         """The paper's TL5: a and b tied and trained, no vectors. `**fields` are those of the class."""
         return cls(rank=rank, trained=("a", "b"), **fields)
 
     @classmethod
-    def tl6(cls, rank: int = 8, **fields: Any) -> "TiedLoRA":
+    def tl6(cls, rank: int = 8, **fields: PyTree) -> "TiedLoRA":
         """The paper's TL6, which is the default: a and b tied, all four trained."""
         return cls(rank=rank, **fields)
 

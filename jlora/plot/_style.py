@@ -6,7 +6,8 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,14 @@ from jlora._trees import _table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+class Line(TypedDict):
+    """How a series is drawn."""
+
+    color: str
+    marker: str
+
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -44,7 +53,9 @@ WIDTH, HEIGHT = 4.6, 3.2  # inches, of one panel
 NAME, LINES = 28, 16  # letters of a label, and labels in a column, that a legend has room for
 
 
-def panels(rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Any]:
+def panels(
+    rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT
+) -> tuple[Figure, np.ndarray]:
     """A figure of several axes in the style of this room, for `ax=`.
 
     Args:
@@ -103,7 +114,7 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
 # --- for the other files of this room -----------------------------------------------------------------------------
 
 
-def imported() -> Any:
+def imported() -> ModuleType:
     """matplotlib, or an error that names the extra."""
     try:
         import matplotlib
@@ -115,7 +126,7 @@ def imported() -> Any:
     return matplotlib
 
 
-def axis_of(ax: Axes | None, width: float = WIDTH, height: float = HEIGHT) -> Any:
+def axis_of(ax: Axes | None, width: float = WIDTH, height: float = HEIGHT) -> Axes:
     """The axis that was given, or the one of a new figure."""
     if ax is not None and not hasattr(ax, "get_figure"):
         raise TypeError(
@@ -124,17 +135,19 @@ def axis_of(ax: Axes | None, width: float = WIDTH, height: float = HEIGHT) -> An
     return panels(width=width, height=height)[1][0, 0] if ax is None else ax
 
 
-def figure_of(ax: Any) -> Figure:
+def figure_of(ax: Axes) -> Figure:
     """The figure that an axis stands in."""
-    return ax.get_figure(root=True)
+    figure = ax.get_figure(root=True)
+    assert figure is not None  # it was drawn on
+    return figure
 
 
-def series_style(n: int) -> dict[str, Any]:
+def series_style(n: int) -> Line:
     """Colour and marker of the n-th series; after seven of them, other pairs of the two."""
     return {"color": COLOURS[n % 7], "marker": MARKERS[(n + n // 7) % 7]}
 
 
-def check_dict(name: str, found: Any, form: str, hint: str = "") -> None:
+def check_dict(name: str, found: object, form: str, hint: str = "") -> None:
     """Raises unless `found` is a dictionary of what is to be drawn, in this form; `hint` says what makes one."""
     if not isinstance(found, Mapping):
         raise TypeError(f"plot.{name} takes {form}, not {_answers.kind(found)}{hint and '; write ' + hint}")
@@ -142,7 +155,7 @@ def check_dict(name: str, found: Any, form: str, hint: str = "") -> None:
         raise ValueError(f"plot.{name}: nothing to draw; give it at least one label, {form}{hint and ', ' + hint}")
 
 
-def numbers(name: str, label: str, x: Any, what: str) -> np.ndarray:
+def numbers(name: str, label: str, x: object, what: str) -> np.ndarray:
     """An array of numbers, in float64; ValueError in words for anything else."""
     try:
         if isinstance(x, (str, bytes)) or hasattr(x, "_fields"):  # NumPy reads texts as numbers, and tuples by place
@@ -155,7 +168,7 @@ def numbers(name: str, label: str, x: Any, what: str) -> np.ndarray:
         raise ValueError(f"plot.{name}: {label!r} is {_answers.kind(x)}; {what} are numbers") from None
 
 
-def check_pairs(name: str, found: Any, form: str) -> None:
+def check_pairs(name: str, found: Mapping[str, object], form: str) -> None:
     """Raises unless `found` is a dictionary of pairs."""
     check_dict(name, found, form)
     for label, pair in found.items():
@@ -163,7 +176,7 @@ def check_pairs(name: str, found: Any, form: str) -> None:
             raise ValueError(f"plot.{name}: {label!r} is {_answers.kind(pair)}; plot.{name} takes {form}")
 
 
-def levelled(name: str, levels: Any) -> dict[str, float]:
+def levelled(name: str, levels: object) -> dict[str, float]:
     """The levels of a figure, `{label: score}`, or none."""
     if levels is None:
         return {}
@@ -174,14 +187,14 @@ def levelled(name: str, levels: Any) -> dict[str, float]:
     return dict(levels)
 
 
-def positive(name: str, label: str, sizes: Any) -> None:
+def positive(name: str, label: str, sizes: object) -> None:
     """Raises unless all sizes have a place on a logarithmic axis."""
     bad = [x for x in np.atleast_1d(numbers(name, label, sizes, "sizes")).tolist() if not x > 0]
     if bad:
         raise ValueError(f"plot.{name}: {label!r} has a size of {bad[0]}, for which a logarithmic axis has no place")
 
 
-def written(ax: Any, *, title: str, xlabel: str, ylabel: str = "") -> None:
+def written(ax: Axes, *, title: str, xlabel: str, ylabel: str = "") -> None:
     """Title and labels, in as many lines as they need to stay inside."""
     room = ax.get_position()
     wide, high = room.width * figure_of(ax).get_figwidth(), room.height * figure_of(ax).get_figheight()
@@ -198,7 +211,7 @@ def legend_of(ax: Axes, count: int, own: bool) -> None:
         ax.legend(handles, [_table.shorten(label, NAME) for label in labels], loc="best")
 
 
-def legend_beside(ax: Any, own: bool) -> None:
+def legend_beside(ax: Axes, own: bool) -> None:
     """A legend to the right of the axis, where it hides nothing, for which a figure of one's own grows."""
     handles, labels = ax.get_legend_handles_labels()
     columns = -(-len(labels) // LINES)

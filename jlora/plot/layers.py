@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from jlora import _answers
 from jlora._trees import _table
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 LABELLED = 24  # columns up to which a cell has room for its number
 
 
-def allocation(ranks: Mapping[str, Any], *, title: str = "", ax: Axes | None = None) -> Figure:
+def allocation(ranks: Mapping[str, ArrayLike], *, title: str = "", ax: Axes | None = None) -> Figure:
     """A heat map of layer x module: the rank of each weight, blank where there is no such weight.
 
     Layers are told by the numbers in a path, and by the index in a stack; modules by the rest of it, without the steps
@@ -58,7 +59,7 @@ def allocation(ranks: Mapping[str, Any], *, title: str = "", ax: Axes | None = N
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
         width, height = max(WIDTH, 2.6 + 0.26 * len(layers)), max(HEIGHT / 2, 0.9 + 0.24 * len(modules))
-        on: Any = axis_of(ax, width=width, height=height)
+        on = axis_of(ax, width=width, height=height)
         most = max(1, int(np.nanmax(grid, initial=1)))
         shown = on.imshow(grid, cmap="cividis", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
         on.grid(False)
@@ -87,7 +88,7 @@ def allocation(ranks: Mapping[str, Any], *, title: str = "", ax: Axes | None = N
 
 
 def ranks(
-    history: Mapping[int, Mapping[str, Any]],
+    history: Mapping[int, Mapping[str, ArrayLike]],
     *,
     budget: Callable[[int], float] | None = None,
     title: str = "",
@@ -142,7 +143,7 @@ def ranks(
     return figure_of(on)
 
 
-def _grid(ranks: Mapping[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
+def _grid(ranks: Mapping[str, ArrayLike]) -> tuple[list[str], list[str], np.ndarray]:
     """Modules, layers, and the rank of each; NaN where there is no such weight."""
     cells: dict[tuple[str, tuple[int, ...]], float] = {}
     for path, stacked in ranks.items():

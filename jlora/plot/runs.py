@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from jlora._trees import _table
 from jlora.plot._style import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def pareto(
-    points: Mapping[str, tuple[float, Any]],
+    points: Mapping[str, tuple[float, ArrayLike]],
     *,
     title: str = "",
     score: str = "accuracy (%)",
@@ -63,15 +64,15 @@ def pareto(
         positive("pareto", label, parameters)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
-        on: Any = axis_of(ax, width=WIDTH + 1.4)
+        on = axis_of(ax, width=WIDTH + 1.4)
         times = 100 if percent else 1
         means = {}
         for n, (label, (parameters, value)) in enumerate(points.items()):
             scores = times * np.atleast_1d(numbers("pareto", label, value, "scores"))
             means[parameters, scores.mean()] = None
             spread = [[scores.mean() - scores.min()], [scores.max() - scores.mean()]]
-            style = series_style(n) | {"linestyle": "none"}
-            on.errorbar(parameters, scores.mean(), spread if len(scores) > 1 else None, label=label, capsize=2, **style)
+            error = spread if len(scores) > 1 else None
+            on.errorbar(parameters, scores.mean(), error, label=label, capsize=2, linestyle="none", **series_style(n))
         front: list[tuple[float, float]] = []
         known = [point for point in means if not math.isnan(point[1])]
         for parameters, mean in sorted(known, key=lambda point: (point[0], -point[1])):
@@ -92,7 +93,11 @@ def pareto(
 
 
 def curves(
-    series: Mapping[str, tuple[Any, Any]], *, title: str = "", value: str = "loss (nats)", ax: Axes | None = None
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    title: str = "",
+    value: str = "loss (nats)",
+    ax: Axes | None = None,
 ) -> Figure:
     """Training curves: a value at each step, the mean of several seeds in a band from the least to the most.
 
@@ -110,7 +115,7 @@ def curves(
     check_pairs("curves", series, "{label: (steps, values)}")
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
-        on: Any = axis_of(ax)
+        on = axis_of(ax)
         for n, (label, (steps, values)) in enumerate(series.items()):
             steps = numbers("curves", label, steps, "steps")
             values = np.atleast_2d(numbers("curves", label, values, "values"))
@@ -126,7 +131,7 @@ def curves(
 
 
 def sweep(
-    series: Mapping[str, tuple[Any, Any]],
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
     size: str = "rank r",
     score: str = "accuracy (%)",
@@ -157,7 +162,7 @@ def sweep(
     levels = levelled("sweep", levels)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
-        on: Any = axis_of(ax)
+        on = axis_of(ax)
         times = 100 if percent else 1
         for n, (label, (sizes, values)) in enumerate(series.items()):
             values = times * np.atleast_2d(numbers("sweep", label, values, "scores"))
@@ -174,7 +179,7 @@ def sweep(
             )
         on.set_xscale("log")
         written(on, title=title, xlabel=size, ylabel=score)
-        marks = _apart(sorted({float(x) for sizes, _ in series.values() for x in sizes}))
+        marks = _apart(sorted({float(x) for sizes, _ in series.values() for x in np.asarray(sizes)}))
         on.set_xticks(marks, [f"{x:,.0f}" if x >= 1 else f"{x:g}" for x in marks])
         on.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         # inside, a level would run through it
@@ -183,7 +188,7 @@ def sweep(
 
 
 def scores(
-    found: Mapping[str, Any],
+    found: Mapping[str, ArrayLike],
     *,
     score: str = "accuracy (%)",
     percent: bool = True,
@@ -211,7 +216,7 @@ def scores(
     levels = levelled("scores", levels)
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
-        on: Any = axis_of(ax, width=WIDTH + 1.0, height=max(HEIGHT / 2, 1.0 + 0.24 * len(found)))
+        on = axis_of(ax, width=WIDTH + 1.0, height=max(HEIGHT / 2, 1.0 + 0.24 * len(found)))
         times = 100 if percent else 1
         for place, (label, value) in enumerate(found.items()):
             each = times * np.atleast_1d(numbers("scores", label, value, "scores"))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
+import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from jlora import _answers
 from jlora._trees import _table
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def similarity(
-    grid: Any,
+    grid: ArrayLike,
     *,
     title: str = "",
     rows: str = "directions of the first, i",
@@ -68,7 +70,7 @@ def similarity(
         raise ValueError(f"plot.similarity: nothing to draw in a grid of shape {grid.shape}")
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
-        on: Any = axis_of(ax)
+        on = axis_of(ax)
         extent = (0.5, grid.shape[1] + 0.5, grid.shape[0] + 0.5, 0.5)
         shown = on.imshow(grid, cmap="cividis", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
         on.grid(False)
@@ -79,7 +81,7 @@ def similarity(
     return figure_of(on)
 
 
-def spectra(series: Mapping[str, Any], *, title: str = "", ax: Axes | None = None) -> Figure:
+def spectra(series: Mapping[str, ArrayLike], *, title: str = "", ax: Axes | None = None) -> Figure:
     """Singular values, from the largest down, on a logarithmic axis; zeros are left out.
 
     Args:
@@ -102,7 +104,7 @@ def spectra(series: Mapping[str, Any], *, title: str = "", ax: Axes | None = Non
             )
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
-        on: Any = axis_of(ax)
+        on = axis_of(ax)
         for n, (label, values) in enumerate(series.items()):
             s = numbers("spectra", label, values, "singular values")
             if s.ndim != 1:
@@ -156,7 +158,7 @@ def amplification(
             )
     matplotlib = imported()
     with matplotlib.rc_context(STYLE):
-        on: Any = axis_of(ax, width=max(WIDTH, 1.2 + 0.9 * len(found)) + 1.4 * legend)
+        on = axis_of(ax, width=max(WIDTH, 1.2 + 0.9 * len(found)) + 1.4 * legend)
         groups = np.arange(len(found))
         for n, (label, field) in enumerate(bars.items()):
             heights = [_number(getattr(x, field), name) for name, x in found.items()]
@@ -184,7 +186,13 @@ def amplification(
     return figure_of(on)
 
 
-def _named(names: list[str], letters: int) -> tuple[list[str], dict[str, Any]]:
+class Turned(TypedDict, total=False):
+    """How names stand that are not upright: degrees."""
+
+    rotation: float
+
+
+def _named(names: list[str], letters: int) -> tuple[list[str], Turned]:
     """Names in lines of so many letters, cut after the steps of a path; upright where those would be too many."""
     names = [_table.shorten(name, 24) for name in names]
     if letters < 8 and max(map(len, names)) > letters:
@@ -193,7 +201,7 @@ def _named(names: list[str], letters: int) -> tuple[list[str], dict[str, Any]]:
     return ["\n".join(line.replace("/ ", "/") for line in lines(name)) for name in names], {}
 
 
-def _number(x: Any, name: str) -> float:
+def _number(x: jax.Array | float, name: str) -> float:
     if np.ndim(x):
         raise ValueError(f"plot.amplification draws one number a label; {name!r} is a stack of {np.shape(x)}: index it")
     return float(x)

@@ -5,7 +5,7 @@ Zhang et al, `AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-T
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +206,7 @@ def _members(pair: Pair) -> tuple[Member, ...]:
 
 
 def _smoothed(
-    scoring: Any, w: jax.Array, grad: jax.Array, mean: jax.Array, distance: jax.Array, beta1: float, beta2: float
+    scoring: jax.Array, w: jax.Array, grad: jax.Array, mean: jax.Array, distance: jax.Array, beta1: float, beta2: float
 ) -> tuple[jax.Array, jax.Array]:
     """I~ and U~ of one factor after a step; U~ is measured from the I~ that this step has moved."""
     size = jnp.abs(w.astype(mean.dtype) * grad.astype(mean.dtype))

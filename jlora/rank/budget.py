@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,12 +76,12 @@ class Budget:
         left = 1 - (step - self.init_warmup) / (self.last - self.init_warmup)
         return int(self.target + (self.initial - self.target) * left**3)
 
-    def masks(self, step: Any) -> Any:
+    def masks(self, step: int | jax.Array) -> bool | jax.Array:
         """Whether a mask is made at a step; traced too."""
         between = (step > self.init_warmup) & (step < self.last) & (step % self.interval == 0)
         return between | (step == self.last)
 
-    def traced(self, step: Any) -> jax.Array:
+    def traced(self, step: jax.Array) -> jax.Array:
         """b(t) of a traced step: a count of the levels that it has not left, so that no float32 rounds a budget."""
         levels = range(self.target + 1, self.initial + 1)
         steps = range(self.last + 1)

@@ -7,7 +7,7 @@ Valipour et al, `DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jlora.rank.prune import ranked
 Mode: TypeAlias = Literal["normal", "frozen"]
 
 
-def at_rank(adapted: Adapted, b: Any, mode: Mode = "normal") -> Adapted:
+def at_rank(adapted: Adapted, b: jax.Array | int, mode: Mode = "normal") -> Adapted:
     """The adapter at rank b: dW = (alpha / b) a[:b] b[:b], for training, evaluation and merging alike.
 
     `b` may be traced and no shape changes, so one compiled program serves all ranks; `compact` drops the zeros. The
@@ -207,7 +207,7 @@ def _check_mode(caller: str, mode: object) -> None:
         raise ValueError(f"{caller}(mode={mode!r}): write 'normal' or 'frozen'")
 
 
-def _rows(pair: Pair, b: Any, mode: Mode) -> tuple[jax.Array, jax.Array]:
+def _rows(pair: Pair, b: jax.Array | int, mode: Mode) -> tuple[jax.Array, jax.Array]:
     """(r,) which ranks there are, and which of them a step trains."""
     n = lax.iota(jnp.int32, pair.rank)
     keep = n < b
@@ -219,7 +219,7 @@ def _along(rows: jax.Array, member: Member, ndim: int) -> jax.Array:
     return rows.reshape(*(1,) * member.stack, -1, *(1,) * (ndim - member.stack - 1))
 
 
-def _masked(pairs: tuple[Pair, ...], b: Any, mode: Mode, updates: Places) -> Places:
+def _masked(pairs: tuple[Pair, ...], b: jax.Array | int, mode: Mode, updates: Places) -> Places:
     made = {}
     for pair in pairs:
         _, moves = _rows(pair, b, mode)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jlora.optim._halves import Places
 Ties: TypeAlias = Literal["exact", "reference"]
 
 
-def prune(adapted: Adapted, scores: PyTree, b: Any, *, ties: Ties = "exact") -> Adapted:
+def prune(adapted: Adapted, scores: PyTree, b: jax.Array | int, *, ties: Ties = "exact") -> Adapted:
     """Keeps the b ranks with the largest scores, over all weights and layers together, and zeroes the others.
 
     No shape changes, and `b` may be traced: the program is compiled once. `compact` then makes the adapter small.
@@ -128,7 +128,7 @@ def check_ties(caller: str, ties: object) -> None:
         raise ValueError(f"{caller}(ties={ties!r}): write 'exact' or 'reference'")
 
 
-def top(scores: Places, b: Any, ties: Ties) -> Places:
+def top(scores: Places, b: jax.Array | int, ties: Ties) -> Places:
     """Which of all scores are among the b largest, as booleans of the same shapes."""
     flat = jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in scores.values()])
     flat = jnp.where(jnp.isnan(flat), -jnp.inf, flat)
@@ -157,7 +157,7 @@ def as_rows(keep: jax.Array, member: Member, ndim: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _prune(trainable: PyTree, scores: Places, b: Any, rests: Places, plan: Plan, ties: Ties) -> PyTree:
+def _prune(trainable: PyTree, scores: Places, b: jax.Array | int, rests: Places, plan: Plan, ties: Ties) -> PyTree:
     pruned = [pair for pair in _pairs.pairs(plan) if pair.own]
     kept = top({pair.marks[0].place: scores[pair.marks[0].place] for pair in pruned}, b, ties)
     new = {group: dict(named) for group, named in trainable.items()}

@@ -5,7 +5,7 @@ Mao et al, `SeLoRA: Self-Expanding Low-Rank Adaptation of Latent Diffusion Model
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 
 from jlora._dtypes import widened
 from jlora._plan._pairs import Member, Pair, pairs
-from jlora._types import PyTree
+from jlora._types import Half, PyTree
 from jlora.adapted import Adapted
 from jlora.optim._checks import number, transformation_of, whole_number
 from jlora.optim._halves import Halves, Places, check_masked, plan_with
@@ -34,8 +34,8 @@ class SeLoRAState(NamedTuple):
     """
 
     count: jax.Array
-    ranks: Any
-    ratio: Any
+    ranks: Half
+    ratio: PyTree
     inner: PyTree
     gathered: PyTree = ()
 
@@ -170,7 +170,7 @@ def _squares(x: jax.Array, member: Member) -> jax.Array:
     return jnp.sum(x * x, tuple(range(member.stack + 1, x.ndim)))
 
 
-def _active(growing: tuple[Pair, ...], ranks: Any, values: Places) -> Places:
+def _active(growing: tuple[Pair, ...], ranks: Half, values: Places) -> Places:
     """The factors' values with zeros beyond the active ranks."""
     made = {}
     for pair in growing:

@@ -6,7 +6,7 @@ Ding et al, `Sparse Low-rank Adaptation of Pre-trained Language Models <https://
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jlora.optim._halves import Halves, check_masked, plan_with
 from jlora.rank._steps import finite, gathered_mean, gathering, none_gathered, started, stepped, where_real
 
 Prox: TypeAlias = Literal["exact", "reference"]
-Schedule: TypeAlias = "float | Callable[[Any], Any]"
+Schedule: TypeAlias = "float | Callable[[ArrayLike], ArrayLike]"
 
 WHAT = "an update a diag(g) b, all trained; adapt with jlora.SoRA(...)"
 
@@ -193,7 +193,7 @@ def _mask(halves: Halves, tree: PyTree, places: frozenset[tuple[str, str]], gate
     return halves.write(jax.tree.map(lambda _: not gates, tree), {p: (p in places) == gates for p in found})
 
 
-def _at(value: Any, count: Any) -> Any:
+def _at(value: Schedule, count: ArrayLike) -> ArrayLike:
     return value(count) if callable(value) else value
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jlora import methods
-from jlora._algebra._words import Recipe
+from jlora._algebra._recipe import Recipe
 from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _tree

@@ -3,19 +3,21 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from jlora import _answers
 from jlora._algebra import _recipe
-from jlora._plan._sites import Site
+from jlora._plan._sites import Site, Spec
 from jlora._trees import _select, _table, _tree
 from jlora._trees._compound import is_compound
 from jlora._trees._tree import Target
+from jlora._types import AnyMesh, DType, MeshAxes, PyTree, Shaped
 from jlora.adapted import Adapted, adapt
 from jlora.shard import _rules
 from jlora.shard._specs import abstract, check_mesh, operands, roles_of, state_shardings
@@ -76,15 +78,15 @@ class Estimate:
 
 
 def estimate(
-    params: Any,
-    spec: Any,
-    mesh: Any,
-    base_specs: Any,
+    params: PyTree,
+    spec: Spec,
+    mesh: AnyMesh,
+    base_specs: PyTree,
     *,
     batch: PartitionSpec,
-    tx: Any = None,
+    tx: optax.GradientTransformation | None = None,
     tokens: int = 0,
-    activations: Any = jnp.bfloat16,
+    activations: DTypeLike = jnp.bfloat16,
     passes: int = 2,
     quantised: "tuple[Target, float] | None" = None,
     axes: dict[str, str] | None = None,
@@ -192,17 +194,17 @@ def estimate(
     )
 
 
-def _named(tree: _tree.Named) -> "zip[tuple[str, Any]]":
+def _named(tree: _tree.Named) -> "zip[tuple[str, PyTree]]":
     return zip(tree.paths, tree.leaves, strict=True)
 
 
-def _held(leaf: Any, spec: PartitionSpec, sizes: Mapping[str, int], bits: float = 0) -> int:
+def _held(leaf: Shaped, spec: PartitionSpec, sizes: Mapping[str, int], bits: float = 0) -> int:
     """The bytes of a device's share."""
     whole = math.prod(leaf.shape) * bits / 8 if bits else _rules.bytes_of(leaf)
     return math.ceil(whole / math.prod(_rules.shards(entry, sizes) for entry in spec))
 
 
-def _cut(spec: Any, among: tuple[str, ...]) -> tuple[str, ...]:
+def _cut(spec: Iterable[MeshAxes], among: tuple[str, ...]) -> tuple[str, ...]:
     """The mesh axes of a spec that are among these."""
     return tuple(n for entry in spec for n in _rules.mesh_axes(entry) if n in among)
 
@@ -228,7 +230,7 @@ def _gathers(
     rows: tuple[str, ...],
     sizes: Mapping[str, int],
     passes: int,
-    wide: Any,
+    wide: DType,
 ) -> list[Traffic]:
     """What is sharded over the batch's axes is gathered to be used: matrices in every pass, other leaves once."""
     sent: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()

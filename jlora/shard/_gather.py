@@ -2,8 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -11,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora._algebra._mesh import explicit_mesh
 from jlora._trees import _tree
 from jlora._trees._compound import Compound, is_compound
+from jlora._types import Cut, DType, MeshAxes, PyTree
 from jlora.shard import _rules
 
 
@@ -26,12 +26,12 @@ class Gather:
       stack: the number of stack axes.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[..., jax.Array]
     places: tuple[NamedSharding, ...]
     home: NamedSharding
     stack: int
 
-    def __call__(self, *arrays: Any) -> jax.Array:
+    def __call__(self, *arrays: jax.Array) -> jax.Array:
         # The base is frozen, so no gradient is lost. Without this, a derivative where jlora has no rule of its own
         # would go through `custom_vmap`, which has no reverse mode in JAX 0.10.
         held = jax.lax.stop_gradient(arrays)
@@ -43,7 +43,9 @@ class Gather:
         """Whether an axis can be cut before the weight is made, as `fn` says: looked up rows are not gathered."""
         return self.fn.free(axis)  # type: ignore[attr-defined]
 
-    def along(self, arrays: Any, axis: int, front: int, f: Callable[[Any, int], Any]) -> Any:
+    def along(
+        self, arrays: tuple[jax.Array, ...], axis: int, front: int, f: Cut
+    ) -> tuple[tuple[jax.Array, ...], Callable[..., jax.Array]]:
         return self.fn.along(arrays, axis, front, f)  # type: ignore[attr-defined]
 
 
@@ -77,15 +79,15 @@ class PlacedLeaf(Compound):
         self.leaf = leaf
         self.places = places
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Hashable, Compound]], tuple[NamedSharding, ...]]:
         return ((jax.tree_util.GetAttrKey("leaf"), self.leaf),), self.places
 
     @classmethod
-    def tree_unflatten(cls, places: Any, leaves: Any) -> "PlacedLeaf":
+    def tree_unflatten(cls, places: tuple[NamedSharding, ...], leaves: tuple[Compound]) -> "PlacedLeaf":
         (leaf,) = leaves
         return cls(leaf, places)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyTree:
         """What else its leaf has: `scheme`, `nbytes`, ..."""
         if name == "leaf":  # not made yet (copy, pickle)
             raise AttributeError(name)
@@ -96,14 +98,14 @@ class PlacedLeaf(Compound):
         return self.leaf.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         return self.leaf.dtype
 
     @property
     def roles(self) -> str:
         return self.leaf.roles
 
-    def parts(self) -> tuple[tuple[Any, ...], Callable[..., jax.Array]]:
+    def parts(self) -> tuple[tuple[jax.Array, ...], Callable[..., jax.Array]]:
         arrays, fn = self.leaf.parts()
         places = tuple(map(_fitted, arrays, self.places))
         stack = self.leaf.roles.count("s")
@@ -118,7 +120,7 @@ class PlacedLeaf(Compound):
     def axes(self) -> tuple[tuple[int | None, ...], ...]:
         return self.leaf.axes()
 
-    def spec(self) -> tuple[Any, ...]:
+    def spec(self) -> tuple[MeshAxes, ...]:
         """The stack axes are cut as the arrays are, all others as the weight is where it is brought."""
         _, gather = self.parts()
         known, near = list(self.leaf.spec()), _rules.sayable(gather.home).spec
@@ -143,7 +145,7 @@ def _fitted(a: Any, place: NamedSharding) -> NamedSharding:
     return NamedSharding(place.mesh, PartitionSpec(*entries[len(place.spec) :]))
 
 
-def gathered(tree: Any, places: Any, batch: Any) -> Any:
+def gathered(tree: PyTree, places: PyTree, batch: PyTree) -> PyTree:
     """The same tree, whose quantised weights are gathered as codes over the mesh axes that a batch is sharded over.
 
     A compiler does not see that a weight which it gathers (fsdp) is smaller as codes: it computes each device's share
@@ -192,7 +194,7 @@ def gathered(tree: Any, places: Any, batch: Any) -> Any:
     return _tree.rebuilt(tree, [_one(leaf, at, rows) for leaf, at in both])
 
 
-def _one(leaf: Any, places: Any, rows: set[str]) -> Any:
+def _one(leaf: PyTree, places: PyTree, rows: set[str]) -> PyTree:
     if not is_compound(leaf):
         return leaf
     whole = lambda a, at: (*at.spec, *[None] * (a.ndim - len(at.spec)))

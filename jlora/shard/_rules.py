@@ -3,15 +3,16 @@
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora._trees import _table, _tree
+from jlora._types import MeshAxes, PyTree
 
-Entries: TypeAlias = tuple[Any, ...]
+Entries: TypeAlias = tuple[MeshAxes, ...]
 """A PartitionSpec as long as the array has axes: for each None, a mesh axis, or a tuple of mesh axes."""
 
 Sizes: TypeAlias = "Mapping[str, int] | None"
@@ -44,7 +45,7 @@ _TABLE = tuple(
 )  # fmt: skip
 
 
-def mesh_axes(entry: Any) -> tuple[str, ...]:
+def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
     """The mesh axes of one entry of a spec."""
     if entry is None:
         return ()
@@ -56,7 +57,7 @@ def is_spec(x: object) -> bool:
     return isinstance(x, PartitionSpec)
 
 
-def shards(entry: Any, sizes: Mapping[str, int]) -> int:
+def shards(entry: MeshAxes, sizes: Mapping[str, int]) -> int:
     """Into how many parts an entry cuts an axis."""
     return math.prod(sizes[name] for name in mesh_axes(entry))
 
@@ -69,7 +70,7 @@ def to_spec(entries: Entries) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def without(entries: Iterable[Any], gone: Collection[str]) -> PartitionSpec:
+def without(entries: Iterable[MeshAxes], gone: Collection[str]) -> PartitionSpec:
     """The spec that is left when an array is gathered over the mesh axes `gone`."""
     return PartitionSpec(*(tuple(n for n in mesh_axes(entry) if n not in gone) or None for entry in entries))
 
@@ -92,14 +93,14 @@ def fitted(entries: Entries, shape: tuple[int, ...], sizes: Sizes) -> Entries:
     return tuple(kept)
 
 
-def bytes_of(leaf: Any) -> int:
+def bytes_of(leaf: PyTree) -> int:
     """The bytes of an array-like leaf, of a PRNG key too."""
     shape, dtype = _tree.shape_dtype(leaf)
     is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     return math.prod(shape) * (8 if is_key else jnp.dtype(dtype).itemsize)
 
 
-def entries_of(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes) -> list[Entries]:
+def entries_of(tree: _tree.Named, roles: Sequence[str], given: PyTree, sizes: Sizes) -> list[Entries]:
     """The entries of every leaf of a base.
 
     Raises:
@@ -107,7 +108,7 @@ def entries_of(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes
         axis that the mesh has not, or that a spec has twice; for a preset, unknown leaves of over 1 % of the bytes.
     """
     if isinstance(given, str):  # a preset
-        found: Sequence[Any] = _preset(tree, roles, given)
+        found: Sequence[PyTree] = _preset(tree, roles, given)
     elif _is_rules(given):
         found = [next((s for p, s in given if _tree.matches(p, path)), PartitionSpec()) for path in tree.paths]
         idle = [p for p, _ in given if not any(_tree.matches(p, path) for path in tree.paths)]
@@ -146,12 +147,12 @@ def entries_of(tree: _tree.Named, roles: Sequence[str], given: Any, sizes: Sizes
     return entries
 
 
-def _is_rules(given: Any) -> bool:
+def _is_rules(given: object) -> bool:
     pair = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)
     return isinstance(given, Sequence) and not isinstance(given, PartitionSpec) and all(map(pair, given))
 
 
-def _from_tree(tree: _tree.Named, given: Any) -> list[PartitionSpec]:
+def _from_tree(tree: _tree.Named, given: PyTree) -> list[PartitionSpec]:
     """Specs matched by path, so that it does not matter which of the two trees has boxes.
 
     A spec above several leaves is for all of them.
@@ -194,7 +195,7 @@ def _preset(tree: _tree.Named, roles: Sequence[str], preset: str) -> list[Partit
             unknown.append((path, leaf))
         into, out = known[0] if known else ("", "")
         own = _own_roles(path, letters, ndim)
-        entries: list[Any] = [None] * ndim
+        entries: list[MeshAxes] = [None] * ndim
         is_matrix = bool(set(own) & set("ik"))
         if "i" in own:
             entries[own.index("i")] = axis.get(into)
@@ -214,7 +215,7 @@ def _own_roles(path: str, letters: Mapping[str, str], ndim: int) -> str:
     return of_bias if len(of_bias) == ndim else letters[path]
 
 
-def _report(tree: _tree.Named, unknown: Sequence[tuple[str, Any]], preset: str) -> None:
+def _report(tree: _tree.Named, unknown: Sequence[tuple[str, PyTree]], preset: str) -> None:
     total = sum(map(bytes_of, tree.leaves))
     size = sum(bytes_of(leaf) for _, leaf in unknown)
     if not unknown:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jlora import _answers
@@ -13,13 +14,13 @@ from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _axes, _tree
 from jlora._trees._compound import is_compound
-from jlora._types import Place
+from jlora._types import AnyMesh, MeshAxes, Place, PyTree
 from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted
 from jlora.shard import _rules
 from jlora.shard._rules import Entries, Sizes
 
 
-def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
+def partition_specs(adapted: PyTree, base_specs: PyTree, mesh: AnyMesh | None = None) -> PyTree:
     """A PartitionSpec for every array of an `Adapted`, in its structure.
 
     The base's are given; the factors' follow from the equations. An axis of a factor that stands for an axis of the
@@ -77,7 +78,7 @@ def partition_specs(adapted: Any, base_specs: Any, mesh: Any = None) -> Any:
     return Adapted(trainable, Frozen(base, factors, key, frozen.plan, gates))
 
 
-def _of_leaf(leaf: Any, kernel: Entries, sizes: Sizes) -> Any:
+def _of_leaf(leaf: PyTree, kernel: Entries, sizes: Sizes) -> PyTree:
     """The spec of a leaf; of a quantised weight one for each array, by the axes of the weight that it stands for."""
     if not is_compound(leaf):
         return _rules.to_spec(kernel)
@@ -109,7 +110,7 @@ def _of_site(site: Site, kernel: Entries, sizes: Sizes) -> dict[Place, Entries]:
     stack = [kernel[n] for n in leaf.axes("s")]
     stored = site.recipe.arrays(leaf)
 
-    def put(array: _words.Array, own: list[Any]) -> None:
+    def put(array: _words.Array, own: list[MeshAxes]) -> None:
         place = (array.group or leaf.path, array.name)
         entries = (stack if array.stacked else []) + own
         # The first entries stay. Equations come before the functions that read their factors, and say of which axis of
@@ -148,7 +149,7 @@ def operands(site: Site, kernel: Entries, sizes: Mapping[str, int]) -> Iterator[
                 yield shape, _rules.fitted(tuple(entry.get(x) for x in labels), shape, sizes), stacked
 
 
-def _letters(bound: Bound, atoms: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+def _letters(bound: Bound, atoms: dict[str, MeshAxes], sizes: Sizes) -> dict[str, MeshAxes]:
     """The entry of every letter of an equation.
 
     A letter that is an axis of the kernel has that axis's entry. Of a side that the equation writes flat, `(i j)`, the
@@ -163,7 +164,7 @@ def _letters(bound: Bound, atoms: dict[str, Any], sizes: Sizes) -> dict[str, Any
     return entry
 
 
-def shardings(mesh: Any, adapted: Any, base_specs: Any) -> Any:
+def shardings(mesh: AnyMesh, adapted: PyTree, base_specs: PyTree) -> PyTree:
     """`partition_specs` as NamedShardings of a mesh: for `jax.device_put`, `jit` and Orbax.
 
     Args:
@@ -188,7 +189,7 @@ def shardings(mesh: Any, adapted: Any, base_specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_rules.is_spec)
 
 
-def check_mesh(caller: str, mesh: Any) -> None:
+def check_mesh(caller: str, mesh: object) -> None:
     """Raises TypeError unless `mesh` has named axes with sizes."""
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise TypeError(
@@ -196,7 +197,7 @@ def check_mesh(caller: str, mesh: Any) -> None:
         )
 
 
-def abstract(mesh: Any, adapted: Any, base_specs: Any) -> Any:
+def abstract(mesh: AnyMesh, adapted: PyTree, base_specs: PyTree) -> PyTree:
     """The same tree as ShapeDtypeStructs with shardings: what Orbax restores into, and `jit(...).lower` compiles for.
 
     Args:
@@ -215,7 +216,7 @@ def abstract(mesh: Any, adapted: Any, base_specs: Any) -> Any:
     return jax.tree.map(struct, adapted, shardings(mesh, adapted, base_specs))
 
 
-def state_shardings(tx: Any, adapted: Adapted) -> Any:
+def state_shardings(tx: optax.GradientTransformation, adapted: Adapted) -> PyTree:
     """The shardings of `tx.init(adapted.trainable)`.
 
     A leaf that stands at the path of a factor and has its shape (a moment, a running mean) lives where the factor
@@ -275,7 +276,7 @@ def named_shardings(tree: Any) -> Any:
     return jax.tree.map(lambda a: a.sharding, tree)
 
 
-def mesh_of(tree: Any) -> Any:
+def mesh_of(tree: PyTree) -> AnyMesh:
     """The one mesh that a tree lives on."""
     meshes = {leaf.mesh for leaf in jax.tree.leaves(named_shardings(tree))}
     if len(meshes) != 1:

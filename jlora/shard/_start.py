@@ -1,23 +1,24 @@
 """Base and factors made where they live, so that no host and no device ever holds the whole."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from jlora._plan._sites import Spec
 from jlora._trees import _tree
+from jlora._types import Half, Key, PyTree, Value
 from jlora.adapted import Adapted, Frozen, adapt, begun
 from jlora.shard._specs import check_mesh, shardings
 
 
 def init(
-    make_params: "Callable[[], Any] | Any",
-    spec: Any,
+    make_params: "Callable[[], PyTree] | PyTree",
+    spec: Spec,
     mesh: Mesh,
-    base_specs: Any,
+    base_specs: PyTree,
     *,
-    key: Any = None,
+    key: Key | None = None,
     axes: dict[str, str] | None = None,
     allow_untied: bool = False,
 ) -> Adapted:
@@ -70,7 +71,7 @@ def init(
     at = places.frozen.base
     base = jax.jit(make_params, out_shardings=at)() if made else jax.device_put(make_params, at)
 
-    def factors(base: Any) -> Any:
+    def factors(base: PyTree) -> tuple[Half, Half]:
         adapted = begun(
             base, spec, allow_untied=True, **options
         )  # inside jit tied leaves are two tracers: they were looked at above
@@ -83,7 +84,7 @@ def init(
     return jax.device_put(adapted, jax.tree.map(lambda s: NamedSharding(mesh, s.spec), places))
 
 
-def _shapes(fn: Callable[[Any], Any], params: Any) -> Any:
+def _shapes(fn: Callable[[PyTree], Value], params: PyTree) -> Value:
     """`eval_shape` of `fn(params)` by shapes and dtypes alone, in which arrays that are tied are one tracer.
 
     The arrays may be on another mesh, which their types would bring into the trace.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,27 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora import _answers
-from jlora.adapted import Adapted, check_adapted, is_adapted, join
+from jlora._types import PyTree
+from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted, join
 from jlora.optim._halves import check_masked
 from jlora.shard._gather import gathered
 from jlora.shard._rules import is_spec, sayable
-from jlora.shard._specs import check_mesh, mesh_of, named_shardings, state_shardings
+from jlora.shard._specs import check_mesh, is_spec, mesh_of, named_shardings, state_shardings
+
+Stepped: TypeAlias = tuple[PyTree, PyTree, dict[str, jax.Array]]
+"""The trainable half, the optimizer's state, and the metrics."""
 
 
 def train_step(
-    loss: Callable[[Adapted, Any], jax.Array],
+    loss: Callable[[Adapted, PyTree], jax.Array],
     tx: optax.GradientTransformation,
     mesh: Mesh,
     adapted: Adapted,
     *,
-    batch: Any,
+    batch: PyTree,
     accumulate: int = 1,
     clip: float | None = None,
-) -> Callable[..., Any]:
+) -> Callable[[PyTree, PyTree, Frozen, PyTree], Stepped]:
     """A jitted `step(trainable, state, frozen, batch) -> (trainable, state, metrics)`.
 
     Everything stays where it is: in and out shardings are those of `adapted` and `state_shardings`. `trainable` and
@@ -82,7 +86,7 @@ def train_step(
         raise ValueError(f"train_step(batch={batch!r}): a PartitionSpec for all arrays of a batch, or a tree of them")
     update = optax.with_extra_args_support(tx).update
 
-    def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
+    def step(trainable: PyTree, state: PyTree, frozen: Frozen, batch: PyTree) -> Stepped:
         if (
             AxisType.Explicit in mesh.axis_types
         ):  # there a type says where its array lives; of one from the host it does not
@@ -90,7 +94,7 @@ def train_step(
 
         here = near(frozen)
 
-        def gradient(rows: Any) -> Any:
+        def gradient(rows: PyTree) -> tuple[jax.Array, PyTree]:
             value, grads = jax.value_and_grad(lambda t: loss(join(t, here), rows))(trainable)
             return value.astype(jnp.float32), grads
 
@@ -123,7 +127,7 @@ def train_step(
     )
 
     @functools.wraps(step)
-    def checked(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
+    def checked(trainable: PyTree, state: PyTree, frozen: Frozen, batch: PyTree) -> Stepped:
         try:
             return compiled(trainable, state, frozen, batch)
         except (ValueError, TypeError):  # of a state made without `masked`, JAX says only that two structures differ

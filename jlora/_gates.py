@@ -52,7 +52,7 @@ def with_gates(adapted: Adapted, /, **gates: ArrayLike) -> Adapted:
     return Adapted(adapted.trainable, dataclasses.replace(adapted.frozen, gates={**adapted.frozen.gates, **values}))
 
 
-def _checked(name: str, value: ArrayLike, plan: Plan) -> jax.Array:
+def _checked(name: str, value: ArrayLike | jax.ShapeDtypeStruct, plan: Plan) -> jax.Array | jax.ShapeDtypeStruct:
     """The value of a gate in a floating point dtype."""
     if name not in plan.gates:
         have = "its gates are " + ", ".join(map(repr, plan.gates)) if plan.gates else "no method of it has one"

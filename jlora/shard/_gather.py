@@ -136,7 +136,7 @@ class PlacedLeaf(Compound):
         return f"Gathered({self.leaf!r})"
 
 
-def _fitted(a: Any, place: NamedSharding) -> NamedSharding:
+def _fitted(a: jax.Array, place: NamedSharding) -> NamedSharding:
     """A place for an array whose leading axes are others than when the place was told, counted from the last axis.
 
     A scan over the tree takes stack axes away and a `vmap` adds some, and neither changes what is static in a leaf.

@@ -1,7 +1,6 @@
 """Where factors live, derived from the equations alone."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import optax
@@ -256,7 +255,7 @@ def state_shardings(tx: optax.GradientTransformation, adapted: Adapted) -> PyTre
     return jax.tree.map(lambda place: place.with_memory_kind("pinned_host") if next(host) else place, places)
 
 
-def named_shardings(tree: Any) -> Any:
+def named_shardings(tree: PyTree) -> PyTree:
     """The NamedSharding of every array of a tree.
 
     Raises:

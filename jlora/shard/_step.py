@@ -16,7 +16,7 @@ from jlora.adapted import Adapted, Frozen, check_adapted, is_adapted, join
 from jlora.optim._halves import check_masked
 from jlora.shard._gather import gathered
 from jlora.shard._rules import is_spec, sayable
-from jlora.shard._specs import check_mesh, is_spec, mesh_of, named_shardings, state_shardings
+from jlora.shard._specs import check_mesh, mesh_of, named_shardings, state_shardings
 
 Stepped: TypeAlias = tuple[PyTree, PyTree, dict[str, jax.Array]]
 """The trainable half, the optimizer's state, and the metrics."""

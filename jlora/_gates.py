@@ -14,7 +14,7 @@ from jlora._types import Shape
 from jlora.adapted import Adapted, check_any
 
 
-def with_gates(adapted: Adapted, /, **gates: ArrayLike) -> Adapted:
+def with_gates(adapted: Adapted, /, **gates: ArrayLike | jax.ShapeDtypeStruct) -> Adapted:
     """The same adapter with the values of its gates, such as `active` of `jlora.Gated(method, "active")`.
 
     Called inside the loss, with the gates of this batch, as `with_dropout` is. Values are no part of the adapter:
@@ -66,15 +66,15 @@ def _checked(name: str, value: ArrayLike | jax.ShapeDtypeStruct, plan: Plan) -> 
             f"the gate {name!r} has letters of its own of sizes {letters[0]}: its value is of shape "
             f"(positions..., {', '.join(map(str, letters[0]))}), not {shape}"
         )
-    if jnp.issubdtype(dtype, jnp.floating):
-        return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
     number = jnp.issubdtype(dtype, jnp.bool_) or jnp.issubdtype(dtype, jnp.integer)
-    if not number or jnp.issubdtype(dtype, jnp.integer) and any(plan.gates[name]):
+    real = jnp.issubdtype(dtype, jnp.floating)
+    if not (real or number) or jnp.issubdtype(dtype, jnp.integer) and any(plan.gates[name]):
         hint = "; of an index write jax.nn.one_hot(index, n)" if number else ""
         raise ValueError(f"the gate {name!r} is floating point or boolean, not {dtype}{hint}")
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[return-value]
-    return jnp.asarray(value, jnp.float32)
+    dtype = dtype if real else jnp.dtype(jnp.float32)
+    if isinstance(value, jax.ShapeDtypeStruct):  # for `explain`, which computes nothing
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jnp.asarray(value, dtype)
 
 
 def check_given(caller: str, adapted: Adapted) -> None:

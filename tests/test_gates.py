@@ -476,6 +476,23 @@ def test_a_gate_that_is_the_same_everywhere_merges():
     close(jlora.analysis.updates(half)["w"].s, 0.5 * jlora.analysis.updates(adapted(lora()))["w"].s)
 
 
+@pytest.mark.parametrize("inner", [lora(), jlora.AdaLoRA(rank=2, target="w")], ids=["lora", "adalora"])
+def test_rank_tools_see_through_a_gate(inner):
+    """A number for all ranks is no part of the pair: a rank that adds nothing is cut, and the function stays."""
+    ad, x, g = adapted(jlora.Gated(inner)), drawn(1, 2, 5, 6), drawn(2, 2, 5)
+    dead = jlora.join({"w": {n: a.at[0].set(0) for n, a in ad.trainable["w"].items()}}, ad.frozen)
+    small = jlora.rank.compact(dead)
+    assert jlora.count(small)[0] < jlora.count(ad)[0] and "Gated" in jlora.table(small)
+    run = lambda ad: jlora.lift(matrix)(jlora.with_gates(ad, active=g), x)
+    close(run(small), run(dead))
+
+
+def test_a_plan_is_costed_without_values():
+    """FLOPs of a gated plan are those of the plan, and a scalar."""
+    cost = lambda spec: jlora.analysis.cost({"w": jnp.ones((6, 4))}, spec, tokens=10).trainable
+    assert cost(jlora.Gated(lora())) == cost(lora()) == 20
+
+
 # --- what is refused -------------------------------------------------------------------------------
 
 POSITIONS = functools.partial(jlora.with_gates, active=drawn(2, 2, 5))

@@ -199,7 +199,8 @@ def lookup(
         return w.along(atom, base, rows.of, drop=True).replace(axes=axes)
     assert base is not None
     batch = tuple(f"row{n}" for n in range(rows.count))
-    w = met(w, indices, (*batch, "index"), batch, "a lookup with indices")
+    if w.positional:
+        w = met(w, lax.squeeze(indices, [rows.count]), batch, batch, "a lookup with indices")
     width = math.prod(s for n, s in enumerate(w.shape) if n != rows.axis)
     letters = [_letters(t, atom, width) for t in w.terms]
     y = base if w.plain else jnp.zeros_like(base)

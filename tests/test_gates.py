@@ -308,6 +308,24 @@ def test_letters_of_a_gate_are_summed_wherever_it_stands(name):
     close(y, want)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedBank(methods.base.LowRank):
+    """W = W0 + s (sum_n g[n] a_n) diag(d) b: the input side alone has the letter of the gate."""
+
+    def delta(self, leaf):
+        a, d, b = (Array(name, methods.base.normal(1.0)) for name in "adb")
+        sizes = (("n", 3), ("r", self.rank))
+        return Delta("n r I, r, r O, n -> I O", (a, d, b, Gate("adapter")), sizes, self.scale)
+
+
+def test_a_letter_of_one_side_and_the_gate_is_kept_until_they_meet():
+    """What is joined on one side of the product, a and d, keeps the letter that the gate has."""
+    ad, x, g = adapted(SharedBank(rank=2, alpha=3, target="w")), drawn(1, 2, 5, 6), drawn(2, 2, 5, 3)
+    a, d, b = (np.asarray(ad.trainable["w"][n], np.float64) for n in "adb")
+    want = x @ np.asarray(ad.frozen.base["w"]) + S * np.einsum("btn,bti,nri,r,ro->bto", g, x, a, d, b)
+    close(jlora.lift(matrix)(jlora.with_gates(ad, adapter=g), x), want)
+
+
 def test_a_router_is_trained_through_its_gate():
     """A mixture g = softmax(x v) gives v a gradient, that of central differences; the base gets none."""
     ad, x = adapted(Bank(rank=2, alpha=3, target="w")), drawn(1, 2, 5, 6)
@@ -444,6 +462,18 @@ def test_no_dw_is_made_for_each_position():
 
     loss = lambda t: jlora.lift(matrix)(jlora.with_gates(jlora.join(t, ad.frozen), active=g), x).sum()
     assert max(largest(jax.make_jaxpr(jax.grad(loss))(ad.trainable).jaxpr)) <= x.size
+
+
+def test_a_gate_makes_nothing_that_would_be_made_anew():
+    """Few rows of a low-rank update keep their plain rule: the backward pass has no more barriers for the gate."""
+    x = drawn(1, 2, 1, 6)
+
+    def barriers(method, **gates):
+        ad = adapted(method)
+        loss = lambda t: jlora.lift(matrix)(jlora.with_gates(jlora.join(t, ad.frozen), **gates), x).sum()
+        return str(jax.make_jaxpr(jax.grad(loss))(ad.trainable)).count("optimization_barrier")
+
+    assert barriers(jlora.Gated(lora()), active=jnp.full((2, 1), 0.5)) == barriers(lora())
 
 
 # --- what it is not a part of ----------------------------------------------------------------------
@@ -669,6 +699,14 @@ def test_a_vector_cannot_be_gated():
     """A bias is added, and meets no activation."""
     with pytest.raises(ValueError, match="input and output axes"):
         jlora.adapt({"dense": {"bias": jnp.ones(4)}}, jlora.Gated(jlora.BitFit()))
+
+
+def test_a_vector_that_is_contracted_can_be():
+    """x w with one output has positions too: y[p] = x[p] (w0 + g[p] dw)."""
+    ad = adapted(Mine(made=Recipe((Delta("I, -> I", (Array("b", ZEROS), GATE)),))), (6,), "i")
+    x, g = drawn(1, 2, 5, 6), drawn(2, 2, 5)
+    want = x @ np.asarray(ad.frozen.base["w"]) + g * (x @ np.asarray(ad.trainable["w"]["b"]))
+    close(jlora.lift(matrix)(jlora.with_gates(ad, on=g), x), want)
 
 
 # --- activated LoRA --------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def strata(size: int) -> tuple[np.ndarray, np.ndarray]:
 def sparse(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
     """One entry a range: none falls on another, so that columns have norm one exactly."""
     starts, widths = strata(size)
-    rows_key, signs_key = zip(*_draws.fold_in(root(place), lax.iota(jnp.uint32, 2)), strict=True)
+    rows_key, signs_key = keys_of(place, 2)
     shape = (theta.shape[0], len(starts))
     inside = jnp.floor(_draws.unit(rows_key, shape, np.float32) * widths.astype(np.float32)).astype(jnp.int32)
     rows = starts.astype(np.int32) + jnp.minimum(inside, widths.astype(np.int32) - 1)
@@ -82,9 +82,15 @@ def fastfood(theta: jax.Array, place: jax.Array, size: int) -> jax.Array:
 
 def draws(place: jax.Array, bits: int, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     """B, Pi and G of 2^bits entries."""
-    signs, order, gauss = zip(*_draws.fold_in(root(place), lax.iota(jnp.uint32, 3)), strict=True)
+    signs, order, gauss = keys_of(place, 3)
     n = 2**bits
     return _draws.signs(signs, (n,), dtype), permutation(order, bits), _draws.normal(gauss, (n,), dtype)
+
+
+def keys_of(place: jax.Array, count: int) -> list[_draws.RawKey]:
+    """Keys for what is drawn at one place, folded in side by side: one loop for all of them."""
+    first, second = _draws.fold_in(root(place), lax.iota(jnp.uint32, count))
+    return list(zip(jnp.asarray(first), jnp.asarray(second), strict=True))
 
 
 def permutation(key: _draws.RawKey, bits: int) -> jax.Array:

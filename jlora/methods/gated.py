@@ -47,7 +47,7 @@ class Gated(Method):
             raise TypeError(f"Gated takes a method, Gated(LoRA(rank=8), 'active'), not {self.inner!r}")
         super().__post_init__()
         if not self.gate:
-            raise ValueError("Gated: the gate has no name; write Gated(method, 'active')")
+            raise ValueError("Gated(gate='') has no name; write Gated(method, 'active')")
         inherit(self, self.inner)
 
     def recipe(self, leaf: Leaf) -> Recipe | None:

@@ -682,7 +682,7 @@ OTHERS = {
     "DoRA inside": (lambda: jlora.Gated(jlora.DoRA(lora())), ValueError, r"Gated\(DoRA\(LoRA\)\): .* must add to W0"),
     "inside DoRA": (lambda: jlora.DoRA(jlora.Gated(lora())), ValueError, "at each position it would be another weight"),
     "no method": (lambda: jlora.Gated("active"), TypeError, "Gated takes a method"),
-    "no name": (lambda: jlora.Gated(lora(), ""), ValueError, "the gate has no name"),
+    "no name": (lambda: jlora.Gated(lora(), ""), ValueError, "has no name"),
     "another target": (lambda: jlora.Gated(lora(), target="v"), ValueError, "the target stands on the inner method"),
 }  # fmt: skip
 

@@ -107,6 +107,29 @@ def test_experts_under_vmap_have_their_own(spec):
     np.testing.assert_allclose(jlora.lift(fn)(adapted, X), want, rtol=1e-5, atol=1e-6)
 
 
+def test_layers_in_another_order_keep_their_own():
+    """Of two stack axes, the output has them in the model's order and the factors in the weight's."""
+    params = {"kernel": jax.random.normal(jax.random.key(1), (2, 2, 5, 4))}
+    x = jax.random.normal(jax.random.key(2), (2, 2, 3, 5))
+    fn = lambda params, x: jnp.einsum("bati,abio->bato", x, params["kernel"])
+    spec = jlora.Houlsby(bottleneck=3, activation="tanh", target="kernel")
+    adapted = away(jlora.adapt(params, spec, axes={"kernel": "ssio"}))
+    h, factors = wide(fn(params, x)), wide(adapted.trainable["kernel"])
+    found = jlora.lift(fn)(adapted, x)
+    for a, b in np.ndindex(2, 2):
+        want = adapter(h[b, a], h[b, a], jax.tree.map(lambda t, at=(a, b): t[at], factors), 1.0)
+        np.testing.assert_allclose(found[b, a], want, rtol=1e-5, atol=1e-6)
+    both = {"up": params["kernel"], "down": jnp.swapaxes(params["kernel"], 2, 3)}
+    fn = lambda params, x: jnp.einsum("bati,abio->bato", jnp.einsum("bati,abio->bato", x, params["up"]), params["down"])
+    spec = jlora.Parallel(bottleneck=3, activation="tanh", target="down", input="up")
+    adapted = away(jlora.adapt(both, spec, axes={"": "ssio"}))
+    h, factors = wide(fn(both, x)), wide(adapted.trainable["down"])
+    found = jlora.lift(fn)(adapted, x)
+    for a, b in np.ndindex(2, 2):
+        want = adapter(h[b, a], wide(x)[b, a], jax.tree.map(lambda t, at=(a, b): t[at], factors), 1.0)
+        np.testing.assert_allclose(found[b, a], want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     "make",

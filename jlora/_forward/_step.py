@@ -47,10 +47,10 @@ def _one(w: Weight, o: Operand, y: jax.Array, groups: Groups, x: jax.Array | Non
     outs = [a for a in o.labels if o.pending(a)]
     if not set(outs) <= set(labels):
         raise NoArray(f"{w.named}: a step on its output, and the operation leaves no output axis")
-    stack = [a for a in labels if a[0] == "s"]
     carried = list(dict.fromkeys(a for s in o.stacks for a in s))
-    if not set(carried) <= set(stack):
+    if not set(carried) <= set(labels):
         raise NoArray(f"{w.named}: a step on its output is one a layer, and the operation mixes layers")
+    stack = [*carried, *(a for a in labels if a[0] == "s" and a not in carried)]  # in the order of the arrays
     split = reshaped(y, tuple(shape))
     made = features_last(split, [labels.index(a) for a in outs], [labels.index(a) for a in stack])
     order = [*stack, *(a for a in labels if a not in (*stack, *outs)), *outs]

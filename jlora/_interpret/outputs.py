@@ -34,7 +34,8 @@ def _of_dot(eqn: Eqn, w: Weight, first: bool, others: Sequence[jax.Array]) -> Re
     (x,) = others
     free = [g for n, g in enumerate(w.axes) if n not in (*wc, *wb)]
     own = [None] * (len(x.shape) - len(xc) - len(xb))
-    return [*(w.axes[n] for n in wb), *((*free, *own) if first else (*own, *free))], (x, xc, xb)
+    stack = [n for _, n in sorted(zip((w.axes[n] for n in wb), xb, strict=True))]  # as the weight has them
+    return [*(w.axes[n] for n in wb), *((*free, *own) if first else (*own, *free))], (x, xc, stack)
 
 
 def _of_convolution(eqn: Eqn, w: Weight, first: bool, others: Sequence[jax.Array]) -> Read:

@@ -183,7 +183,7 @@ def adapt(
     References:
       Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
     """
-    traced = None if is_adapted(params) else called("adapt", fn, params, args, kwargs)
+    traced = None if is_adapted(params) else letters_of_call("adapt", fn, params, args, kwargs)
     adapted = begun(params, spec, key, axes, allow_untied, traced)
     if waste := _pairs.wasted(adapted.frozen.plan):
         warnings.warn(waste, stacklevel=2)
@@ -228,7 +228,7 @@ def begun(
     return Adapted(trainable, Frozen(params, factors, None, plan))
 
 
-def called(
+def letters_of_call(
     caller: str,
     fn: Callable[..., PyTree] | None,
     params: PyTree,

@@ -32,7 +32,7 @@ class GatherParams(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Lookup:
     """A `gather` of whole rows along one axis, as the model wrote it.
 
     Attributes:
@@ -131,7 +131,7 @@ def along_rows(
     return indices[..., k : k + 1], {**params, "dimension_numbers": numbers}, (place,)
 
 
-def read(w: Weight, indices: jax.Array, params: GatherParams) -> Rows:
+def read(w: Weight, indices: jax.Array, params: GatherParams) -> Lookup:
     """The rows that a gather takes of a weight; Refusal where it takes anything else."""
     d = params["dimension_numbers"]
     if len(d.start_index_map) != 1 or d.collapsed_slice_dims != d.start_index_map or d.operand_batching_dims:
@@ -141,10 +141,10 @@ def read(w: Weight, indices: jax.Array, params: GatherParams) -> Rows:
         raise Refusal("a gather of parts of rows")
     if len(w.axes[axis]) != 1:
         raise Refusal("a gather along joined axes")
-    return Rows(params, indices, axis)
+    return Lookup(params, indices, axis)
 
 
-def _made_of_rows(w: Weight, rows: Rows) -> jax.Array:
+def _made_of_rows(w: Weight, rows: Lookup) -> jax.Array:
     """The rows of a W0 yet to be computed, computed from those of its arrays."""
     (atom,) = w.axes[rows.axis]
     flat = rows.indices.reshape(-1, 1)
@@ -219,7 +219,7 @@ def lookup(
 
 
 def _rows_of_term(
-    w: Weight, term: Term, rows: Rows, letters: Labels, dtype: DType, forward_mode: bool
+    w: Weight, term: Term, rows: Lookup, letters: Labels, dtype: DType, forward_mode: bool
 ) -> tuple[jax.Array, float]:
     """The rows of one product, from those of its factors, and the FLOPs: the first factor that has rows leads."""
     batch = tuple(f"row{n}" for n in range(rows.count))

@@ -14,7 +14,7 @@ from jlora._algebra._weight import Weight, is_weight
 from jlora._dtypes import promoted, wide
 from jlora._forward import _rows
 from jlora._forward._ops import Note, Refusal, Spent, check_real, same_varying
-from jlora._forward._rows import GatherParams, Rows
+from jlora._forward._rows import GatherParams, Lookup
 from jlora._forward._rule import Written
 
 FEW = 256  # numbers that are compared with each id; above that they are searched
@@ -30,7 +30,7 @@ def check_whole(w: Weight, reason: str) -> None:
         )
 
 
-def lookup(
+def put_into_lookup(
     w: Weight,
     indices: jax.Array,
     params: GatherParams,
@@ -64,7 +64,7 @@ def lookup(
     return y
 
 
-def _put(rows: Rows, put: Put, y: jax.Array, ids: jax.Array, table: jax.Array) -> jax.Array:
+def _put(rows: Lookup, put: Put, y: jax.Array, ids: jax.Array, table: jax.Array) -> jax.Array:
     """What a lookup gives, with the rows of `table` put where the ids are theirs."""
     slot = _slots(put.at, ids)
     params: GatherParams = {
@@ -108,7 +108,7 @@ def one_row(
         "mode": lax.GatherScatterMode.CLIP,
     }
     row = lambda base: lax.squeeze(bind(base), [axis])
-    return lax.expand_dims(lookup(w, lax.expand_dims(at, [0]), params, row, forward_mode, note), [axis])
+    return lax.expand_dims(put_into_lookup(w, lax.expand_dims(at, [0]), params, row, forward_mode, note), [axis])
 
 
 def is_one_row(w: Weight, sizes: Sequence[int]) -> bool:
@@ -116,7 +116,9 @@ def is_one_row(w: Weight, sizes: Sequence[int]) -> bool:
     return bool(w.rows) and tuple(sizes) == tuple(1 if n == _axis(w) else s for n, s in enumerate(w.shape))
 
 
-def dot(w: Weight, x: jax.Array, written: Written, plain: Callable[[Weight, Note], jax.Array], note: Note) -> jax.Array:
+def put_into_dot(
+    w: Weight, x: jax.Array, written: Written, plain: Callable[[Weight, Note], jax.Array], note: Note
+) -> jax.Array:
     """`dot_general` of an activation with a table that rows are put into.
 
     Where the result has an axis of rows (a tied head), what the changes make is added to their columns, and every other

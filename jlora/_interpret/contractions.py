@@ -47,7 +47,7 @@ def _dot_general(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[
         dot = lambda w, x, mode: _dot.dot(w, x, written, forward_mode=mode, note=note)
         return _met(me, dot, me.used(w), x)
 
-    return [_table.dot(w, x, written, plain, note) if w.rows else plain(w, note)]
+    return [_table.put_into_dot(w, x, written, plain, note) if w.rows else plain(w, note)]
 
 
 def _met(me: Interpreter, use: Callable[[Weight, jax.Array, bool], jax.Array], w: Weight, x: jax.Array) -> jax.Array:
@@ -64,7 +64,7 @@ def _gather(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]
     note = functools.partial(me.record, w, eqn.primitive.name)
     ids, params, ones = _rows.along_rows(w.shape, indices, cast(GatherParams, eqn.params))
     bind = lambda base: lax.squeeze(me.bind(eqn, [base, indices])[0], ones)
-    lookup = _table.lookup if w.rows else _rows.lookup
+    lookup = _table.put_into_lookup if w.rows else _rows.lookup
     y = lookup(me.used(w), ids, params, bind, me.forward_mode, note)
     return [y if is_weight(y) else lax.expand_dims(y, ones)]
 

@@ -11,7 +11,7 @@ from jlora._algebra._recipe import Recipe
 from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _axes, _select, _tree
-from jlora._trees._choice import Choice, Rule
+from jlora._trees._choice import Choice, Wanted
 from jlora._trees._compound import Compound
 from jlora._trees._leaf import Leaf
 from jlora._types import Traced
@@ -35,7 +35,7 @@ def resolve(
         one end, what a method refuses.
     """
     methods = _sites.rules(spec)
-    choice = Choice(tree, [Rule(m.describe(), m.target, m.exclude) for m in methods], axes, traced)
+    choice = Choice(tree, [Wanted(m.describe(), m.target, m.exclude) for m in methods], axes, traced)
     found = Resolution(methods, choice)
     for index in range(len(tree.leaves)):
         takers = choice.takers(index)

@@ -16,7 +16,7 @@ from jlora._types import Traced
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Wanted:
     """Which leaves are wanted, and who wants them: a method of a spec, or `quantize`."""
 
     who: str
@@ -37,7 +37,7 @@ class Choice:
     """
 
     def __init__(
-        self, tree: _tree.Named, rules: Sequence[Rule], axes: dict[str, str] | None, traced: Traced | None = None
+        self, tree: _tree.Named, rules: Sequence[Wanted], axes: dict[str, str] | None, traced: Traced | None = None
     ) -> None:
         """`traced` is what a trace of a call found, `{path: (use, letters)}`.
 

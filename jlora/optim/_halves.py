@@ -13,7 +13,7 @@ from jlora._types import Place, PyTree
 from jlora.adapted import Adapted, check_adapted, is_adapted
 
 Places: TypeAlias = dict[Place, jax.Array]
-Rule: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
+Change: TypeAlias = Callable[[tuple[Pair, ...], Places, Places, Places], Places]
 
 
 def plan_with(caller: str, adapted: Adapted, wanted: Callable[[Pair], bool], what: str) -> Plan:
@@ -86,7 +86,7 @@ class Halves:
         return jax.tree.map(visit, tree, is_leaf=self.holds)
 
 
-def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Rule) -> optax.GradientTransformationExtraArgs:
+def transformation(plan: Plan, wanted: Callable[[Pair], bool], rule: Change) -> optax.GradientTransformationExtraArgs:
     """A stateless transformation of the factors of an adapter, wherever they stand.
 
     `rule(pairs, updates, params, frozen factors)` gives the new updates, by place; others stay. An `Adapted` speaks

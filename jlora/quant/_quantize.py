@@ -17,11 +17,11 @@ from jax.typing import DTypeLike
 from jlora import _answers, targets
 from jlora._algebra._mesh import explicit_mesh
 from jlora._trees import _tree
-from jlora._trees._choice import Choice, Rule
+from jlora._trees._choice import Choice, Wanted
 from jlora._trees._compound import is_compound
 from jlora._trees._tree import Target
 from jlora._types import W0, MeshAxes, PyTree
-from jlora.adapted import Adapted, called, is_adapted
+from jlora.adapted import Adapted, is_adapted, letters_of_call
 from jlora.quant._layout import layout
 from jlora.quant._leaf import Codec, Quantized
 from jlora.quant._report import say
@@ -165,9 +165,9 @@ def quantize(
             kwargs=kwargs, parity=parity, donate=donate,
         )  # fmt: skip
         return Adapted(params.trainable, dataclasses.replace(params.frozen, base=base))
-    traced = called("quantize", fn, params, args, kwargs)
+    traced = letters_of_call("quantize", fn, params, args, kwargs)
     tree = _tree.flatten(params)
-    choice = Choice(tree, [Rule("quantize", target, exclude)], axes, traced)
+    choice = Choice(tree, [Wanted("quantize", target, exclude)], axes, traced)
     leaves = _leaf_by_leaf(tree.leaves, _codecs(choice, scheme, parity == "torch"), donate)
     if not any(isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in jax.tree.leaves(leaves)):
         say(tree.paths, list(tree.leaves), leaves)

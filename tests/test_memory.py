@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
+from jlora._algebra._term import Drop, Operand, Term
+from jlora._algebra._weight import Weight
+from jlora._forward._anew import bulky
 
 WIDTH = 96
 
@@ -48,3 +51,25 @@ SLOW = ("fastfood", "sparse", "dense")
 def test_what_is_made_of_factors_does_not_pile_up_over_layers(method):
     """With few rows, three layers more take less than a tenth of a dense layer each: their activations."""
     assert temporaries(method, 5, 4) - temporaries(method, 2, 4) < 3 * 0.1
+
+
+@pytest.mark.parametrize("shape", [(64, 4), (4, 64)], ids=["in", "out"])
+@pytest.mark.parametrize("rows", [1, 1024])
+def test_wide_sides_of_a_product_are_made_anew(shape, rows):
+    """VeRA's two sides are larger than few rows and smaller than many, on whichever side the weight is wide."""
+    names, x = ("i0", "o1"), jax.ShapeDtypeStruct((rows, shape[0]), jnp.float32)
+    a, d, b, g = jnp.ones((2, shape[0])), jnp.ones(2), jnp.ones((2, shape[1])), jnp.ones(shape[1])
+    operand = lambda value, *labels: Operand((value,), None, (), labels)
+    operands = (operand(a, "r", "i0"), operand(d, "r"), operand(b, "r", "o1"), operand(g, "o1"))
+    term = Term(operands, tuple(((n,), (n,)) for n in names), Drop())
+    w = Weight(
+        jnp.ones(shape),
+        (term,),
+        None,
+        tuple((n,) for n in names),
+        tuple(zip(names, shape, strict=True)),
+        True,
+        (),
+        None,
+    )
+    assert bulky(w, x) == (rows == 1)

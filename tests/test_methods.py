@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 import jlora
+from jlora import methods, network
 from methods import as_bytes, assert_close, away_from_start
 
 
@@ -305,6 +306,42 @@ def test_a_wide_rank_can_be_resized_and_compacted():
     assert small.trainable["w"]["a"].shape == (5, 24) and error["w"] < 1e-5
     np.testing.assert_allclose(jlora.merge(small)["w"], jlora.merge(ad)["w"], atol=1e-4)
     assert jlora.rank.compact(jlora.rank.prune(ad, jlora.rank.magnitude(ad), 5)).trainable["w"]["b"].shape == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "ranks"),
+    [
+        ({"decompose_both": True, "factor": 8}, (64, 64), ("q", "r")),
+        ({"factor": 8}, (64, 64), ("r",)),
+        ({"factor": 2, "rank": 40}, (64, 64), ()),
+        ({"factor": 8, "tucker": True}, (3, 64, 64), ("r", "u")),
+    ],
+    ids=["both", "second", "none", "tucker"],
+)
+def test_the_ranks_of_lokr(options, shape, ranks):
+    """Each factor that is a product of two has a rank of its own; a core between two has two."""
+    params = {"conv": {"kernel": jnp.ones(shape)}}
+    spec = jlora.LoKr(**{"rank": 2, "target": "kernel", **options})
+    adapted = jlora.adapt(params, spec, axes={"kernel": "kio"[-len(shape) :]})
+    assert adapted.frozen.plan.sites[0].recipe.deltas[0].ranks == ranks
+
+
+class Blocks(methods.Method):
+    """dW of one array whose two letters are the rows."""
+
+    def recipe(self, leaf):
+        word = network.Array("x", methods.base.normal(1.0))
+        sizes = (("i", 3), ("j", leaf.size("i") // 3))
+        return network.Recipe((network.Delta("i j O -> (i j) O", (word,), sizes),))
+
+
+def test_rows_of_two_letters_of_one_array():
+    """The index of a row is taken apart into that of each letter, the slow one first."""
+    params, ids = {"embedding": jnp.zeros((12, 5))}, jnp.array([[0, 1, 4], [11, 7, 8]])
+    adapted = jlora.adapt(params, Blocks(target="embedding"), axes={"embedding": "io"})
+    found = jlora.lift(lambda params, ids: jnp.take(params["embedding"], ids, axis=0))(adapted, ids)
+    x = np.asarray(adapted.trainable["embedding"]["x"]).reshape(12, 5)
+    np.testing.assert_array_equal(found, x[np.asarray(ids)])
 
 
 def test_bitfit_and_full():

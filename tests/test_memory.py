@@ -54,10 +54,10 @@ def test_what_is_made_of_factors_does_not_pile_up_over_layers(method):
 
 
 @pytest.mark.parametrize("shape", [(64, 4), (4, 64)], ids=["in", "out"])
-@pytest.mark.parametrize("rows", [1, 1024])
-def test_wide_sides_of_a_product_are_made_anew(shape, rows):
-    """VeRA's two sides are larger than few rows and smaller than many, on whichever side the weight is wide."""
-    names, x = ("i0", "o1"), jax.ShapeDtypeStruct((rows, shape[0]), jnp.float32)
+@pytest.mark.parametrize("size", [64, 4096])
+def test_wide_sides_of_a_product_are_made_anew(shape, size):
+    """Two sides of rank 2, of 136 elements, are larger than a small activation, on whichever side the weight is wide."""
+    names, x = ("i0", "o1"), jax.ShapeDtypeStruct((size // shape[0], shape[0]), jnp.float32)
     a, d, b, g = jnp.ones((2, shape[0])), jnp.ones(2), jnp.ones((2, shape[1])), jnp.ones(shape[1])
     operand = lambda value, *labels: Operand((value,), None, (), labels)
     operands = (operand(a, "r", "i0"), operand(d, "r"), operand(b, "r", "o1"), operand(g, "o1"))
@@ -72,4 +72,4 @@ def test_wide_sides_of_a_product_are_made_anew(shape, rows):
         (),
         None,
     )
-    assert bulky(w, x) == (rows == 1)
+    assert bulky(w, x) == (size == 64)

@@ -38,7 +38,7 @@ def _no_node(adapted: Adapted) -> NoReturn:
 graphlib.register_pytree_node_type(Adapted, _no_node, lambda nodes, aux: None)  # type: ignore[arg-type]
 
 
-def _variables(trees: Sequence[PyTree]) -> list[tuple[str, nnx.Variable, PyTree]]:
+def _variables(trees: Sequence[PyTree]) -> list[tuple[str, nnx.Variable[PyTree], PyTree]]:
     """Path, variable and value of every NNX variable in freshly made trees."""
     is_variable = lambda x: isinstance(x, nnx.Variable)
     found = []
@@ -54,7 +54,7 @@ def watched(fn: Callable[..., Value], fill: Fill) -> tuple[Callable[..., Value],
 
     The module is a copy, made of the adapter's base, and what is set in it is lost.
     """
-    held: list[tuple[str, nnx.Variable, PyTree]] = []
+    held: list[tuple[str, nnx.Variable[PyTree], PyTree]] = []
     touched: list[str] = []
 
     def filled(trees: Sequence[PyTree]) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:

@@ -488,6 +488,13 @@ def test_the_table_of_ranks():
         rank_table(jlora.adapt(params(), jlora.VeRA(rank=3, target="kernel")))
 
 
+def test_the_table_has_every_weights_own_rank():
+    """The rank that stands there is the one that a weight is stored with, whatever other weights have."""
+    both = [jlora.LoRA(rank=3, target="dense/kernel"), jlora.LoRA(rank=2, target="layers/kernel")]
+    rows = [line.split()[:3] for line in rank_table(jlora.adapt(params(), both)).splitlines()]
+    assert ["dense/kernel", "1", "3"] in rows and ["layers/kernel", "1", "2"] in rows
+
+
 # What optimizers hold ---------------------------------------------------------------------------
 
 ENTRYWISE = {

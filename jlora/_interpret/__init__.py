@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp

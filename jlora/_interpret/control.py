@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
 
 from jlora._algebra._weight import Weight, is_weight
 from jlora._forward._dropout import fold_keys
@@ -224,7 +225,9 @@ def _cond(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
     for branch in eqn.params["branches"]:
         jaxpr, consts = open_jaxpr(branch)
 
-        def inner(numbers: Counted, *args: Evaluated, jaxpr=jaxpr, consts=consts) -> tuple[list[jax.Array], Counted]:
+        def inner(
+            numbers: Counted, *args: Evaluated, jaxpr: core.Jaxpr = jaxpr, consts: Sequence[jax.Array] = consts
+        ) -> tuple[list[jax.Array], Counted]:
             ys, _, numbers = me.apart(numbers, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
             return [jnp.asarray(y) for y in me.arrays(ys, eqn, "an output of a branch")], numbers
 

@@ -99,7 +99,7 @@ def _gather(me: Reader, eqn: Eqn, ins: list[Known]) -> list[Known]:
         return [Known((), True)]
     d, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     old, out = aval(eqn.invars[0]).shape, aval(eqn.outvars[0]).shape
-    batching = tuple(getattr(d, "operand_batching_dims", ()))
+    batching = tuple(d.operand_batching_dims)
     outer = [n for n in range(len(out)) if n not in d.offset_dims]
     lost = set(d.collapsed_slice_dims) | set(batching)
     picked = [n for n in d.start_index_map if sizes[n] < old[n] or n in lost]

@@ -30,7 +30,7 @@ def moment(
     stacked = [a for n, _ in batch for a in w.axes[n]]
     if set(inner) != {a for a in w.atoms if a[0] in "ik"} or any(a[0] != "s" for a in stacked):
         return None
-    lead = [m for n, m in sorted(batch, key=lambda pair: [place(a) for a in w.axes[pair[0]]])]
+    lead = [m for _, m in sorted(batch, key=lambda pair: [place(a) for a in w.axes[pair[0]]])]
     last = [m for _, m in pairs]
     free = [m for m in range(x.ndim) if m not in (*lead, *last)]
     rows = widened(lax.transpose(x, (*lead, *free, *last)))

@@ -63,7 +63,7 @@ class View:
 
     def reshaped(self, shape: Sequence[int]) -> View | None:
         """The same in another shape; None where an axis would be made of parts of two that do not divide."""
-        todo = [[axes, size] for group in self.groups for axes, size in group if size > 1]
+        todo = [(axes, size) for group in self.groups for axes, size in group if size > 1]
         squeezed = {(a, "1") for group in self.groups for axes, size in group if size == 1 for a in axes}
         groups: list[Group] = []
         for want in shape:
@@ -76,12 +76,12 @@ class View:
                 if part == 1 or part not in (want, size):
                     return None
                 # an axis is split from its slow end
-                made.append((tuple(axes), part))
+                made.append((axes, part))
                 want //= part
                 if part == size:
                     todo.pop(0)
                 else:
-                    todo[0][1] = size // part
+                    todo[0] = (axes, size // part)
             groups.append(tuple(made))
         left = frozenset(a for g in groups for axes, _ in g for a in axes)
         gone = self.gone | frozenset(x for x in squeezed if x[0] not in left)

@@ -54,7 +54,7 @@ class Roles:
         named = self._named[n]
         if "?" not in named:
             return named
-        return (self.traced or {}).get(path) or self._decided[n]
+        return (self.traced or {}).get(path) or self.decided[n]
 
     def likely(self, n: int) -> str:
         """The letters of leaf n, a guess where nothing decides: for what an error proposes, or placement."""
@@ -73,7 +73,7 @@ class Roles:
         return [_axis_names.letters(names, shape) for names, shape in zip(self.tree.axis_names, shapes, strict=True)]
 
     @functools.cached_property
-    def _decided(self) -> list[str | None]:
+    def decided(self) -> list[str | None]:
         """By the tree as a whole, without the stacks that axis names tell."""
         shapes = {}
         for path, leaf, named in zip(self.tree.paths, self.tree.leaves, self._named, strict=True):
@@ -139,7 +139,7 @@ def members(tree: _tree.Named, read: dict[str, str]) -> dict[str, str]:
 
     read = {path: beside(path, letters) for path, letters in read.items()}
     stacks = {(n, shapes[path][n]) for path, letters in read.items() for n, x in enumerate(letters) if x == "s"}
-    decided = dict(zip(tree.paths, Roles(tree)._decided, strict=True))
+    decided = dict(zip(tree.paths, Roles(tree).decided, strict=True))
 
     def in_tree(path: str, letters: str) -> str:
         other = decided[path] or ""

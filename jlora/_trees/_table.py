@@ -1,14 +1,17 @@
 """Plain-text tables of at most 100 columns, with repeated layers folded into one row."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 WIDTH = 100
 
+Rest = TypeVar("Rest", bound=Hashable)
 
-def fold(rows: Sequence[tuple[str, tuple]]) -> list[tuple[str, int, tuple]]:
+
+def fold(rows: Sequence[tuple[str, Rest]]) -> list[tuple[str, int, Rest]]:
     """Folds `(path, rest)` rows that differ in numbers of the path alone: `(path with ranges, how many, rest)`."""
-    groups: dict[tuple, list[list[int]]] = {}
+    groups: dict[tuple[str, Rest], list[list[int]]] = {}
     for path, rest in rows:
         key = (re.sub(r"\d+", "#", path), rest)
         groups.setdefault(key, []).append([int(n) for n in re.findall(r"\d+", path)])

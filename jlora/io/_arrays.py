@@ -83,8 +83,10 @@ def floating(name: str, where: str) -> str:
 
 
 #: What Orbax, that is TensorStore, can store beside NumPy's own numbers.
-_STORABLE = {"bfloat16", "int2", "int4", "float4_e2m1fn", "float8_e8m0fnu", "float8_e3m4", "float8_e5m2"}
-_STORABLE |= {"float8_e5m2fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz"}
+_STORABLE = frozenset(
+    "bfloat16 int2 int4 float4_e2m1fn float8_e8m0fnu float8_e3m4 float8_e5m2 float8_e5m2fnuz float8_e4m3fn "
+    "float8_e4m3fnuz float8_e4m3b11fnuz".split()
+)
 
 
 def storable(dtype: DType) -> bool:

@@ -7,7 +7,7 @@ that is not UTF-8. So they only ever see plain paths, through a link where need 
 import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -43,7 +43,7 @@ def check_readable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _plainly(path: Path) -> Iterator[Path]:
+def _plainly(path: Path) -> Generator[Path]:
     """The same folder under a path of plain letters; its parent must be there."""
     if _is_plain(path):
         yield path

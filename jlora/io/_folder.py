@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from jlora._types import AnyPath
@@ -90,7 +90,7 @@ def is_folder(entry: Path) -> bool:
 
 
 @contextlib.contextmanager
-def temporary(parent: Path) -> Iterator[Path]:
+def temporary(parent: Path) -> Generator[Path]:
     """A folder in this one, gone at the end unless it was renamed."""
     for stale in parent.iterdir():  # what processes left that were killed
         if is_temporary(stale):
@@ -109,7 +109,7 @@ def temporary(parent: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Generator[Path]:
     """A temporary folder beside the target, whose parents are made, and taken away again if nothing comes of it."""
     missing = [p for p in target.parents if not os.path.lexists(p)]
     try:
@@ -124,7 +124,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Generator[None]:
     """Lets one process at a time save over a folder, where the system has such locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -43,8 +43,9 @@ def _codec_bytes(static: tuple[Codec, str]) -> bytes:
 def register() -> None:
     """Tells JAX; called once, when `jlora.io` is imported."""
     as_bytes = export.register_pytree_node_serialization
-    empty = {"serialize_auxdata": lambda _: b"", "deserialize_auxdata": lambda _: None}
-    as_bytes(Adapted, serialized_name="jlora.Adapted", **empty)
+    as_bytes(
+        Adapted, serialized_name="jlora.Adapted", serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _: None
+    )
     as_bytes(Frozen, serialized_name="jlora.Frozen", serialize_auxdata=_plan_bytes, deserialize_auxdata=_plan_of)
     as_bytes(
         Quantized,

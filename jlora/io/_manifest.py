@@ -137,7 +137,7 @@ def _read_method(record: Content, classes: Mapping[str, type[Method]]) -> Method
     return _sites.named(cls(**values))
 
 
-def _hint(cls: type, field: dataclasses.Field) -> object:
+def _hint(cls: type, field: dataclasses.Field[Any]) -> object:
     """A field's type; Any where it is written as a string that cannot be looked up in the class's module."""
     if not isinstance(field.type, str):
         return field.type

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeGuard, TypeVar
 
@@ -26,6 +26,7 @@ Fields: TypeAlias = dict[str, object]
 """Of a JSON object, whatever they are."""
 
 Number = TypeVar("Number", int, float)
+T = TypeVar("T")
 
 CONFIG_FILE = "adapter_config.json"
 #: In front of a module's name in the keys of tensors; and what peft's own modules are called.
@@ -146,8 +147,25 @@ def read(path: Path) -> Config:
                 )
         elif name not in known | _HISTORY and value not in (None, False, "") and value != [] and value != {}:
             bad.append(f"{name} is {value!r:.60}, which jlora has no maths for")
-    fields = {name: _CHECKS[name](name, content[name], bad) for name in known if name in content}
-    config = Config(**fields)
+
+    def field(name: str, check: Callable[[str, object, list[str]], T], default: T) -> T:
+        return check(name, content[name], bad) if name in content else default
+
+    left_out = Config()
+    config = Config(
+        r=field("r", _whole, left_out.r),
+        lora_alpha=field("lora_alpha", _number, left_out.lora_alpha),
+        lora_dropout=field("lora_dropout", _rate, left_out.lora_dropout),
+        use_rslora=field("use_rslora", _flag, left_out.use_rslora),
+        use_dora=field("use_dora", _flag, left_out.use_dora),
+        bias=field("bias", _bias, left_out.bias),
+        lora_bias=field("lora_bias", _flag, left_out.lora_bias),
+        fan_in_fan_out=field("fan_in_fan_out", _flag, left_out.fan_in_fan_out),
+        rank_pattern=field("rank_pattern", _ranks, left_out.rank_pattern),
+        alpha_pattern=field("alpha_pattern", _alphas, left_out.alpha_pattern),
+        target_modules=field("target_modules", _target_modules, left_out.target_modules),
+        modules_to_save=field("modules_to_save", _modules, left_out.modules_to_save),
+    )
     bad += config.misread()
     if bad:
         raise ValueError(f"{path} cannot be loaded:" + several(bad))
@@ -244,22 +262,6 @@ def _patterns(name: str, value: object, bad: list[str]) -> Fields:
     return value if isinstance(value, dict) else {}
 
 
-_CHECKS = {
-    "r": _whole,
-    "lora_alpha": _number,
-    "lora_dropout": _rate,
-    "use_rslora": _flag,
-    "use_dora": _flag,
-    "bias": _bias,
-    "lora_bias": _flag,
-    "fan_in_fan_out": _flag,
-    "rank_pattern": _ranks,
-    "alpha_pattern": _alphas,
-    "target_modules": _target_modules,
-    "modules_to_save": _modules,
-}
-
-
 # --- write --------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +317,7 @@ def taken_too(saved: Collection[str], known: Collection[str], adapted: Collectio
 def _alpha(s: np.float32, divisor: float) -> float:
     """The shortest alpha that gives this s again, bit for bit."""
     product = float(s) * divisor
+    alpha = product  # as its seventeen digits are
     for digits in range(17):
         alpha = float(f"{product:.{digits}e}")
         if np.float32(alpha / divisor) == s:

@@ -50,14 +50,14 @@ class Writer:
         Raises:
           ValueError: what peft has no name for; all of it at once.
         """
-        low = [site for site in self.plan.sites if self._attempt(self._is_low_rank, site)]
+        low = [site for site in self.plan.sites if self.attempt(self._is_low_rank, site)]
         for site in low:
-            self._attempt(self._low_rank, site)
+            self.attempt(self._low_rank, site)
         wholes = [s for s in self.plan.sites if type(s.method) in _WHOLE]
         biases = [site for site in wholes if self._is_bias(site)]
-        named = [self._attempt(self._save_module, site, index) for site, index in _slots(self, wholes, biases)]
+        named = [self.attempt(self._save_module, site, index) for site, index in _slots(self, wholes, biases)]
         saved = {name for name in named if name is not None}
-        bias = self._attempt(self._biases, biases) if not self.bad else {}
+        bias = self.attempt(self._biases, biases) if not self.bad else {}
         known = self.book.known() | set(self.scales)
         for name, others in config.taken_too(saved, known, self.scales).items():
             if others:
@@ -78,7 +78,7 @@ class Writer:
         rest = {"use_dora": doras == {True}, "lora_dropout": rate, "modules_to_save": modules, **(bias or {})}
         return self.tensors, config.describe(self.scales, known, **rest)
 
-    def _attempt(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def attempt(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         try:
             return fn(*args, **kwargs)
         except ValueError as error:
@@ -131,7 +131,7 @@ class Writer:
         """Whether it is trained as a bias, and not as a part of a module that is saved whole."""
         if site.leaf.name != "bias":
             return False
-        beside = self.sites.get(self._attempt(self.book.weight, site.leaf.path) or "")
+        beside = self.sites.get(self.attempt(self.book.weight, site.leaf.path) or "")
         return beside is None or type(beside.method) not in _WHOLE
 
     def depth(self, site: Site) -> tuple[str, int]:
@@ -179,14 +179,14 @@ class Writer:
         """
         slots = [(site, index, self.book.name(self.depth(site)[0], index)) for site, index in _slots(self, sites, [])]
         scale = lambda site, index: self._factors(site.leaf.path)["s"][index if site.leaf.stack else ()]  # noqa: E731
-        changes = {m for site, i, m in slots if type(site.method) is BitFit and m in self.scales}
+        changes = {m for site, _, m in slots if type(site.method) is BitFit and m in self.scales}
         same = all(m in changes and self.scales[m][1] == scale(site, i) for site, i, m in slots)
         as_changes = same and bool(slots) and changes == set(self.scales)
         for site, index, module in slots:
             _, change, value = self._value(site, index)
             whole = "base_layer.bias" if module in self.scales else "bias"
             kind, tensor = ("lora_B.bias", change) if as_changes else (whole, value)
-            self._attempt(self._add, module, kind, tensor, site.leaf.path)
+            self.attempt(self._add, module, kind, tensor, site.leaf.path)
         if not slots or as_changes:
             return {"lora_bias": as_changes}
         return {"bias": "lora_only" if all(m in self.scales for *_, m in slots) else "all"}
@@ -196,6 +196,6 @@ def _slots(writer: Writer, sites: list[Site], without: list[Site]) -> Iterator[t
     """Every slice of whole leaves."""
     for site in sites:
         if site not in without:
-            found = writer._attempt(writer.depth, site)
+            found = writer.attempt(writer.depth, site)
             if found is not None:
                 yield from ((site, index) for index in np.ndindex(site.leaf.stack or site.leaf.shape[: found[1]]))

@@ -149,7 +149,7 @@ def cast(value: object, hint: object, where: str) -> Any:
     elif origin is dict:
         if isinstance(value, dict):
             return {k: cast(v, args[1], where) for k, v in value.items()}
-    elif type(value) is hint or value is hint is None or hint is float and type(value) is int:
+    elif hint is type(value) or value is hint is None or hint is float and type(value) is int:
         return value
     raise TypeError(f"{where} is {_short(value)!r}, not of type {getattr(hint, '__name__', hint)}")
 

@@ -116,11 +116,11 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
 
 def imported() -> ModuleType:
     """matplotlib, or an error that names the extra."""
-    try:
+    try:  # these rooms are used as attributes of matplotlib, which has them once they are imported
         import matplotlib
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-        import matplotlib.ticker
+        import matplotlib.backends.backend_agg  # pyright: ignore[reportUnusedImport]
+        import matplotlib.figure  # pyright: ignore[reportUnusedImport]
+        import matplotlib.ticker  # pyright: ignore[reportUnusedImport]
     except ImportError:
         raise ImportError("figures need matplotlib: pip install 'jlora[plot]'") from None
     return matplotlib

@@ -78,8 +78,8 @@ def pareto(
         for parameters, mean in sorted(known, key=lambda point: (point[0], -point[1])):
             if not front or mean > front[-1][1]:
                 front.append((parameters, mean))
-        line_of = {"color": "#777777", "linewidth": 1, "linestyle": "--", "zorder": 1}
-        on.plot(*np.reshape(front, (-1, 2)).T, label="front", **line_of)
+        x, y = np.reshape(front, (-1, 2)).T
+        on.plot(x, y, label="front", color="#777777", linewidth=1, linestyle="--", zorder=1)
         on.set_xscale("log")
         written(on, title=title, xlabel="trained parameters", ylabel=score)
         sizes = [parameters for parameters, _ in points.values()]

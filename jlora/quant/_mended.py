@@ -71,10 +71,10 @@ def loftq(
     """
 
     def pair(w: jax.Array, again: Callable[[jax.Array], jax.Array], best: Best, s: float) -> AB:
-        mended = w
-        for _ in range(steps):
-            a, b = best(w - again(mended))
+        a, b = best(w - again(w))
+        for _ in range(steps - 1):
             mended = w - s * jnp.swapaxes(a, -1, -2) @ b
+            a, b = best(w - again(mended))
         return a, b
 
     return _quantised("loftq", params, method, quantise, steps, axes, pair)

@@ -233,11 +233,12 @@ class Int(Scheme):
         return f"int{self.bits}{block}{'+double' * self.double}"
 
 
-SCHEMES = {
+_PLAIN = {
     "nf2": NF(2), "nf3": NF(3), "nf4": NF(4), "nf8": NF(8), "int8": Int(8), "int4": Int(4, 64),
 }  # fmt: skip
-SCHEMES |= {f"{name}+double": dataclasses.replace(scheme, double=True) for name, scheme in SCHEMES.items()}
-SCHEMES.pop("int8+double")  # it has one scale a channel, which is little already
+#: Those with scales that are quantised again. `int8` has one scale a channel, which is little already.
+_DOUBLE = {f"{name}+double": dataclasses.replace(x, double=True) for name, x in _PLAIN.items() if name != "int8"}
+SCHEMES = _PLAIN | _DOUBLE
 
 
 def scheme_of(scheme: "Scheme | str") -> Scheme:

@@ -20,7 +20,7 @@ from jlora.optim._halves import Halves, Places
 class Gathered(NamedTuple):
     """The mean of the gradients since the last real update, `{group: {factor: array}}`, and how many they were."""
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (checkpoints hold it by this name)
     mean: PyTree
 
 

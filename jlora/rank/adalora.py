@@ -38,7 +38,7 @@ class AdaLoRAState(NamedTuple):
       gathered: the mean gradient of the microbatches that `optax.MultiSteps` inside has gathered; else ().
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (checkpoints hold it by this name)
     sensitivity: PyTree
     uncertainty: PyTree
     mask: PyTree

@@ -33,7 +33,7 @@ class SeLoRAState(NamedTuple):
       gathered: the mean gradient of the microbatches that `optax.MultiSteps` inside has gathered; else ().
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (checkpoints hold it by this name)
     ranks: Half
     ratio: PyTree
     inner: PyTree

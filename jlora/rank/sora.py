@@ -68,7 +68,7 @@ class SoRAState(NamedTuple):
       gathered: the mean gradient of the gates where `optax.MultiSteps` inside gathers for the others alone; else ().
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (checkpoints hold it by this name)
     inner: PyTree
     gathered: PyTree = ()
 

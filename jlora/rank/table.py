@@ -62,7 +62,7 @@ def rank_table(adapted: Adapted) -> str:
         texts.append(" ".join(map(str, np.ravel(counts).tolist())))
         living += int(counts.sum())
         stored += rank * counts.size
-    joined = [(path, ("+".join(sizes), " + ".join(texts))) for path, (ranks, texts) in rows.items()]
+    joined = [(path, ("+".join(sizes), " + ".join(texts))) for path, (sizes, texts) in rows.items()]
     folded = [(path, str(n), *rest) for path, n, rest in _table.fold(joined)]
     table = _table.render(("path", "weights", "of rank", "alive"), folded, right=(1, 2, 3))
     return f"{table}\n\n{living:,} of {stored:,} ranks alive"

@@ -105,7 +105,7 @@ class PlacedLeaf(Compound):
     def roles(self) -> str:
         return self.leaf.roles
 
-    def parts(self) -> tuple[tuple[jax.Array, ...], Callable[..., jax.Array]]:
+    def parts(self) -> tuple[tuple[jax.Array, ...], Gather]:
         arrays, fn = self.leaf.parts()
         places = tuple(map(_fitted, arrays, self.places))
         stack = self.leaf.roles.count("s")

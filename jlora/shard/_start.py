@@ -61,8 +61,7 @@ def init(
     check_mesh("shard.init", mesh)
     # An NNX module can be called as well, but it holds parameters: JAX sees a tree in it, and one leaf in a function.
     made = callable(make_params) and jax.tree.structure(make_params) == jax.tree.structure(0)
-    options = {"key": key, "axes": axes}
-    look = lambda params: adapt(params, spec, allow_untied=allow_untied, **options)
+    look = lambda params: adapt(params, spec, key=key, axes=axes, allow_untied=allow_untied)
     whole = jax.eval_shape(lambda: look(make_params())) if made else _shapes(look, make_params)
     # On a mesh with explicit axes JAX asks every operation of an initialiser where its result lives. So all is made on
     # the same devices with automatic axes, and gets its explicit sharding at the end, which moves nothing.
@@ -73,7 +72,7 @@ def init(
 
     def factors(base: PyTree) -> tuple[Half, Half]:
         adapted = begun(
-            base, spec, allow_untied=True, **options
+            base, spec, key=key, axes=axes, allow_untied=True
         )  # inside jit tied leaves are two tracers: they were looked at above
         return adapted.trainable, adapted.frozen.factors
 

@@ -78,6 +78,8 @@ METHODS = {
     "SHiRA": lambda target: jlora.SHiRA(rank=RANK, target=target),
     "C3A": lambda target: jlora.C3A(block=64, target=target),
     "HRA": lambda target: jlora.HRA(rank=RANK, target=target),
+    "Houlsby": lambda target: jlora.Houlsby(bottleneck=64, target=OUTPUTS),
+    "Parallel": lambda target: jlora.Parallel(bottleneck=64, target=BLOCKS, input="intermediate/kernel"),
 }
 # Masks, thresholds and probes fall into the timed rounds.
 SCHEDULE = {"target_rank": 5, "total_steps": 10**4, "interval": 1}
@@ -89,6 +91,8 @@ RANKS = {
 HALF = "LoRA, r / 2"
 PEER = {HALF: HALF, "compact": HALF}
 KERNELS = r"encoder/layer_\d+/.*(query|key|value|output|intermediate)/kernel$"
+OUTPUTS = r"encoder/layer_\d+/.*output/kernel$"  # of attention and of the feed-forward block
+BLOCKS = r"encoder/layer_\d+/output/kernel$"
 FLOOR = r"layer_0/attention/query/bias$"
 
 
@@ -144,7 +148,8 @@ def variants(config):
     }
     for name, method in METHODS.items():
         made[name] = lambda method=method: adapted(method(KERNELS))
-        made[f"{name}, dense"] = lambda method=method: adapted(method(KERNELS), dense=True)
+        if not method(KERNELS).on_outputs:  # no weight can say what these do
+            made[f"{name}, dense"] = lambda method=method: adapted(method(KERNELS), dense=True)
     made[HALF] = lambda: adapted(jlora.LoRA(rank=RANK // 2, alpha=16, target=KERNELS))
     made["compact"] = lambda: begun(compacted(params))
     for name, (method, wrap) in RANKS.items():

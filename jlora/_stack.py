@@ -96,14 +96,17 @@ def _gates(every: Sequence[Mapping[str, jax.Array]]) -> tuple[dict[str, jax.Arra
     """The gates of several adapters as one, and their axes: one array in all stays that array."""
     first = every[0]
     if any(set(gates) != set(first) for gates in every):
-        raise ValueError("stack: some adapters have gates that others have not; with_gates comes behind it")
+        raise ValueError(
+            "stack: some adapters have gates that others have not; give none, and with_gates inside of the mapped "
+            "function: jax.vmap(lambda a, x: apply(jlora.with_gates(a, active=g), x), in_axes=(axes, None))"
+        )
     same = {name: all(gates[name] is first[name] for gates in every) for name in first}
     made = {name: first[name] if same[name] else jnp.stack([gates[name] for gates in every]) for name in first}
     return made, {name: None if same[name] else 0 for name in first}
 
 
 def unstack(adapted: Adapted) -> list[Adapted]:
-    """The adapters of a stack, in their order.
+    """The adapters of a stack, in their order; without gates, which are values of a call.
 
     Args:
       adapted: `stack(...).adapted`, as it was or with other values; of trained halves, `Adapted(trainable, frozen)`.
@@ -141,9 +144,8 @@ def unstack(adapted: Adapted) -> list[Adapted]:
             group: {name: x[n] if x.ndim > len(want[group, name][0]) else x for name, x in named.items()}
             for group, named in side.items()
         }
-        frozen = dataclasses.replace(
-            adapted.frozen, factors=cut(adapted.frozen.factors), key=None if key is None else key[n]
-        )
+        own = None if key is None else key[n]
+        frozen = dataclasses.replace(adapted.frozen, factors=cut(adapted.frozen.factors), key=own, gates={})
         return Adapted(cut(adapted.trainable), frozen)
 
     return [one(n) for n in range(sizes.pop())]

@@ -416,7 +416,7 @@ def test_a_stack_of_adapters_takes_gates():
     stacked, axes = jlora.stack([one, other])
     run = lambda a, g, x: apply(jlora.with_gates(a, active=g), x)
     close(jax.vmap(run, in_axes=(axes, 0, None))(stacked, g, x), want)
-    with pytest.raises(ValueError, match="with_gates comes behind it"):
+    with pytest.raises(ValueError, match="with_gates inside of the mapped function"):
         jlora.stack([one, each[1]])
 
 

@@ -130,7 +130,7 @@ def test_a_path_is_what_is_written(kind, name, pairs, tmp_path):
             pytest.MonkeyPatch.context() as patch,
             pytest.raises(ValueError, match=f"{UNREADABLE[name]}.*Orbax cannot"),
         ):
-            patch.setattr(_folder, "beside", None)  # nothing is written before it is said
+            patch.setattr(_folder, "new_folder", None)  # nothing is written before it is said
             save(path, old)
         assert os.listdir(tmp_path) == []
         return

@@ -212,6 +212,11 @@ def test_the_first_rule_takes_an_output():
     assert adapted.trainable["down/bias"]["down"].shape == (3, 5)
     assert adapted.trainable["up/bias"]["down"].shape == (2, 7)
     assert "down/kernel: rule 1 (Houlsby) takes it before Houlsby" in str(adapted)
+    apart = jlora.adapt(params, [SERIAL, jlora.Houlsby(bottleneck=2, target="down/bias")])
+    assert apart.frozen.plan.shapes == jlora.adapt(params, SERIAL).frozen.plan.shapes
+    assert "takes this layer's output at down/kernel, before 2" in str(apart)
+    with pytest.raises(ValueError, match=r"rules of their own, \[LoRA"):
+        jlora.adapt(params, jlora.Sum(jlora.LoRA(rank=2), SERIAL, target="down/kernel"))
 
 
 def test_a_layer_has_one_output():
@@ -281,13 +286,21 @@ def took(use):
 
 
 SAID = {
+    "derivative": (
+        took(lambda table, x: jax.grad(lambda x: (x[:, :3] @ table[:3]).sum())(x)),
+        "taken inside the lifted",
+    ),
+    "tangent": (
+        took(lambda table, x: jax.jvp(lambda x: x[:, :3] @ table[:3], (x,), (x,))[1]),
+        "taken inside the lifted",
+    ),
     "merge": (lambda a: jlora.merge(a), r"merge: \['embedding'\] have steps on their outputs"),
     "merge_report": (lambda a: jlora.merge_report(a), "merge_report: .*steps on their outputs"),
     "dense": (lambda a: jlora.lift(table, dense=True)(a, jnp.array([1])), "steps on their outputs"),
     "tied": (took(lambda table, x: x @ table.T), "no output axis"),
     "sum": (
         lambda a: jlora.lift(lambda p, x: p["embedding"].sum() * x)(a, 1.0),
-        "'embedding': .*no part of the weight",
+        "'embedding': .*reduce_sum asks for the weight alone",
     ),
     "slice": (
         lambda a: jlora.lift(lambda p, x: x @ p["embedding"][:, :2])(a, jnp.ones((2, 6))),

@@ -135,11 +135,18 @@ class Interpreter:
             return value
         _table.check_whole(value, reason)
         name = eqn if isinstance(eqn, str) else eqn.primitive.name
+        known = (source(e) for e in (*reversed(self.around), eqn) if not isinstance(e, str))
+        where = next(filter(None, known), "")
+        if value.steps:
+            at = f" at {where}" if where else ""
+            raise NoArray(
+                f"{value.named}: it has a step on its output, which stands behind a dot, a convolution, a lookup, or "
+                f"the sum of an output with a bias, and {name} asks for the weight alone ({reason}{at}). Leave this "
+                "weight to no such method (exclude=...)"
+            )
         if _ops.is_vector(value):
             self.record(value, name, Spent("dense (a vector)", 0.0, 0.0))
         else:
-            known = (source(e) for e in (*reversed(self.around), eqn) if not isinstance(e, str))
-            where = next(filter(None, known), "")
             if value.positional:
                 at = f" at {where}" if where else ""
                 raise NoArray(

@@ -72,6 +72,12 @@ def _summed(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]
     raise Refusal(f"{eqn.primitive.name} has no rule")
 
 
+def _is_derivative(eqn: Eqn) -> bool:
+    """Whether `grad`, `jvp` and their kin made an operation: JAX writes that into its name."""
+    name = str(eqn.source_info.name_stack)
+    return "jvp(" in name or "transpose(" in name
+
+
 def _then(rule: Rule, reading: Reading) -> Rule:
     """A rule, and the steps of its weight on what it makes."""
 
@@ -80,6 +86,12 @@ def _then(rule: Rule, reading: Reading) -> Rule:
         if not marked:
             return rule(me, eqn, values, want)
         w = marked[0]
+        if any(_is_derivative(e) for e in (*me.around, eqn)):
+            raise NoArray(
+                f"{w.named}: a derivative that is taken inside the lifted function does not see the step on this "
+                "weight's output. Take it outside, of jlora.lift(fn), or leave the weight to no such method "
+                "(exclude=...)"
+            )
         at = next(n for n, v in enumerate(values) if v is w)
         others = [me.dense(v, eqn, "an operation on two weights") for n, v in enumerate(values) if n != at]
         if (read := reading(eqn, w, at == 0, others)) is None:

@@ -102,6 +102,11 @@ class Resolution:
             if recipe is None:
                 self.notes.append(f"{leaf.path}: rank 0, left as it is")
                 return
+            if recipe.steps:
+                raise ValueError(
+                    "a step on an output beside a change of the weight: write the two as rules of their own, "
+                    "[LoRA(...), Houlsby(...)], so that the step comes after the layer's bias"
+                )
             self._check(method, recipe, leaf)
         except ValueError as error:
             self._refused(rule, index, leaf, error)
@@ -161,10 +166,18 @@ class Resolution:
         homes: dict[
             int, tuple[int, int]
         ] = {}  # of each output the rule that takes it, and the leaf that it was named by
-        for of, rule in self.outputs.items():
+
+        def home(of: int) -> int:
             layer, slash, name = tree.paths[of].rpartition("/")
-            at = index.get(layer + slash + BIASES[name], of) if name in BIASES else of
-            homes[at] = min(homes.get(at, (rule, of)), (rule, of))
+            return index.get(layer + slash + BIASES[name], of) if name in BIASES else of
+
+        for of, rule in self.outputs.items():
+            homes[home(of)] = min(homes.get(home(of), (rule, of)), (rule, of))
+        for of, other in self.outputs.items():
+            rule, first = homes[home(of)]
+            if other != rule:
+                said = f"rule {rule + 1} ({self.methods[rule].describe()}) takes this layer's output"
+                self.notes.append(f"{tree.paths[of]}: {said} at {tree.paths[first]}, before {other + 1}")
         for at, (rule, of) in homes.items():
             try:
                 self._take_output(at, of, self.methods[rule], rule)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._merge import MergeReport, merge, merge_report
+from jlora._read import check_mergeable
 from jlora._trees import _tree
 from jlora._trees._compound import is_compound
 from jlora._types import AnyPath, PyTree
@@ -258,6 +259,7 @@ def export(path: AnyPath, adapted: Adapted, *, allow_loss: bool = False, overwri
     # paths are checked before the merging; a quantised weight is checked as the array that it will be merged to
     stands = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape) if is_compound(x) else x
     params = _plain_tree(jax.tree.map(stands, adapted.frozen.base, is_leaf=is_compound))
+    check_mergeable("export", adapted)
     _check_loss(merge_report(adapted), allow_loss)
     _untrained.warn("export(path", adapted)
     params = _plain_tree(merge(adapted))

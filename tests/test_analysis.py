@@ -310,12 +310,22 @@ def test_every_method_has_an_update_and_a_budget(row, case):
     found = analysis.cost(tree, row.spec([s.leaf.path for s in start.frozen.plan.sites]), axes=case.axes)
     assert found.trainable == jlora.count(start)[0] and np.isfinite(found.step_flops) and found.delta_flops >= 0
     start = jlora.join(away_from_start(start.trainable), start.frozen)
-    updates, merged = jax.jit(analysis.updates)(start), jax.tree.leaves(jlora.merge(start))
-    for site in start.frozen.plan.sites:
-        if site.leaf.path in updates:
-            want = site.leaf.matrix(merged[site.index]) - analysis.weights(start)[site.leaf.path]
-            largest = float(jnp.abs(want).max())  # the merged weight is rounded at its own size, of about 1
-            assert_close(updates[site.leaf.path].matrix, want, 3e-5 * max(1, 1 / largest))
+
+    @jax.jit  # one program, where each operation alone would be one
+    def both(adapted):
+        """{path: (dW by `updates`, the same by merging)}"""
+        updates, merged, weights = (
+            analysis.updates(adapted),
+            jax.tree.leaves(jlora.merge(adapted)),
+            analysis.weights(adapted),
+        )
+        sites = {site.leaf.path: site for site in adapted.frozen.plan.sites if site.leaf.path in updates}
+        change = lambda path, site: site.leaf.matrix(merged[site.index]) - weights[path]
+        return {path: (updates[path].matrix, change(path, site)) for path, site in sites.items()}
+
+    for found, want in both(start).values():
+        largest = float(np.abs(want).max())  # the merged weight is rounded at its own size, of about 1
+        assert_close(found, want, 3e-5 * max(1, 1 / largest))
 
 
 def test_the_factors_of_lora_are_those_stored():

@@ -16,6 +16,8 @@ import jlora
 from jlora import methods, network
 from methods import as_bytes, assert_close, away_from_start
 
+pytestmark = pytest.mark.settled
+
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)

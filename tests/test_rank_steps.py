@@ -12,6 +12,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.settled
+
 PARAMS = {"query": {"kernel": jax.random.normal(jax.random.key(0), (2, 6, 5))}, "bias": jnp.ones(5)}
 STEPS, MICRO = 4, 3
 

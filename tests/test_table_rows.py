@@ -16,6 +16,8 @@ import jlora
 from jlora import network
 from methods import as_bytes, assert_close
 
+pytestmark = pytest.mark.settled
+
 V, D, N = 11, 5, 3
 IDS = (2, 7, 9)
 TRAINED, NEW = jlora.TrainedTokens(ids=(9, 2, 7)), jlora.NewTokens(count=N)

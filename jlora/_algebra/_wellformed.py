@@ -62,6 +62,7 @@ def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Stored, made: o
         raise ValueError(f"initial of {leaf.path!r} of shape {leaf.shape} returns " + "; ".join(bad))
     try:
         check_functions(recipe, leaf, made)
+        _check_steps(recipe, leaf, made)
     except ValueError as error:
         where = f"{method} on {leaf.path!r} of shape {leaf.shape} ({leaf.roles})"
         raise ValueError(f"{where}: {error}") from error.__cause__
@@ -191,6 +192,23 @@ def _check_function(
     if len(made.shape) != len(shape) or any(b not in (None, a) for a, b in zip(made.shape, shape, strict=True)):
         letters = _spoken(labels, shape)
         raise ValueError(f"a Function of arrays {shapes} returns {made.shape}, and its letters {letters}")
+
+
+def _check_steps(recipe: Recipe, leaf: Leaf, made: Mapping[Place, jax.Array]) -> None:
+    """Raises ValueError unless each step keeps the shape of an output; of another weight's input it cannot be asked."""
+    y = jax.ShapeDtypeStruct((1, leaf.size("o")), np.dtype("float32"))
+    for step in (step for step in recipe.steps if not step.of):
+        given = [
+            jax.ShapeDtypeStruct(a.shape, made[a.group or leaf.path, a.name].dtype)
+            for a in step.arrays
+            if a.shape is not None
+        ]
+        try:
+            found = jax.eval_shape(step.fn, y, *given)
+        except Exception as error:  # whatever an author's function raises
+            raise ValueError(f"a Step of an output {y.shape} fails: {type(error).__name__}: {error}") from error
+        if getattr(found, "shape", None) != y.shape:
+            raise ValueError(f"a Step of an output {y.shape} returns {found}; it returns what it is given")
 
 
 def _spoken(labels: Sequence[str], shape: Sequence[int | None]) -> str:

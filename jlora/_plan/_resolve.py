@@ -98,9 +98,8 @@ class Resolution:
             if told is None and _splits(method, leaf):
                 self.choice.unclear.append((leaf, method.describe()))
                 return
-            recipe = method.recipe(leaf)
+            recipe = self._recipe(method, leaf)
             if recipe is None:
-                self.notes.append(f"{leaf.path}: rank 0, left as it is")
                 return
             if recipe.steps:
                 raise ValueError(
@@ -121,6 +120,13 @@ class Resolution:
             said = f"rule {rule + 1} ({self.methods[rule].describe()}) takes it before {names}"
             self.notes.append(f"{self.choice.tree.paths[index]}: {said}")
         return rule
+
+    def _recipe(self, method: Method, leaf: Leaf) -> Recipe | None:
+        """What a method says of a leaf; that it leaves it alone is noted."""
+        recipe = method.recipe(leaf)
+        if recipe is None:
+            self.notes.append(f"{leaf.path}: rank 0, left as it is")
+        return recipe
 
     def _check(self, method: Method, recipe: Recipe, leaf: Leaf) -> None:
         """Raises ValueError where equation and leaf, or factors that weights share, do not fit each other."""
@@ -163,9 +169,7 @@ class Resolution:
         """Steps on outputs, where these are whole: at the layer's bias, or at its weight where it has none."""
         tree = self.choice.tree
         index = {path: n for n, path in enumerate(tree.paths)}
-        homes: dict[
-            int, tuple[int, int]
-        ] = {}  # of each output the rule that takes it, and the leaf that it was named by
+        homes: dict[int, tuple[int, int]] = {}  # of each output, the rule that takes it and the leaf that names it
 
         def home(of: int) -> int:
             layer, slash, name = tree.paths[of].rpartition("/")
@@ -199,9 +203,8 @@ class Resolution:
         elif told is None:
             self.choice.unclear.append((leaf, method.describe()))
             return
-        recipe = method.recipe(leaf)
+        recipe = self._recipe(method, leaf)
         if recipe is None:
-            self.notes.append(f"{leaf.path}: rank 0, left as it is")
             return
         for step in recipe.steps:
             if step.of and _sites.beside(leaf.path, step.of, self.choice.tree.paths) is None:

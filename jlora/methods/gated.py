@@ -57,8 +57,8 @@ class Gated(Method):
         others = inner.gain or inner.left or inner.right or inner.rows
         if others or self.inner.beside(leaf) is not None:
             raise ValueError(
-                f"Gated({self.inner.describe()}): the inner method must add to W0, not rescale or turn it, put "
-                "rows in: its gate multiplies what is added"
+                f"Gated({self.inner.describe()}): the inner method must add to W0, not rescale or turn it, nor "
+                "put rows in: its gate multiplies what is added"
             )
         if any(step.gate for step in inner.steps):
             raise ValueError(f"Gated({self.inner.describe()}): its step has a gate already")

@@ -5,13 +5,15 @@ asks what a leaf is for (`_kinds`). Given a whole tree, as `adapt` and `quantize
 leaf too: a classifier that is called `Dense_0` is known by the tree around it, not by its path.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
-from jlora._trees import _kinds
+from jlora import _answers
+from jlora._trees import _kinds, _layers, _select
 from jlora._trees._axes import is_trainable_dtype
-from jlora._trees._tree import shape_dtype
+from jlora._trees._tree import Named, Target, shape_dtype
 from jlora._types import PyTree, Traced
 
 Test: TypeAlias = Callable[[str, PyTree], bool]
@@ -158,3 +160,100 @@ def everything(path: str, leaf: PyTree) -> bool:
       (True, False)
     """
     return is_trainable_dtype(shape_dtype(leaf)[1])
+
+
+def _parameters(path: str, leaf: PyTree) -> bool:
+    return everything(path, leaf) and _kinds.is_parameter(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopLayers:
+    r"""The weights of the last k layers: `Full(target=TopLayers(2))` freezes all below.
+
+    Layers are modules with numbers in their paths, `layers_11/`, `layer/11/`, `h/11/`, which hold modules and are
+    alike (in a model without such, as an MLP, numbered modules that hold arrays); the largest numbers are on top.
+    Where numbers nest (`block/3/layer/1`), the outermost counts. Each stack counts on its own: the encoder and the
+    decoder of a T5 have k layers each. What stands outside of the layers is not taken: embeddings, a final norm, a
+    head. The last two layers as the LoRA paper counts them (25.19 M of GPT-2 medium) have none of these; add them as
+    further rules, `[Full(target=TopLayers(2)), Full(target=targets.head)]`.
+
+    Layers under a scan are one leaf, of which a target takes all or nothing; what to write then is said by the error.
+
+    Attributes:
+      k: how many layers, from the last one down.
+      of: what is taken of them, a target: by default every parameter (running averages are none).
+      layers: a regular expression that says where the numbers are if their paths do not, with a group for each:
+        `r"h(\d+)_"`, or with two, `r"stages/(\d+)/layers/(\d+)/"`, which count as one number of two digits. What is
+        before the first group names the stack.
+
+    Raises:
+      TypeError, ValueError: `k` is no number of layers, `of` no target. When used: fewer than k layers, none with a
+        number, layers that are one leaf, two kinds of numbered modules beside each other, as an error of `adapt`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> layer = lambda: {"attn": {"query": {"kernel": jnp.ones((4, 4))}}, "mlp": {"kernel": jnp.ones((4, 4))}}
+      >>> params = {"embed": {"embedding": jnp.ones((9, 4))}, "layers": {str(n): layer() for n in range(12)}}
+      >>> jlora.adapt(params, jlora.Full(target=jlora.targets.TopLayers(2)))
+      Adapted(4 weights, 64 trainable)
+      >>> top = jlora.targets.TopLayers(4, of=jlora.targets.attention)
+      >>> sorted(jlora.adapt(params, jlora.LoRA(rank=2, target=top)).trainable)[:2]
+      ['layers/10/attn/query/kernel', 'layers/11/attn/query/kernel']
+
+    References:
+      Hu et al, `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, section 5.1: the baseline FT^Top2.
+      Houlsby et al, `Parameter-Efficient Transfer Learning for NLP <https://arxiv.org/abs/1902.00751>`_, 2019, 3.
+    """
+
+    k: int
+    of: Target = _parameters
+    layers: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int):
+            raise TypeError(f"TopLayers takes a number of layers, TopLayers(2), not {_answers.kind(self.k)}")
+        if self.k < 1:
+            raise ValueError(f"TopLayers({self.k}): at least one layer; to adapt none, leave the rule out")
+        if not isinstance(self.layers, (str, type(None))):
+            raise TypeError(
+                f"TopLayers(layers={self.layers!r}): a regular expression with a group for the number, or None"
+            )
+        if not isinstance(self.of, str) and not callable(self.of):
+            object.__setattr__(self, "of", _select.parts(self.of, "of"))
+
+    def __repr__(self) -> str:
+        rest = [f"of={_select.short(self.of)}"] if self.of is not _parameters else []
+        rest += [f"layers={self.layers!r}"] if self.layers is not None else []
+        return f"TopLayers({', '.join([str(self.k), *rest])})"
+
+    def __call__(self, path: str, leaf: PyTree) -> bool:
+        raise TypeError(
+            "TopLayers counts the layers of a whole tree, and one leaf does not tell how many there are: give it as "
+            "target= or exclude= itself, alone or in a list, and narrow it by of="
+        )
+
+    def among(self, paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None = None) -> list[bool]:
+        """For each leaf of a tree whether it is taken."""
+        tree = Named(tuple(paths), tuple(leaves), (), None, ())
+        wanted, bad = _select.select("TopLayers", self.of, (), tree, traced, "of")
+        if bad:
+            raise ValueError("; ".join(bad))
+        if self.layers is not None:
+            places = _layers.told(paths, self.layers)
+        else:
+            places = _layers.found(paths, [len(shape_dtype(leaf)[0]) > 1 for leaf in leaves])
+        numbers: dict[str, set[_layers.Numbers]] = {}
+        for place in places:
+            if place is not None:
+                numbers.setdefault(place.stack, set()).add(place.number)
+        if short := [f"{stack}# has {len(them)}" for stack, them in numbers.items() if len(them) < self.k]:
+            raise ValueError(
+                f"there are no {self.k} layers: {', '.join(short[:5])}"
+                + rf"; name the stack by layers=, as layers=r'{max(numbers, key=lambda s: len(numbers[s]))}(\d+)'"
+                * (len(short) < len(numbers))
+            )
+        top = {stack: sorted(them)[-self.k :] for stack, them in numbers.items()}
+        taken = [bool(it and p and p.number in top[p.stack]) for it, p in zip(wanted, places, strict=True)]
+        if not any(taken):
+            raise ValueError(f"of={_select.short(self.of)} takes nothing of the last {self.k} layers")
+        return taken

@@ -5,6 +5,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import jlora
@@ -277,3 +278,149 @@ def test_the_table_says_what_of_the_kind_was_left():
     many = {f"{name}_{'x' * 30}": {"kernel": jnp.ones((4, 4))} for name in "abcdefgh"}
     lines = str(jlora.adapt(many, jlora.LoRA(rank=1, target="a_"))).splitlines()
     assert [line for line in lines if line.startswith("left: 7 matrices")] and max(map(len, lines)) <= 100
+
+
+# --- the last layers ----------------------------------------------------------------------------------------------
+
+STACKS = {  # of recorded trees, read off the paths by eye: each stack's path up to its number, and the last layer there
+    "convnets: ResNet50": "params/BottleneckResNetBlock_4",
+    "dit: DiT-B/2": "DiTBlock_1",
+    "easylm: llama_7b": "transformer/h/1",
+    "equinox: GPT": "blocks/1",
+    "gemma: Gemma3_4B": "layer_1 vision_encoder/siglip_encoder/Transformer/encoderblock_1",
+    "keras_hub: vit base": "vit_encoder/transformer_block_2",
+    "keras_hub: mixtral": "transformer_layer_0",
+    "mamba: mamba-2.8b (mamba-minimal-jax, kcoopermiller)": "layers_1",
+    "maxtext: gpt-oss-20b": "decoder/layers_1",
+    "maxtext: mixtral-8x7b": "decoder/layers_0",
+    "t5x: t5_1_1_base": "encoder/layers_1 decoder/layers_1",
+    "tunix: gemma3-4b": "layers/1",
+    "vision_transformer: ViT-B16": "Transformer/encoderblock_1",
+    "vision_transformer: Mixer-B16": "MixerBlock_1",
+}
+UNTOLD = {  # what no path tells, and what the error says of it
+    "equinox: GPT, blocks stacked": "the layers of 'blocks' are scanned",
+    "maxtext: llama2-7b, scanned": "the layers of 'decoder/layers' are scanned",
+    "maxtext: gpt-oss-20b, scanned": "the layers of 'decoder/layers' are scanned",
+    "maxtext: gemma3-4b, scanned": "the layers of 'decoder/layers' are scanned",
+    "t5x: scalable_t5 base, scanned": "no path here has the number of a layer",
+    "diffusers: Stable Diffusion 1 U-Net": "'down_blocks_#' and 'up_blocks_#' stand beside each other",
+    "keras_hub: t5 1.1 small": "layers=r'(?:transformer_decoder_layer_|transformer_encoder_layer_)",
+    "maxtext: deepseek3-671b": "layers=r'dense_layers_",
+    "haiku: transformer example": "no path here has the number of a layer",
+}
+
+
+def recorded(model):
+    return _tree.flatten(nested(MODELS[model], lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)))
+
+
+@pytest.mark.parametrize("model", STACKS)
+def test_the_last_layer_of_each_stack_is_taken_and_no_other_leaf(model):
+    """On recorded trees: all parameters below the last layer of each stack; no table, head or final norm."""
+    tree = recorded(model)
+    taken = {p for p, it in zip(tree.paths, _select.taken(targets.TopLayers(1), tree), strict=True) if it}
+    assert taken == {p for p in tree.paths if any(p.startswith(top + "/") for top in STACKS[model].split())}
+    linear = zip(tree.paths, _select.taken(targets.linear, tree), strict=True)
+    assert _select.taken(targets.TopLayers(1, of=targets.linear), tree) == [p in taken and it for p, it in linear]
+
+
+@pytest.mark.parametrize("model", UNTOLD)
+def test_layers_that_no_path_tells_are_asked_for(model):
+    """Scanned layers, numbers of other things, two kinds beside each other: an error, and what it says works."""
+    tree = recorded(model)
+    with pytest.raises(ValueError) as error:
+        _select.taken(targets.TopLayers(1), tree)
+    assert UNTOLD[model] in str(error.value)
+    for pattern in re.findall(r"layers=r'(.*?)'", str(error.value)):
+        them = _select.taken(targets.TopLayers(1, layers=pattern), tree)
+        taken = [p for p, it in zip(tree.paths, them, strict=True) if it]
+        number = {int(re.search(pattern, p)[1]) for p in tree.paths if re.search(pattern, p)}
+        assert taken and max(number) in {int(re.search(pattern, p)[1]) for p in taken}
+
+
+def dense():
+    return {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+
+
+MLP = {f"Dense_{n}": dense() for n in range(11)}
+DEEP = {"embed": {"embedding": jnp.ones((9, 4))}, "h": {str(n): {"mlp": dense()} for n in range(11)}}
+
+
+@pytest.mark.parametrize(
+    ("params", "top", "taken"),
+    [
+        (MLP, targets.TopLayers(2), "Dense_10/bias Dense_10/kernel Dense_9/bias Dense_9/kernel"),
+        ([tuple(dense().values()) for _ in range(3)], targets.TopLayers(1, of=r"/0$"), "2/0"),
+        (DEEP, targets.TopLayers(2, of=["kernel"]), "h/10/mlp/kernel h/9/mlp/kernel"),
+        ({**DEEP, "h": {"3": DEEP["h"]["3"]}}, targets.TopLayers(1, of="kernel"), "h/3/mlp/kernel"),
+        (
+            {"stages": {str(s): {"layers": {str(n): dense() for n in range(2)}} for s in range(2)}},
+            targets.TopLayers(3, of="kernel", layers=r"stages/(\d+)/layers/(\d+)/"),
+            "stages/0/layers/1/kernel stages/1/layers/0/kernel stages/1/layers/1/kernel",
+        ),
+        (
+            {f"net/h{n}_{part}": {"w": jnp.ones((4, 4))} for n in range(3) for part in ("attn", "mlp")},
+            targets.TopLayers(1, layers=r"h(\d+)_"),
+            "net%2Fh2_attn/w net%2Fh2_mlp/w",
+        ),
+    ],
+    ids=["an MLP", "tuples", "numbers, not letters", "one layer", "two numbers", "Haiku"],
+)
+def test_the_largest_numbers_are_on_top(params, top, taken):
+    """10 stands above 9; the layers of an MLP hold arrays; two numbers count as one of two digits."""
+    adapted = jlora.adapt(params, jlora.Full(target=top))
+    assert " ".join(sorted(adapted.trainable)) == taken
+    rest = jlora.adapt(params, jlora.Full(target=targets.everything, exclude=top))
+    assert not set(rest.trainable) & set(adapted.trainable)
+
+
+@pytest.mark.parametrize(
+    ("error", "make", "said"),
+    [
+        (ValueError, lambda: targets.TopLayers(0), "at least one layer"),
+        (TypeError, lambda: targets.TopLayers(True), "a number of layers"),
+        (TypeError, lambda: targets.TopLayers("2"), "a number of layers"),
+        (TypeError, lambda: targets.TopLayers(2, of=None), r"of=None .*of=jlora.targets.linear"),
+        (TypeError, lambda: targets.TopLayers(2, layers=2), "a group for the number"),
+        (TypeError, lambda: targets.TopLayers(2)("h/1/mlp/kernel", 0), "counts the layers of a whole tree"),
+        (ValueError, lambda: targets.TopLayers(12), "no 12 layers: h/# has 11"),
+        (ValueError, lambda: targets.TopLayers(1, of="nothing"), r"TopLayers\(of='nothing'\) matches no leaf"),
+        (ValueError, lambda: targets.TopLayers(1, of="embed"), "of='embed' takes nothing of the last 1 layers"),
+        (ValueError, lambda: targets.TopLayers(1, layers="h/"), "no group for the number"),
+        (ValueError, lambda: targets.TopLayers(1, layers="(h"), "no regular expression"),
+        (ValueError, lambda: targets.TopLayers(1, layers="(h)"), "as numbers"),
+        (ValueError, lambda: targets.TopLayers(1, layers=r"block(\d+)"), "found in no path"),
+    ],
+)
+def test_layers_that_are_not_there_are_answered(error, make, said):
+    """A count or a pattern that makes no sense is refused in words, beside whatever else is wrong with the call."""
+    with pytest.raises(error, match=said):
+        jlora.adapt(DEEP, jlora.Full(target=make()))
+    if error is ValueError and "at least" not in said:
+        with pytest.raises(ValueError, match=rf"(?s){said}.*'nowhere'\) matches no leaf"):
+            jlora.adapt(DEEP, [jlora.Full(target=make()), jlora.LoRA(rank=1, target="nowhere")])
+
+
+def test_the_lower_layers_of_a_scan_are_frozen_by_their_updates():
+    """What the error of scanned layers says: updates of all but the last k are zeros; those keep every bit."""
+    k, params = 2, {"layers": {"mlp": {"kernel": jax.random.normal(jax.random.key(0), (5, 4, 4))}}}
+    with pytest.raises(ValueError, match=r"optax.chain\(tx, optax.stateless"):
+        jlora.adapt(params, jlora.Full(target=targets.TopLayers(k)))
+    trainable, frozen = jlora.split(jlora.adapt(params, jlora.Full(target="layers"), axes={"layers": "sio"}))
+    tx = optax.chain(optax.adamw(1e-2), optax.stateless(lambda u, _: jax.tree.map(lambda u: u.at[:-k].set(0), u)))
+
+    def loss(trainable):
+        turn = lambda x, w: (jnp.tanh(x @ w), None)
+        fn = jlora.lift(lambda params: jax.lax.scan(turn, jnp.ones((3, 4)), params["layers"]["mlp"]["kernel"])[0])
+        return jnp.sum(fn(jlora.join(trainable, frozen)) ** 2)
+
+    state = tx.init(trainable)
+    for _ in range(2):
+        updates, state = tx.update(jax.grad(loss)(trainable), state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    before, after = (
+        params["layers"]["mlp"]["kernel"],
+        jlora.merge(jlora.join(trainable, frozen))["layers"]["mlp"]["kernel"],
+    )
+    assert jnp.array_equal(before[:-k], after[:-k]) and bool(jnp.all(before[-k:] != after[-k:]))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jlora
 from jlora import targets
 from jlora._trees import _select, _tree
 
@@ -150,3 +151,37 @@ def test_targets_take_what_the_modules_are(name, monkeypatch):
     for target in ("head", "linear", "attention", "embeddings", "norms", "biases"):
         taken = dict(zip(flat.paths, _select.taken(getattr(targets, target), flat), strict=True))
         assert not (wrong := [p for p in taken if taken[p] != truth[p][target]]), (target, wrong)
+
+
+TWO = {
+    "BertForPreTraining": (dict(num_hidden_layers=2), ["bert/encoder/layer/1"]),
+    "GPT2LMHeadModel": (dict(n_layer=2), ["transformer/h/1"]),
+    "LlamaForCausalLM": (dict(num_hidden_layers=2), ["model/layers/1"]),
+    "T5ForConditionalGeneration": (dict(num_layers=2), ["encoder/block/1", "decoder/block/1"]),
+    "ViTForImageClassification": (dict(num_hidden_layers=2), ["vit/encoder/layer/1"]),
+    "CLIPModel": ({}, ["text_model/encoder/layers/0", "vision_model/encoder/layers/0"]),
+    "ResNetForImageClassification": ({}, ["params/resnet/encoder/stages/1"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.parametrize("name", TWO)
+def test_the_last_layer_is_that_of_the_configuration(name, monkeypatch):
+    """Every parameter of the last layer, of encoder and decoder each, also where the first has one more (T5's bias)."""
+    clip = jnp.clip
+    monkeypatch.setattr(jnp, "clip", lambda x, *a, a_min=None, a_max=None, **k: clip(x, *(a or (a_min, a_max)), **k))
+    changed, tops = TWO[name]
+    monkeypatch.setitem(MODELS, name, (dict(MODELS[name][0], **changed), ""))
+    flat = _tree.flatten(built(name)[0])
+    taken = {p for p, it in zip(flat.paths, _select.taken(targets.TopLayers(1), flat), strict=True) if it}
+    assert taken == {p for p in flat.paths if any(p.startswith(top + "/") for top in tops)}
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+def test_two_layers_of_gpt2_medium_are_what_the_paper_counts():
+    """FT^Top2 of GPT-2 medium: 25.19 M (LoRA, Table 3), so no embedding, final norm or head."""
+    config = transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+    model = transformers.FlaxGPT2LMHeadModel(config, _do_init=False)
+    tree = jax.eval_shape(lambda key: model.init_weights(key, (1, 4)), jax.random.key(0))
+    adapted = jax.eval_shape(lambda p: jlora.adapt(p, jlora.Full(target=targets.TopLayers(2))), tree)
+    assert round(jlora.count(adapted)[0] / 1e6, 2) == 25.19

@@ -85,7 +85,11 @@ def _one(path: str, shape: tuple[int, ...], beside: Mapping[str, int]) -> str:
     everything = (*above, owner)
     # a matrix has more axes than its bias; the scale of a norm that is called a weight has as many
     matrices = any(re.fullmatch(_names.MATRIX_LEAVES, name) and n > len(shape) for name, n in beside.items())
-    if _is("state", leaf, everything) or any(_is("states", name) for name in everything):
+    if (
+        _is("state", leaf, everything)
+        or _is("statistics", leaf, everything)
+        or any(_is("states", n) for n in everything)
+    ):
         return "state"
     normal = _is("norm", owner) or "scale" in beside and not matrices and leaf in ("scale", "bias", "offset")
     if _is("position", leaf, everything) or leaf in _names.TABLE_LEAVES and _is("position", owner, above):
@@ -114,6 +118,12 @@ def _one(path: str, shape: tuple[int, ...], beside: Mapping[str, int]) -> str:
 def leaf_name(path: str) -> str:
     """The last name of a path, its words joined by `_`."""
     return _named(path)[0]
+
+
+def is_parameter(path: str) -> bool:
+    """Whether a leaf is trained when the model is: no running average, cache or table that the model makes itself."""
+    leaf, _, _ = _named(path)
+    return not (_is("statistics", leaf) or any(_is("states", "_".join(words(step))) for step in steps(path)))
 
 
 def counts_types(path: str) -> bool:

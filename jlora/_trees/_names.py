@@ -50,6 +50,8 @@ NAMES = {
     "state": (
         Names(r"[abcd]", "Mamba, S4", r"(^|[_/])(mixer|mamba\d*|ssm|s4d?|s5|lru)([_/]|$)"),
         Names(r"a_log|dt_bias|lambda(_re|_im)?|(nu|theta|gamma)_log|log_(step|dt)", "Mamba, S4, LRU"),
+    ),
+    "statistics": (
         Names(r"(running_|moving_|pop_)?(mean|var|variance)|num_batches_tracked", "BatchNorm of Flax, PyTorch, Keras"),
         Names(r"average|hidden|counter", "haiku/_src/moving_averages.py ExponentialMovingAverage"),
         Names(r"(cached|cache)_.*|.*_cache|inv_freq|freqs(_.*)?|(.*_)?rotary(_.*)?", "caches and rotary tables"),

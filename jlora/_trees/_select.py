@@ -25,12 +25,12 @@ def parts(target: object, said: str = "target") -> tuple["str | Callable[..., ob
     if target is None:
         hint = (
             "; leave it out for what the method adapts by default, or write "
-            + ("target=jlora.targets.linear for every matrix" if said == "target" else "exclude=()")
+            + ("exclude=()" if said == "exclude" else f"{said}=jlora.targets.linear for every matrix")
         )  # fmt: skip
     elif isinstance(target, re.Pattern):
         hint = f"; write {said}={target.pattern!r}"
     raise TypeError(
-        f"{said}={_short(target)} is no regular expression (searched in the path), no callable (path, leaf) -> bool, "
+        f"{said}={short(target)} is no regular expression (searched in the path), no callable (path, leaf) -> bool, "
         f"and no list of them{hint}"
     )
 
@@ -58,34 +58,58 @@ def _column(part: "str | Callable[..., object]", tree: _tree.Named, traced: Trac
 
 
 def select(
-    who: str, target: object, exclude: object, tree: _tree.Named, traced: Traced | None = None
+    who: str,
+    target: object,
+    exclude: object,
+    tree: _tree.Named,
+    traced: Traced | None = None,
+    said: str = "target",
 ) -> tuple[list[bool], list[str]]:
     """For each leaf whether it is adapted, and what is wrong with the target, in words that begin with `who`.
+
+    `said` is what the target is called there.
 
     Every pattern of a target or an exclude must match a leaf, as must every callable of a target.
 
     Raises:
       TypeError: what is no target.
     """
-    wanted = [(part, _column(part, tree, traced)) for part in parts(target)]
-    spared = [(part, _column(part, tree, traced)) for part in parts(exclude, "exclude")]
-    whole = f"{who}(target={_short(target)})"
-    bad = []
+    bad: list[str] = []
+
+    def columns(parts: Sequence["str | Callable[..., object]"], field: str) -> list[list[bool] | None]:
+        """Of each part, or None where it says itself what is wrong with it."""
+        found: list[list[bool] | None] = []
+        for part in parts:
+            try:
+                found.append(_column(part, tree, traced))
+            except ValueError as error:
+                if not hasattr(part, "among"):  # the caller's own function: its traceback says more
+                    raise
+                bad.append(f"{who}({field}): {error}")
+                found.append(None)
+        return found
+
+    whole = f"{who}({said}={short(target)})"
+    these, those = parts(target, said), parts(exclude, "exclude")
+    takes = columns(these, f"{said}={short(target)}")
+    leaves_out = columns(those, f"exclude={short(exclude)}")
+    wanted = [(part, column) for part, column in zip(these, takes, strict=True) if column is not None]
+    spared = [(part, column) for part, column in zip(those, leaves_out, strict=True) if column is not None]
     for part, column in wanted:
         if not any(column):
-            alone = len(wanted) == 1
-            bad.append((whole if alone else f"{whole}: {_short(part)}") + f" matches no leaf{_instead(part, tree)}")
+            alone = len(these) == 1
+            bad.append((whole if alone else f"{whole}: {short(part)}") + f" matches no leaf{_instead(part, tree)}")
     for part, column in spared:
         if isinstance(part, str) and not any(column):
-            bad.append(f"{who}(exclude={_short(exclude)}): {_short(part)} matches no leaf{_instead(part, tree)}")
-    if not wanted:
+            bad.append(f"{who}(exclude={short(exclude)}): {short(part)} matches no leaf{_instead(part, tree)}")
+    if not these:
         bad.append(f"{whole}: an empty list names no leaf; leave it out for the default")
     both = [
         any(column[n] for _, column in wanted) and not any(column[n] for _, column in spared)
         for n in range(len(tree.paths))
     ]
     if not bad and not any(both):
-        bad.append(f"{whole} matches no leaf that exclude={_short(exclude)} leaves")
+        bad.append(f"{whole} matches no leaf that exclude={short(exclude)} leaves")
     return both, bad
 
 
@@ -95,13 +119,11 @@ def unmatched(axes: "dict[str, str] | None", tree: _tree.Named) -> dict[str, str
     return {p: f"axes={{{p!r}: ...}} matches no leaf{_instead(p, tree)}" for p, it in wrong.items() if it}
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """A target in an error message: a name or a repr, at most 200 characters of it."""
     name = getattr(value, "__name__", None)
     if isinstance(value, (list, tuple)):
-        text = (
-            "[" + ", ".join(map(_short, value[:8])) + (f", and {len(value) - 8} more" if len(value) > 8 else "") + "]"
-        )
+        text = "[" + ", ".join(map(short, value[:8])) + (f", and {len(value) - 8} more" if len(value) > 8 else "") + "]"
     else:
         text = name if isinstance(name, str) and name != "<lambda>" else repr(value)
     return text if len(text) <= 200 else f"{text[:120]}... ({len(text):,} characters)"
@@ -164,7 +186,7 @@ def vectors(who: str, target: object, tree: _tree.Named, taken: Sequence[int], l
     first = tree.paths[taken[0]]
     more = f" and {len(taken) - 1} more such" if len(taken) > 1 else ""
     shape = _tree.shape_dtype(tree.leaves[taken[0]])[0]
-    said = f"{who}(target={_short(target)}) takes {_clip(first)!r} of shape {shape}{more} too, which has no input side"
+    said = f"{who}(target={short(target)}) takes {_clip(first)!r} of shape {shape}{more} too, which has no input side"
     instead = [_sharpened(part, tree, taken, left) for part in parts(target)]
     lines = []
     if instead and all(instead):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
 from jlora import _answers
-from jlora._trees import _kinds, _layers, _select
+from jlora._trees import _blocks, _kinds, _layers, _select
 from jlora._trees._axes import is_trainable_dtype
 from jlora._trees._tree import Named, Target, shape_dtype
 from jlora._types import PyTree, Traced
@@ -117,6 +117,77 @@ def head(path: str, leaf: PyTree) -> bool:
       True
       >>> jlora.targets.head("multi_head_attention/out/kernel", jnp.ones((4, 4)))
       False
+    """
+    raise NotImplementedError
+
+
+def _at(*wanted: str) -> Callable[[Test], Test]:
+    """Makes a target of what stands at some ends of blocks; the function has its words."""
+
+    def decorate(function: Test) -> Test:
+        @functools.wraps(function)
+        def target(path: str, leaf: PyTree) -> bool:
+            return among((path,), (leaf,))[0]
+
+        def among(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None = None) -> list[bool]:
+            return [end in wanted for end in _blocks.ends(paths, leaves, traced)]
+
+        vars(target)["among"] = among
+        return target
+
+    return decorate
+
+
+@_at("last attention")
+def attention_outputs(path: str, leaf: PyTree) -> bool:
+    """The output projections of self-attention; those of cross-attention are `cross_attention_outputs`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.targets.attention_outputs("layer/0/attention/output/dense/kernel", jnp.ones((4, 4)))
+      True
+      >>> jlora.targets.attention_outputs("layer/0/output/dense/kernel", jnp.ones((8, 4)))
+      False
+    """
+    raise NotImplementedError
+
+
+@_at("last cross attention")
+def cross_attention_outputs(path: str, leaf: PyTree) -> bool:
+    """The output projections of a decoder's attention to an encoder, where names tell them from those of the other.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.targets.cross_attention_outputs("layers/0/encoder_attn/out_proj/kernel", jnp.ones((4, 4)))
+      True
+    """
+    raise NotImplementedError
+
+
+@_at("last feed forward")
+def feed_forward_outputs(path: str, leaf: PyTree) -> bool:
+    """The last layers of feed-forward blocks. Where numbers alone tell them (`Dense_1`), it takes the tree to know.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.targets.feed_forward_outputs("layers/0/mlp/down_proj/kernel", jnp.ones((8, 4)))
+      True
+      >>> jlora.targets.feed_forward_outputs("layers/0/mlp/up_proj/kernel", jnp.ones((4, 8)))
+      False
+    """
+    raise NotImplementedError
+
+
+@_at("last attention", "last feed forward")
+def block_outputs(path: str, leaf: PyTree) -> bool:
+    """`attention_outputs` and `feed_forward_outputs`: where a residual is added, and where Houlsby's adapters stand.
+
+    Houlsby et al, `Parameter-Efficient Transfer Learning for NLP <https://arxiv.org/abs/1902.00751>`_, 2019, 2.1.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.targets.block_outputs("h/0/mlp/c_proj/kernel", jnp.ones((8, 4)))
+      True
     """
     raise NotImplementedError
 

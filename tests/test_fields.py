@@ -36,6 +36,8 @@ MADE = {
     "SSF": lambda **o: jlora.SSF(**{"target": T, **o}),
     "BitFit": lambda **o: jlora.BitFit(**o),
     "Houlsby": lambda **o: jlora.Houlsby(**{"target": T, "bottleneck": 2, **o}),
+    "Pfeiffer": lambda **o: jlora.Pfeiffer(**{"target": T, "bottleneck": 2, **o}),
+    "ParallelKronA": lambda **o: jlora.ParallelKronA(**{"target": T, "input": "kernel", **o}),
     "Parallel": lambda **o: jlora.Parallel(**{"target": T, "bottleneck": 2, "input": "kernel", **o}),
     "TrainedTokens": lambda **o: jlora.TrainedTokens(**{"ids": (1, 3), "target": "q/kernel$", **o}),
     "NewTokens": lambda **o: jlora.NewTokens(**{"count": 2, "target": "q/kernel$", **o}),

@@ -121,7 +121,7 @@ def test_layers_in_another_order_keep_their_own():
         np.testing.assert_allclose(found[b, a], want, rtol=1e-5, atol=1e-6)
     both = {"up": params["kernel"], "down": jnp.swapaxes(params["kernel"], 2, 3)}
     fn = lambda params, x: jnp.einsum("bati,abio->bato", jnp.einsum("bati,abio->bato", x, params["up"]), params["down"])
-    spec = jlora.Parallel(bottleneck=3, activation="tanh", target="down", input="up")
+    spec = jlora.Parallel(3, activation="tanh", scale=1, target="down", input="up")
     adapted = away(jlora.adapt(both, spec, axes={"": "ssio"}))
     h, factors = wide(fn(both, x)), wide(adapted.trainable["down"])
     found = jlora.lift(fn)(adapted, x)

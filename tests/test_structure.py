@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1] / "jlora"
 FLOORS = {
     "_trees": (
         "_compound", "_table", "_conventions", "_axis_names", "_tree", "_select", "_leaf", "_layouts", "_axes",
-        "_choice", "_names", "_kinds", "_layers",
+        "_choice", "_names", "_kinds", "_blocks", "_layers",
     ),
     "_algebra": (
         "_words", "_recipe", "_wellformed", "_small_inverse", "_mesh", "_contract", "_term", "_rows", "_unmade",

@@ -108,6 +108,16 @@ QV = {
     "q", "v", "query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn", "q_attn", "query_key_value",
 }  # fmt: skip
 
+# The last layers of self-attention and of feed-forward blocks, as the classes of these models call them.
+ATTENTION_OUT = re.compile(
+    r"(^|/)(attention/output/dense|attention/dense|(self_attn|attention|attn)/(out_proj|o_proj|c_proj|out_lin)"
+    r"|(Local)?SelfAttention/o|self_attention/dense)$"
+)
+FEED_FORWARD_OUT = re.compile(
+    r"(^|/)(layer/0/output/dense|ffn_output|fc2|fc_out|mlp/(c_proj|down_proj|weights_out|dense_4h_to_h)|lin2"
+    r"|DenseReluDense/wo|feed_forward/output_dense)$"
+)
+
 
 def built(name):
     """The tree of a model's parameters, as shapes, and `{path of a module: its class}`."""
@@ -146,9 +156,15 @@ def test_targets_take_what_the_modules_are(name, monkeypatch):
             "embeddings": kind in TABLE and module not in POSITIONS,
             "norms": bool(NORM.search(kind)) and not path.startswith("batch_stats/"),
             "biases": bias,
+            "attention_outputs": matrix and bool(ATTENTION_OUT.search(owner)),
+            "feed_forward_outputs": matrix and bool(FEED_FORWARD_OUT.search(owner)),
+            "cross_attention_outputs": matrix
+            and bool(re.search(r"(encoder_attn/out_proj|crossattention/c_proj|EncDecAttention/o)$", owner)),
         }
     assert heads <= {p.removeprefix("params/").rpartition("/")[0] for p in flat.paths}
-    for target in ("head", "linear", "attention", "embeddings", "norms", "biases"):
+    blocks = [sum(at[f"{end}_outputs"] for at in truth.values()) for end in ("attention", "feed_forward")]
+    assert blocks[0] == blocks[1] > 0 or "ResNet" in name or "RegNet" in name
+    for target in truth[path]:
         taken = dict(zip(flat.paths, _select.taken(getattr(targets, target), flat), strict=True))
         assert not (wrong := [p for p in taken if taken[p] != truth[p][target]]), (target, wrong)
 

@@ -11,6 +11,7 @@ from jlora._algebra._recipe import Recipe
 from jlora._plan import _sites
 from jlora._plan._sites import Plan, Site
 from jlora._trees import _axes, _select, _tree
+from jlora._trees._blocks import Blocks
 from jlora._trees._choice import Choice, Wanted
 from jlora._trees._compound import Compound
 from jlora._trees._leaf import Leaf
@@ -168,7 +169,7 @@ class Resolution:
     def take_outputs(self) -> None:
         """Steps on outputs, where these are whole: at the layer's bias, or at its weight where it has none."""
         tree = self.choice.tree
-        index = {path: n for n, path in enumerate(tree.paths)}
+        index, blocks = {path: n for n, path in enumerate(tree.paths)}, Blocks(tree)
         homes: dict[int, tuple[int, int]] = {}  # of each output, the rule that takes it and the leaf that names it
 
         def home(of: int) -> int:
@@ -184,17 +185,17 @@ class Resolution:
                 self.notes.append(f"{tree.paths[of]}: {said} at {tree.paths[first]}, before {other + 1}")
         for at, (rule, of) in homes.items():
             try:
-                self._take_output(at, of, self.methods[rule], rule)
+                self._take_output(at, of, rule, blocks)
             except ValueError as error:
                 self.choice.bad.append(f"{self.methods[rule].describe()} on the output of {tree.paths[of]!r}: {error}")
 
-    def _take_output(self, at: int, of: int, method: Method, rule: int) -> None:
+    def _take_output(self, at: int, of: int, rule: int, blocks: Blocks) -> None:
         """The step of one output, with what its leaf has already."""
         weight = self.choice.weight(of)
         if weight is None:
             return
         leaf, told = weight
-        method = dataclasses.replace(method, target=(), exclude=())
+        method = dataclasses.replace(self.methods[rule].placed(leaf, blocks), target=(), exclude=())
         if at in self.took:
             leaf, before = self.took[at].site.leaf, self.took[at].method
             method = Sum(dataclasses.replace(before, target=(), exclude=()), method)

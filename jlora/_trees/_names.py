@@ -140,3 +140,70 @@ ATTENTION_OR_MLP = (
 
 # Names that say no more than that a matrix stands there.
 PLAIN = r"dense|linear|lin|fc|proj|projection|output|out|decoder|w|kernel|output_layer|final|final_layer|readout"
+
+# Modules that hold attention or a feed-forward block, by the end of their name or path.
+ATTENTION_MODULE = (
+    r"(^|[_/])(attn|attention|mha|mqa|gqa|mla|msa|self_?attn|cross_?attn|selfattention|crossattention)(_layer)?(_\d+)?$"
+)
+FEED_FORWARD_MODULE = (
+    r"(^|[_/])(mlp|ffn?|ffw|feed_?forward|dense_relu_dense|dense_act_dense|(ge|swi)?glu|moe|experts?)"
+    r"(_block|_layer|_module)?(_\d+)?$"
+)
+CROSS_ATTENTION = (
+    r"(^|[_/])(cross|enc_dec|encoder_decoder|encoder_attn|src_attn|multihead_attn)|crossattention|crossattn"
+)
+
+_IN_ATTENTION = rf"^(?!.*(^|[_/])(pool|pooler|pooling|map_head)).*{ATTENTION_MODULE}"
+_IN_OUTPUT = r"(^|[_/])(attention|attn|crossattention)/output$"
+
+# The ends of a block. Queries and what holds them are known by QKV.
+BLOCKS = {
+    "last attention": (
+        Names("dense", "HF Flax Bert, Roberta, Electra, ViT, Beit: attention/output/dense", _IN_OUTPUT),
+        Names(
+            r"o|wo|out|output|dense|linear|proj|post",
+            "HF T5 SelfAttention/o; Llama attention/wo; Flax MultiHeadDotProductAttention_0/out, nnx, MaxText; "
+            "HF Albert, Bloom attention/dense; Haiku linear; DINO attn/proj; praxis self_attention/post",
+            _IN_ATTENTION,
+        ),
+        Names(
+            r"(.*_)?(c_proj|out_?proj|out_?projection|output_?projection|to_out|out_lin|attention_output|vec_einsum)(_0)?",
+            "HF GPT-2 attn/c_proj; Bart, CLIP, OPT, GPT-J out_proj; diffusers to_out_0; DistilBert out_lin; Keras "
+            "attention_output; gemma attn_vec_einsum",
+            _IN_ATTENTION,
+        ),
+        Names(r"o_proj", "HF Flax Llama, Gemma, Mistral; tunix"),
+    ),
+    "first feed forward": (
+        Names("dense", "HF Flax Bert, Roberta, Electra, ViT, Beit: intermediate/dense", r"(^|/)intermediate$"),
+        Names(
+            r"wi(_\d)?|up|gate|in|input|w_[13]|c_fc|fc_in|linear_in|gating_einsum|weights_in|(.*_)?(up|gate)",
+            "HF T5, T5X, MaxText wi, wi_0; Llama feed_forward/w1; gemma gating_einsum; GPT-J fc_in; Dinov2 weights_in",
+            FEED_FORWARD_MODULE,
+        ),
+        Names(r"(.*_)?(up|gate)_?proj(ection)?|gate_up_proj", "HF Flax Llama, Gemma, Mistral; tunix"),
+        Names(r"dense_h_to_(_?)4_?h", "Bloom, GPT-NeoX mlp/dense_h_to_4h"),
+        Names(r"(.*_)?(intermediate_dense|intermediate|gating)", "HF Wav2Vec2 intermediate_dense; Keras Hub"),
+        Names(r"ffn", "HF Flax Albert: ffn, ffn_output"),
+        Names(r"linear", "praxis ffn_layer1/linear", r"(^|/)ffn_layer_1$"),
+    ),
+    "last feed forward": (
+        Names("dense", "HF Flax Bert, Roberta, Electra, ViT: output/dense", rf"^(?!.*{_IN_OUTPUT}).*(^|/)output$"),
+        Names(
+            r"wo|down|out|output|c_proj|w_2|fc_out|linear_out|proj_out|weights_out|(.*_)?down",
+            "HF T5, T5X, MaxText wo; GPT-2 mlp/c_proj; Llama feed_forward/w2; GPT-J fc_out; Dinov2 weights_out",
+            FEED_FORWARD_MODULE,
+        ),
+        Names(r"(.*_)?down_?proj(ection)?", "HF Flax Llama, Gemma, Mistral; tunix"),
+        Names(r"dense_4_?h_to_h", "Bloom, GPT-NeoX mlp/dense_4h_to_h"),
+        Names(r"(.*_)?(ffn|ffw|feed_?forward)_?(output|out|linear)(_dense)?|output_dense", "Albert, Wav2Vec2, Keras"),
+        Names(r"linear", "gemma mlp/linear; praxis ffn_layer2/linear", r"(^|/)(mlp|ffn_layer_2)$"),
+    ),
+}  # fmt: skip
+
+# First and last layers that make a feed-forward block of what holds both, whatever it is called.
+PAIRS = (("up", "down"), ("intermediate", "output"))
+
+# Layers of a feed-forward block that their numbers alone tell apart: Flax Dense_0, Dense_1; HF fc1, fc2, lin1, lin2;
+# praxis ffn_layer1; Haiku linear, linear_1; Equinox layers/0.
+NUMBERED = r"(.*_)?(dense|linear|lin|fc|layers?|proj|conv|c)"

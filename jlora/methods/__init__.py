@@ -8,6 +8,7 @@ from jlora.methods.bitfit import BitFit as BitFit
 from jlora.methods.boft import BOFT as BOFT
 from jlora.methods.bottleneck import Houlsby as Houlsby
 from jlora.methods.bottleneck import Parallel as Parallel
+from jlora.methods.bottleneck import Pfeiffer as Pfeiffer
 from jlora.methods.c3a import C3A as C3A
 from jlora.methods.delora import DeLoRA as DeLoRA
 from jlora.methods.dora import DoRA as DoRA
@@ -22,6 +23,7 @@ from jlora.methods.ia3 import IA3 as IA3
 from jlora.methods.intrinsic import IntrinsicDimension as IntrinsicDimension
 from jlora.methods.kasa import KaSA as KaSA
 from jlora.methods.krona import KronA as KronA
+from jlora.methods.krona_parallel import ParallelKronA as ParallelKronA
 from jlora.methods.ln_tuning import LNTuning as LNTuning
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lokr import LoKr as LoKr

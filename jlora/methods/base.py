@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from jlora._algebra._recipe import Recipe
 from jlora._algebra._words import Array, Delta, constant
+from jlora._trees._blocks import Blocks
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import W0, Init, Key, Keys, Place, Shape
@@ -148,6 +149,14 @@ class Method:
         inner = [getattr(self, f.name) for f in dataclasses.fields(self) if f.init]
         found = (value.beside(leaf) for value in inner if isinstance(value, Method))
         return next((method for method in found if method is not None), None)
+
+    def placed(self, leaf: Leaf, blocks: Blocks) -> "Method":
+        """The method for this weight of this tree: what it has to look up there, it then says in its fields.
+
+        Raises:
+          ValueError: where the tree does not tell, in words.
+        """
+        return self.inside(lambda method: method.placed(leaf, blocks))
 
     def elsewhere(self, leaf: Leaf, path: Callable[[str], str]) -> "Method":
         """The method for a weight that stood at `leaf` and goes to another tree, where `path` says what goes where.

@@ -2,6 +2,7 @@
 input of a block and h its output: y = h + s (U f(D x + d) + u).
 
 Houlsby et al, `Parameter-Efficient Transfer Learning for NLP <https://arxiv.org/abs/1902.00751>`_, 2019.
+Pfeiffer et al, `AdapterFusion <https://arxiv.org/abs/2005.00247>`_, 2020.
 He et al, `Towards a Unified View of Parameter-Efficient Transfer Learning <https://arxiv.org/abs/2110.04366>`_, 2021.
 """
 
@@ -12,10 +13,13 @@ from typing import Annotated, TypeAlias
 import jax
 from jax.typing import DTypeLike
 
+from jlora import targets
 from jlora._algebra._recipe import Recipe
 from jlora._algebra._words import Array, Step, constant
 from jlora._trees._leaf import Leaf
+from jlora._trees._tree import Target
 from jlora._types import Init, Key, Shape
+from jlora.methods._beside import Beside, check_widths
 from jlora.methods._fields import Holds, Rank, nonzero
 from jlora.methods.base import Method, zeros
 
@@ -34,6 +38,7 @@ class Bottleneck:
     def __call__(self, h: jax.Array, *others: jax.Array) -> jax.Array:
         *x, s, down, up = others[: len(others) - 2 * self.bias]
         d, u = others[-2:] if self.bias else (0, 0)
+        check_widths(h, *x)
         inner = getattr(jax.nn, self.activation)((x[0] if x else h) @ down.T + d)
         return h + s * (inner @ up + u)
 
@@ -51,38 +56,35 @@ def _near_zero(std: float, key: Key, shape: Shape, dtype: DTypeLike) -> jax.Arra
 class Houlsby(Method):
     """A two-layer network after a layer's output, with a residual: h + U f(D h + d) + u.
 
-    `target` names the layers, by their kernels: the output projections of attention and feed-forward block for
-    Houlsby, that of the feed-forward block alone for Pfeiffer. The adapter comes after the layer's bias, before the
-    block's residual. Another method of the spec may take the same kernel or bias. It cannot be merged. U starts at
-    zero, so that the start is the base bit for bit; the paper draws it as D.
+    By default after the last layer of self-attention and of the feed-forward block, known by their names: two a
+    transformer layer, as in the paper, and none after cross-attention, as in AdapterHub's configuration of that name
+    (add `targets.cross_attention_outputs` to have it). Each comes after the layer's bias, before the residual and the
+    norm, so that post-norm and pre-norm models are alike. Another method of the spec may take the same kernel or
+    bias; the paper trains the norms too, `[Houlsby(64), LNTuning()]`. It cannot be merged. U starts at zero, so that
+    the start is the base bit for bit; the paper draws it as D.
 
     Attributes:
       bottleneck: m, the width of the inner layer.
-      activation: f, a function of `jax.nn` by name.
+      activation: f, a function of `jax.nn` of one argument, by name.
       bias: whether there are d and u.
       scale: s, frozen; `jlora.scale` multiplies it.
+      target: the layers, by their kernels.
 
     Example:
       >>> import jax.numpy as jnp, jlora
-      >>> params = {"output": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}}
-      >>> jlora.count(jlora.adapt(params, jlora.Houlsby(bottleneck=2, target="output/kernel")))
-      (22, 38)
+      >>> mlp = {"fc1": {"kernel": jnp.ones((4, 8))}, "fc2": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}}
+      >>> jlora.count(jlora.adapt({"layer_0": {"mlp": mlp}}, jlora.Houlsby(2)))
+      (22, 90)
 
     References:
-      Houlsby et al, `Parameter-Efficient Transfer Learning for NLP <https://arxiv.org/abs/1902.00751>`_, 2019;
-      Pfeiffer et al, `AdapterFusion <https://arxiv.org/abs/2005.00247>`_, 2020.
+      Houlsby et al, `Parameter-Efficient Transfer Learning for NLP <https://arxiv.org/abs/1902.00751>`_, 2019.
     """
 
-    bottleneck: Rank = 64
+    bottleneck: Rank = dataclasses.field(default=64, kw_only=False)
     activation: Activation = "gelu"
     bias: bool = True
     scale: Annotated[float, nonzero("scale")] = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name = type(self).__name__
-        if self.target == "":
-            raise ValueError(f"{name}() needs the layers named: {name}(target=r'output/dense/kernel$')")
+    target: Target = targets.block_outputs
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         if self.bottleneck == 0:
@@ -113,37 +115,48 @@ class Houlsby(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Parallel(Houlsby):
+class Pfeiffer(Houlsby):
+    """One adapter a layer, after the last layer of the feed-forward block: half of Houlsby's, h + U f(D h + d) + u.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> mlp = {"fc1": {"kernel": jnp.ones((4, 8))}, "fc2": {"kernel": jnp.ones((8, 4))}}
+      >>> adapted = jlora.adapt(
+      ...     {"layer_0": {"attention": {"out": {"kernel": jnp.ones((4, 4))}}, "mlp": mlp}}, jlora.Pfeiffer(2)
+      ... )
+      >>> list(adapted.trainable)
+      ['layer_0/mlp/fc2/kernel']
+
+    References:
+      Pfeiffer et al, `AdapterFusion <https://arxiv.org/abs/2005.00247>`_, 2020, 3.3: which of the places served best.
+    """
+
+    activation: Activation = "relu"
+    target: Target = targets.feed_forward_outputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parallel(Beside, Houlsby):
     """A two-layer network beside a block: h + s (U f(D x + d) + u), x the block's input and h its output.
 
-    `target` names the last layer of each block, `input` the first: its path from the nearest place above the last that
-    has it. Input and output of the block are of one width. The paper's s beside a feed-forward block is 4, its f ReLU.
-
-    Attributes:
-      input: such as `intermediate/dense/kernel`.
+    By default beside each feed-forward block, s = 4 and f ReLU, which the paper found best;
+    `Parallel(target=targets.attention_outputs)` stands beside attention. Input and output of the block are of one
+    width. In a pre-norm model the block's input is what the norm makes.
 
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> params = {"mlp": {"up": {"kernel": jnp.ones((3, 8))}, "down": {"kernel": jnp.ones((8, 3))}}}
-      >>> spec = jlora.Parallel(bottleneck=2, scale=4, target="down/kernel", input="up/kernel")
-      >>> jlora.count(jlora.adapt(params, spec, axes={"kernel": "io"}))
+      >>> jlora.count(jlora.adapt(params, jlora.Parallel(2)))
+      (17, 65)
+      >>> mine = {"widen": {"kernel": jnp.ones((3, 8))}, "narrow": {"kernel": jnp.ones((8, 3))}}
+      >>> jlora.count(jlora.adapt(mine, jlora.Parallel(2, target="narrow/kernel", input="widen/kernel")))
       (17, 65)
 
     References:
       He et al, `Towards a Unified View of Parameter-Efficient Transfer Learning <https://arxiv.org/abs/2110.04366>`_,
-      2021.
+      2021, section 4.
     """
 
     activation: Activation = "relu"
-    input: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.input:
-            raise ValueError(
-                "Parallel() needs the block's first layer: Parallel(input='intermediate/dense/kernel', ...)"
-            )
-
-    @property
-    def of(self) -> str:
-        return self.input
+    scale: Annotated[float, nonzero("scale")] = 4.0
+    target: Target = targets.feed_forward_outputs

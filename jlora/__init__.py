@@ -9,6 +9,7 @@ from jlora import methods as methods
 from jlora import network as network
 from jlora import optim as optim
 from jlora import plot as plot
+from jlora import prompts as prompts
 from jlora import quant as quant
 from jlora import rank as rank
 from jlora import shard as shard

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jlora import _answers
 from jlora._plan._sites import Plan
 from jlora._types import Shape
-from jlora.adapted import Adapted, check_any
+from jlora.adapted import Adapted, check_adapted
 
 
 def with_gates(adapted: Adapted, /, **gates: ArrayLike | jax.ShapeDtypeStruct) -> Adapted:
@@ -30,7 +30,7 @@ def with_gates(adapted: Adapted, /, **gates: ArrayLike | jax.ShapeDtypeStruct) -
 
     Raises:
       TypeError: no `Adapted`, or a value that is no array or number.
-      ValueError: a name that no method has, letters of another size.
+      ValueError: a name that no method has, letters of another size, a stack of several adapters.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -40,7 +40,7 @@ def with_gates(adapted: Adapted, /, **gates: ArrayLike | jax.ShapeDtypeStruct) -
       >>> apply(jlora.with_gates(adapted, active=jnp.array([[0, 1, 1], [0, 0, 1]])), x).shape
       (2, 3, 4)
     """
-    plan = check_any("with_gates", adapted).frozen.plan
+    plan = check_adapted("with_gates", adapted).frozen.plan
     values, bad = {}, []
     for name, value in gates.items():
         try:

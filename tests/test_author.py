@@ -15,7 +15,7 @@ import pytest
 import jlora
 import test_laws
 from jlora import methods
-from jlora.network import Array, Base, Delta, Function, Recipe
+from jlora.network import Array, Base, Delta, Function, Recipe, Step
 from methods import CASES, FEW, METHODS
 
 pytestmark = pytest.mark.settled
@@ -83,6 +83,11 @@ RECIPES = {
     "a function without W0": (
         delta("I O -> I O", shaped(lambda x: x, (6, 4), base=True)), "takes 1 positional argument but 2 were given",
     ),
+    "a letter twice in an operand": (delta("r r I, r O -> I O", A, B), "'r r I' of a has the letter 'r' twice"),
+    "a side twice": (delta("r I, r O -> I I O", A, B), "right side has 'I' twice"),
+    "a size below zero": (delta("r I, r O -> I O", A, B, sizes=(("r", -2),)), "letter 'r' has the size -2"),
+    "a broken size": (delta("r I, r O -> I O", A, B, sizes=(("r", 2.0),)), "letter 'r' has the size 2.0"),
+    "a base in other axes": (delta("j O -> (j) O", Base(), sizes=(("j", 6),)), "Base is W0 in its own axes.*'j o1'"),
     "a function's array without a shape": (
         delta("r I, r O -> I O", Function(lambda x: x, (A,)), B), r"'a' stands in a Function.*shape=",
     ),
@@ -95,6 +100,7 @@ STARTS = {
     ),
     "lost": (lambda leaf, made: {k: v for k, v in made.items() if k != PLACE}, r"without \('dense/kernel', 'a'\)"),
     "one too many": (lambda leaf, made: made | {("dense/kernel", "c"): made[PLACE]}, "'c'.*which the recipe has not"),
+    "whole numbers": (lambda leaf, made: made | {PLACE: made[PLACE].astype(int)}, r"'a'\) in int32, where"),
     "no dictionary": (lambda leaf, made: list(made.values()), "initial returns .*not list"),
 }  # fmt: skip
 
@@ -117,8 +123,40 @@ def test_a_recipe_that_does_not_fit_is_refused_in_words(name):
 def test_a_start_that_does_not_fit_is_refused_in_words(name):
     """Where a factor has another shape, or is not there, `adapt` says so, and not the first call."""
     spoilt, words = STARTS[name]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         adapted(Mine(made=delta("r I, r O -> I O", A, B), spoilt=spoilt))
+    assert "Mine on 'dense/kernel' of shape (6, 4)" in str(error.value)
+    if name == "misshapen":
+        assert "its letters are r i0 in the equation 'r I, r O -> I O'" in str(error.value)
+
+
+WRONG = {
+    "operands in a list": (lambda leaf: Recipe((Delta("r I, r O -> I O", [A, B], R),)), "r O -> I O' has operands"),
+    "an array for a word": (lambda leaf: delta("r I, r O -> I O", jnp.ones((2, 6)), B)(leaf), "has operands, a tuple"),
+    "sizes in a dictionary": (delta("r I, r O -> I O", A, B, sizes={"r": 2}), "'r I, r O -> I O' has sizes, a tuple"),
+    "one array of a function": (
+        lambda leaf: Recipe((Delta("r I, r O -> I O", (Function(jnp.tanh, A), B), R),)), "a Function has arrays",
+    ),
+    "one delta for several": (lambda leaf: Recipe(Delta("r I, r O -> I O", (A, B), R)), "a Recipe has deltas, a tuple"),
+    "no recipe": (lambda leaf: Delta("r I, r O -> I O", (A, B), R), "Mine on 'dense/kernel' .*a Delta, not a Recipe"),
+    "an L without groups": (
+        lambda leaf: Recipe(left=Delta("m n -> I I", (A,), (("m", 6), ("n", 6)))), "'I' twice.*'m n -> I I'",
+    ),
+    "an L of one side": (
+        lambda leaf: Recipe(left=Delta("I n -> I (n)", (A,), (("n", 6),))), "two groups, its rows and its columns",
+    ),
+    "a step that is not said": (
+        lambda leaf: Recipe(steps=(Step(jnp.tanh, ()),)), "Mine on 'dense/kernel' .*`on_outputs = True`",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_words_of_another_kind_are_refused(name):
+    """What is no tuple of words, no recipe, or a word in another place, is told when the method meets a weight."""
+    made, words = WRONG[name]
+    with pytest.raises((TypeError, ValueError), match=words):
+        adapted(Mine(made=made))
 
 
 def test_a_start_that_forgets_the_stack_is_told_of_it():

@@ -418,6 +418,8 @@ def test_a_stack_of_adapters_takes_gates():
     close(jax.vmap(run, in_axes=(axes, 0, None))(stacked, g, x), want)
     with pytest.raises(ValueError, match="with_gates inside of the mapped function"):
         jlora.stack([one, each[1]])
+    with pytest.raises(ValueError, match="a stack of 2 adapters, and with_gates takes one"):
+        jlora.with_gates(stacked, active=1.0)
 
 
 @pytest.mark.parametrize("name", ["a dot", "a scan with remat", "batch and sequence joined"])

@@ -333,6 +333,23 @@ def test_an_input_that_is_not_there_is_refused():
         jlora.lift(early)(adapted, X)
 
 
+def test_of_two_inputs_the_step_takes_none():
+    """Two calls of a block one after the other are two blocks; both first layers before both last ones are refused."""
+    fn, adapted = started(Block(), BESIDE)
+    up = lambda p, x: jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"])
+    down = lambda p, h: h @ p["down"]["kernel"] + p["down"]["bias"]
+    one, two = X, 2 * X
+    each = jlora.lift(lambda p, a, b: (fn(p, a), fn(p, b)))(adapted, one, two)
+    for found, x in zip(each, (one, two), strict=True):
+        np.testing.assert_allclose(found, jlora.lift(fn)(adapted, x), rtol=1e-5, atol=1e-6)
+    again = jlora.lift(lambda p, x: x + down(p, up(p, x) * up(p, x)))(adapted, X)
+    once = jlora.lift(lambda p, x: x + down(p, up(p, x) ** 2))(adapted, X)
+    np.testing.assert_allclose(again, once, rtol=1e-5, atol=1e-6)
+    pairs = lambda p, a, b: [down(p, h) for h in (up(p, a), up(p, b))]
+    with pytest.raises(ValueError, match="'down/bias': .*on two inputs before it"):
+        jlora.lift(pairs)(adapted, one, two)
+
+
 def test_a_step_must_keep_its_output():
     """An author's function that returns another shape is told when it is applied, with the method and the weight."""
 
@@ -343,7 +360,7 @@ def test_a_step_must_keep_its_output():
             return network.Recipe(steps=(network.Step(first_half, ()),))
 
     params = Block().init(jax.random.key(1), X)["params"]
-    with pytest.raises(ValueError, match=r"Halved on 'down/bias' .*a Step of an output \(1, 5\) returns .*\(1, ?2\)"):
+    with pytest.raises(ValueError, match=r"Halved on 'down/bias' .*a Step of an output \(\d+, 5\) returns .*, ?2\)"):
         jlora.adapt(params, Halved(target="down/kernel"))
 
 

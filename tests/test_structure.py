@@ -37,7 +37,7 @@ ROOMS = (
     *(f"_forward.{room}" for room in FLOORS["_forward"]),
     "_interpret", "_modules", "lift", "explain", "init",
     "optim",  # one room knows jaxprs
-    "rank", "shard", "serve", "combine", "prompt", "bottleneck",
+    "rank", "shard", "serve", "combine", "prompts", "bottleneck",
     "io", "analysis", "plot", "__main__",  # nobody below io knows a file format
 )  # fmt: skip
 

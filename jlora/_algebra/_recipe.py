@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-from jlora._algebra._words import Array, Base, Delta, Function, Labels, Step, Word, scale_of
+from jlora._algebra._words import Array, Base, Delta, Function, Labels, Step, Word, check_tuple, scale_of
 from jlora._trees._leaf import Leaf
 from jlora._types import Shape
 
@@ -36,6 +36,10 @@ class Recipe:
     right: Delta | None = None
     rows: "tuple[Rows, ...]" = ()
     steps: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_tuple("a Recipe has deltas", self.deltas, Delta)
+        check_tuple("a Recipe has steps", self.steps, Step)
 
     @property
     def additive(self) -> bool:
@@ -188,8 +192,11 @@ def bind(delta: Delta, leaf: Leaf, flat: str = "IO") -> Bound:
     for token in re.findall(r"\([^)]*\)|\S+", right):
         if token.startswith("("):
             side, labels = sides[todo.pop(0)], tuple(token[1:-1].split())
-            if math.prod(sizes[a] for a in side) != math.prod(sizes[x] for x in labels):
-                raise ValueError(f"{leaf.path!r} of shape {leaf.shape}: {token} of {delta.equation!r} does not fit it")
+            wide, made = (math.prod(sizes[x] for x in names) for names in (side, labels))
+            if wide != made:
+                raise ValueError(
+                    f"{token} of {delta.equation!r} does not fit it: that makes {made}, and the side is {wide}"
+                )
             blocks.append((side, labels))
         else:
             blocks += [((a,), (a,)) for a in sides[token]]

@@ -17,7 +17,7 @@ from jax import lax
 
 from jlora._algebra._mesh import automatic, reshaped
 from jlora._algebra._term import Operand
-from jlora._algebra._words import Array, Delta, Labels
+from jlora._algebra._words import Array, Delta, Function, Labels
 from jlora._trees._leaf import Leaf
 
 
@@ -29,22 +29,22 @@ class Refusal(Exception):
 class Rows:
     """Rows of a table, `(stack..., rows, out...)`: the word of a `Recipe` for tokens.
 
-    Of numbers that the table has, `array` is what is added to its rows: zero is no change, and `jlora.scale` acts on it
+    Of numbers that the table has, `made` is what is added to its rows: zero is no change, and `jlora.scale` acts on it
     (the scale is a frozen factor of its own). Of the numbers that come after them, it is the rows themselves: the model
     still sees a table of V rows, and a lookup knows V + n.
 
     Attributes:
-      array: the rows, in the order of `at`.
+      made: the rows, in the order of `at`: a stored factor, or a function of some (an encoder that makes prompts).
       at: their numbers, ascending: all below V, or exactly V to V + n - 1 (a `range` will do).
     """
 
-    array: Array
+    made: Array | Function
     at: Sequence[int]
 
     @property
     def network(self) -> Delta:
         """As an equation, for all that reads letters and sizes: `n` counts the rows."""
-        return Delta("n O -> O", (self.array,), (("n", len(self.at)),), s=f"s_{self.array.name}")
+        return Delta("n O -> O", (self.made,), (("n", len(self.at)),), s=f"s_{self.made.arrays[0].name}")
 
     def new(self, leaf: Leaf) -> bool:
         """Whether they stand behind the table's end."""

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jlora._algebra import _recipe, _words
 from jlora._algebra._recipe import Recipe
-from jlora._algebra._words import Array, Delta, Function, Gate, Word
+from jlora._algebra._words import Array, Base, Delta, Function, Gate, Word
 from jlora._trees._leaf import Leaf
 from jlora._types import DType, Place, Shape, Shaped
 
@@ -31,6 +33,8 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
             _check_gates(delta, n < len(recipe.deltas))
             bound = _recipe.bind(delta, leaf, sides)
             for word, labels in bound.words:
+                if isinstance(word, Base) and set(labels) != {a for a in _recipe.atoms(leaf) if a[0] != "s"}:
+                    raise ValueError(f"Base is W0 in its own axes, all of them, as in 'I O', not {' '.join(labels)!r}")
                 if isinstance(word, Array):
                     _check_array(word, labels, [bound.sizes.get(x) for x in labels])
                 for array in word.arrays:
@@ -49,23 +53,53 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
 
 def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Stored, made: object) -> None:
     """Raises ValueError unless `initial` made the arrays of the recipe, and its functions make what they should."""
+    where = f"{method} on {leaf.path!r} of shape {leaf.shape} ({leaf.roles})"
     if not isinstance(made, Mapping):
-        raise ValueError(f"{leaf.path!r}: initial returns {{(group, name): array}}, not {type(made).__name__}")
+        raise ValueError(f"{where}: initial returns {{(group, name): array}}, not {type(made).__name__}")
     bad = [f"without {place}" for place in arrays if place not in made]
     bad += [f"{place}, which the recipe has not" for place in made if place not in arrays]
     for place, value in made.items():
-        want, shape = arrays.get(place, (None, ()))[1], tuple(getattr(value, "shape", ()))
-        if place in arrays and shape != want:
+        if place not in arrays:
+            continue
+        (array, want), shape = arrays[place], tuple(getattr(value, "shape", ()))
+        if shape != want:
             stack = f", the stack {leaf.stack} in front" if leaf.stack else ""
-            bad.append(f"{place} of shape {shape}, where the recipe has {want}{stack}")
+            bad.append(
+                f"{place} of shape {shape}, where the recipe has {want}{stack}{_letters_of(array, recipe, leaf)}"
+            )
+        elif _is_floating(jnp.result_type(value)) != _is_floating(array.dtype or "float32"):
+            kind = array.dtype or "a floating point dtype"
+            bad.append(f"{place} in {jnp.result_type(value)}, where the recipe has {kind}")
     if bad:
-        raise ValueError(f"initial of {leaf.path!r} of shape {leaf.shape} returns " + "; ".join(bad))
+        raise ValueError(f"{where}: initial returns " + "; ".join(bad))
     try:
         check_functions(recipe, leaf, made)
         _check_steps(recipe, leaf, made)
     except ValueError as error:
-        where = f"{method} on {leaf.path!r} of shape {leaf.shape} ({leaf.roles})"
         raise ValueError(f"{where}: {error}") from error.__cause__
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int | np.integer) and int(size) >= 0
+
+
+def check_kind(recipe: object) -> None:
+    """Raises ValueError where an author's method returns no recipe."""
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"its recipe is a {type(recipe).__name__}, not a Recipe: write Recipe((Delta(...),))")
+
+
+def _is_floating(dtype: DTypeLike) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _letters_of(array: Array, recipe: Recipe, leaf: Leaf) -> str:
+    """The letters of an operand and its equation, in words."""
+    for bound in recipe.bound(leaf):
+        for word, labels in bound.words:
+            if word is array:
+                return f" (its letters are {' '.join(labels)} in the equation {bound.delta.equation!r})"
+    return ""
 
 
 def check_constants(arrays: Stored, dtype_of: Callable[[Array], np.dtype]) -> None:
@@ -105,9 +139,19 @@ def _check_letters(delta: Delta, sides: str) -> None:
             if letter not in ("I", "O", "K") and letter not in sized:
                 blanks = "; letters are separated by blanks" if len(letter) > 1 else ""
                 raise ValueError(f"the letter {letter!r} has no size: write sizes=(({letter!r}, 4), ...){blanks}")
+    for word, letters in zip(delta.operands, operands, strict=True):
+        if twice := next((x for x in letters if letters.count(x) > 1), None):
+            raise ValueError(f"the operand {' '.join(letters)!r} of {_named([word])} has the letter {twice!r} twice")
+    for letter, size in delta.sizes:
+        if not _is_size(size):
+            raise ValueError(f"the letter {letter!r} has the size {size!r}, which is no number of elements")
     held = {x for letters in operands for x in letters}
     groups = re.findall(r"\(([^)]*)\)", right)
     plain = re.sub(r"\([^)]*\)", " ", right).split()
+    if twice := next((x for x in plain if plain.count(x) > 1), None):
+        raise ValueError(f"its right side has {twice!r} twice")
+    if sides in ("II", "OO") and (plain or len(groups) != 2):
+        raise ValueError("an L or R makes two groups, its rows and its columns: '-> (m) (n)'")
     for letter in plain:
         if letter not in ("I", "O", "K"):
             raise ValueError(f"{letter!r} on its right is no side of the weight: write I, O, K or a group (i j)")
@@ -194,9 +238,12 @@ def _check_function(
         raise ValueError(f"a Function of arrays {shapes} returns {made.shape}, and its letters {letters}")
 
 
+POSITIONS = 2**20  # that a step is asked about: more than any that it wants
+
+
 def _check_steps(recipe: Recipe, leaf: Leaf, made: Mapping[Place, jax.Array]) -> None:
     """Raises ValueError unless each step keeps the shape of an output; of another weight's input it cannot be asked."""
-    y = jax.ShapeDtypeStruct((1, leaf.size("o")), np.dtype("float32"))
+    y = jax.ShapeDtypeStruct((POSITIONS, leaf.size("o")), np.dtype("float32"))
     for step in (step for step in recipe.steps if not step.of):
         given = [
             jax.ShapeDtypeStruct(a.shape, made[a.group or leaf.path, a.name].dtype)

@@ -17,7 +17,8 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from types import UnionType
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,14 @@ from jax.typing import DTypeLike
 
 from jlora._types import Init, Key, Shape
 
-if TYPE_CHECKING:
-    pass
-
 Labels: TypeAlias = tuple[str, ...]
+
+
+def check_tuple(said: str, held: object, kind: type[object] | UnionType) -> None:
+    """Raises TypeError unless a field is a tuple of words: hashable, so that equal plans are equal."""
+    if not isinstance(held, tuple) or not all(isinstance(x, kind) for x in held):
+        name = getattr(kind, "__name__", str(kind).replace("jlora._algebra._words.", ""))
+        raise TypeError(f"{said}, a tuple of {name} each, not {held!r:.80}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,9 @@ class Function:
     fn: Callable[..., jax.Array]
     arrays: tuple[Array, ...]
     base: bool = False
+
+    def __post_init__(self) -> None:
+        check_tuple("a Function has arrays", self.arrays, Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +146,17 @@ class Step:
       of: another weight, whose input x `(..., in)` the function sees too, `fn(y, x, *arrays)`: its path, from the
         nearest place above this weight that has it (`up/kernel`).
       gate: a gate g, by name: y becomes g fn(y) + (1 - g) y at each position.
+      ids: whether the other weight is a table, and x, integers `(..., 1)`, the ids of its last lookup.
     """
 
     fn: Callable[..., jax.Array]
     arrays: tuple[Array, ...]
     of: str = ""
     gate: str = ""
+    ids: bool = False
+
+    def __post_init__(self) -> None:
+        check_tuple("a Step has arrays", self.arrays, Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +201,8 @@ class Delta:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        check_tuple(f"{self.equation!r} has operands", self.operands, Array | Function | Base | Gate)
+        check_tuple(f"{self.equation!r} has sizes", self.sizes, tuple)
         left, arrow, right = self.equation.partition("->")
         held, sized = left.replace(",", " ").split(), dict(self.sizes)
         inside = dict.fromkeys(x for group in re.findall(r"\(([^)]*)\)", right) for x in group.split())

@@ -4,6 +4,7 @@ A step sees its output in one form, `(stack..., positions..., features)`, whatev
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -20,16 +21,45 @@ from jlora._forward import _gates
 Groups = Sequence[Labels | None]  # of each axis, the atoms of the weight that it stands for; None or none for others
 
 
-def applied(w: Weight, y: jax.Array, groups: Groups, inputs: Mapping[int, jax.Array]) -> jax.Array:
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["flat"], meta_fields=["is_lost", "is_read"], drop_fields=["x"]
+)
+@dataclasses.dataclass
+class Met:
+    """An input that steps read, on its way through sub-jaxprs too.
+
+    Attributes:
+      flat: with its features last.
+      is_lost: whether one before it was read by no step, so that which of the two is meant cannot be told.
+      is_read: whether a step has read it.
+      x: as it was met, in the jaxpr where it was.
+    """
+
+    flat: jax.Array
+    is_lost: bool = False
+    is_read: bool = False
+    x: jax.Array | None = None
+
+
+def applied(w: Weight, y: jax.Array, groups: Groups, inputs: Mapping[int, Met]) -> jax.Array:
     """The output of a weight's operation after its steps; `inputs` has those of other weights, by their origins."""
     for o, of in zip(w.steps, w.reads, strict=True):
         if of >= 0 and of not in inputs:
             raise NoArray(
                 f"{w.named}: a step on its output reads the input of another weight, and the model does not use that "
-                "one before it, in the same loop or function"
+                "one before it, or in a loop or branch that has ended or that uses it later"
             )
+        met = inputs.get(of)
+        if met is not None and met.is_lost:
+            raise NoArray(
+                f"{w.named}: a step on its output reads the input of another weight, and the model uses that one on "
+                "two inputs before it: which of them it means cannot be told. Call the block on one after the other, "
+                "or leave the weight to no such method (exclude=...)"
+            )
+        if met is not None:
+            met.is_read = True
         with jax.named_scope("delta"):
-            y = _one(w, o, y, groups, inputs.get(of))
+            y = _one(w, o, y, groups, met and met.flat)
     return y
 
 
@@ -71,8 +101,13 @@ def _ungated(o: Operand) -> Operand:
 
 def _of_layers(o: Operand, stack: Sequence[str], y: jax.Array, x: jax.Array | None) -> jax.Array:
     """The function on an output, once for each layer that its arrays have in front."""
-    met = (y,) if x is None else (y, x.astype(y.dtype))
-    if x is not None and x.shape[:-1] != y.shape[:-1]:
+    floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+    cast = lambda a: a.astype(y.dtype) if floating(a) else a
+    met = (y,) if x is None else (y, cast(x))
+    ahead: list[int | None] = [0 for _ in met]
+    if x is not None and x.shape[:-1] == y.shape[len(stack) : -1]:  # the same in all layers of a stack, as ids are
+        ahead[1] = None
+    elif x is not None and x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
             f"a Step reads an output of shape {y.shape} and the input of another weight of shape {x.shape}: all but "
             "their features must be alike"
@@ -80,8 +115,7 @@ def _of_layers(o: Operand, stack: Sequence[str], y: jax.Array, x: jax.Array | No
     assert o.fn is not None
     fn = o.fn
     for a in reversed(stack):
-        fn = jax.vmap(fn, in_axes=(*(0 for _ in met), *(0 if a in s else None for s in o.stacks)))
-    cast = lambda a: a.astype(y.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+        fn = jax.vmap(fn, in_axes=(*ahead, *(0 if a in s else None for s in o.stacks)))
     return fn(*met, *map(cast, o.arrays))
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jlora._algebra._express import express
 from jlora._algebra._mesh import typed
 from jlora._algebra._term import NoArray
 from jlora._algebra._weight import Operand, Weight, is_weight
-from jlora._forward import _ops, _table
+from jlora._forward import _ops, _step, _table
 from jlora._forward._dropout import fold_keys
 from jlora._forward._ops import Refusal, Spent
 from jlora._interpret import control, moves, outputs, roles
@@ -38,6 +38,19 @@ RULES: Mapping[str, Rule] = {**moves.RULES, **outputs.RULES, **control.RULES}
 
 Counted: TypeAlias = dict[int, int | jax.Array]
 """The number of the next use of each weight with a dropout key, by its origin."""
+
+
+class Along(NamedTuple):
+    """What goes into a sub-jaxpr beside its arguments, and what comes out of it.
+
+    Attributes:
+      numbers: of each weight with a dropout key, the number of its next use.
+      inputs: of each weight whose input a step reads, what it met last; none where it has met nothing.
+    """
+
+    numbers: Counted
+    inputs: dict[int, _step.Met]
+
 
 Block: TypeAlias = tuple[int, tuple[bool, ...]]
 """The identity of a called jaxpr, and which of its outputs are computed."""
@@ -67,17 +80,17 @@ class Interpreter:
       rows: where `explain` collects its rows; None when nobody asked.
       moments: where `init.activations` collects `{path: X^T X}` (`moment`); None when nobody asked.
       numbers: of each weight with a dropout key, by its origin, the number of its next use in the order of the program.
-      inputs: of each weight whose input a step reads, by its origin, what it met last in this loop or function.
+      inputs: of each weight whose input a step reads, by its origin, what it met last.
     """
 
     forward_mode: bool = False
     rows: list[Row] | None = None
     moments: Moments = None
-    memo: dict[Block, tuple[Callable[..., tuple[list[Evaluated], Moments, Counted]], core.Jaxpr]] = dataclasses.field(
+    memo: dict[Block, tuple[Callable[..., tuple[list[Evaluated], Moments, Along]], core.Jaxpr]] = dataclasses.field(
         default_factory=dict
     )
     numbers: Counted = dataclasses.field(default_factory=dict)
-    inputs: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+    inputs: dict[int, _step.Met] = dataclasses.field(default_factory=dict)
     contradicted: list[Contradiction] = dataclasses.field(default_factory=list)
     around: list[Eqn] = dataclasses.field(default_factory=list)  # the equations being evaluated, outermost first
 
@@ -189,16 +202,16 @@ class Interpreter:
                 raise ValueError(f"{path!r} meets its inputs in unlike parts, of shapes {shapes}; exclude it")
             self.moments[path] = made if known is None else jax.tree.map(jnp.add, known, made)
 
-    def apart(self, numbers: Counted, f: Callable[[], Value]) -> tuple[Value, Moments, Counted]:
+    def apart(self, along: Along, f: Callable[[], Value]) -> tuple[Value, Moments, Along]:
         """`f()` and what was collected meanwhile: a sub-jaxpr returns it, as its arrays must not leak out."""
         outer, self.moments = self.moments, None if self.moments is None else {}
         try:
-            outs, numbers = self.counted(numbers, f)
-            return outs, self.moments, numbers
+            outs, along = self.within(along, f)
+            return outs, self.moments, along
         finally:
             self.moments = outer
 
-    # -- numbers of uses --
+    # -- what sub-jaxprs are told --
 
     def used(self, w: Weight) -> Weight:
         """A weight with this use's dropout key: two uses draw two masks."""
@@ -208,26 +221,35 @@ class Interpreter:
         self.numbers[w.origin] = number + 1
         return w.replace(key=fold_keys(w.key, number))
 
-    def entering(self, values: Sequence[Evaluated]) -> tuple[list[Evaluated], Counted, list[int]]:
-        """Expressions on their way into a sub-jaxpr, and the numbers of their next uses, which go along as arrays.
+    def entering(self, values: Sequence[Evaluated], again: bool = False) -> tuple[list[Evaluated], Along, list[int]]:
+        """Expressions on their way into a sub-jaxpr, and what goes along.
 
         Origins are renamed in the order in which they come, so that equal layers look alike; the last result has them.
+        A loop or a branch (`again`) knows no input of a weight that it may use itself: which one was last is not known
+        before it runs.
         """
-        origins = list(dict.fromkeys(o for v in values if is_weight(v) for o in _origins(v)))
+        weights = [v for v in values if is_weight(v)]
+        origins = list(dict.fromkeys(o for v in weights for o in _origins(v)))
         inside = [_renamed(v, {o: n for n, o in enumerate(origins)}) if is_weight(v) else v for v in values]
-        return inside, {n: jnp.int32(self.numbers.get(o, 0)) for n, o in enumerate(origins)}, origins
+        own = {v.origin for v in weights if v.is_read} if again else set[int]()
+        known = {n: self.inputs[o] for n, o in enumerate(origins) if o in self.inputs and o not in own}
+        return inside, Along({n: jnp.int32(self.numbers.get(o, 0)) for n, o in enumerate(origins)}, known), origins
 
-    def counted(self, numbers: Counted, f: Callable[[], Value]) -> tuple[Value, Counted]:
-        """`f()` and the numbers after it, which a sub-jaxpr returns: no array of its trace is kept here."""
-        outer, self.numbers, inputs, self.inputs = self.numbers, dict(numbers), self.inputs, {}
+    def within(self, along: Along, f: Callable[[], Value]) -> tuple[Value, Along]:
+        """`f()` and what goes along after it, which a sub-jaxpr returns: no array of its trace is kept here."""
+        outer, self.numbers, inputs, self.inputs = self.numbers, dict(along.numbers), self.inputs, dict(along.inputs)
         try:
-            return f(), {n: jnp.int32(self.numbers[n]) for n in numbers}
+            return f(), Along({n: jnp.int32(self.numbers[n]) for n in along.numbers}, self.inputs)
         finally:
             self.numbers, self.inputs = outer, inputs
 
-    def left(self, outs: Sequence[Evaluated], numbers: Counted, origins: Sequence[int]) -> list[Evaluated]:
-        """What a sub-jaxpr returned, under the names outside, and its uses counted."""
-        self.numbers.update({o: numbers[n] for n, o in enumerate(origins)})
+    def left(self, outs: Sequence[Evaluated], along: Along, origins: Sequence[int]) -> list[Evaluated]:
+        """What a sub-jaxpr returned, under the names outside; uses counted, and what is no longer known forgotten."""
+        self.numbers.update({o: along.numbers[n] for n, o in enumerate(origins)})
+        for n, o in enumerate(origins):
+            self.inputs.pop(o, None)
+            if n in along.inputs:
+                self.inputs[o] = along.inputs[n]
         return [_renamed(v, dict(enumerate(origins))) if is_weight(v) else v for v in outs]
 
     def arrays(self, values: Sequence[Evaluated], eqn: Eqn, reason: str) -> list[jax.Array]:
@@ -339,7 +361,7 @@ def _called(fn: Callable[..., Value], found: list[Adapted], fill: Fill, me: Inte
             expressions.append(made)
         expressions = _linked(expressions, a)
     want = [True] * len(closed.jaxpr.outvars)
-    outs, _ = me.counted({}, lambda: chosen(me.run(closed.jaxpr, closed.consts, expressions, want), want))
+    outs, _ = me.within(Along({}, {}), lambda: chosen(me.run(closed.jaxpr, closed.consts, expressions, want), want))
     treedef, inside, others = beside
     results = iter(me.dense(o, "output", "returned by the function") for o in outs)
     filled = [jnp.asarray(next(results)) if i else o for i, o in zip(inside, others, strict=True)]

@@ -29,7 +29,7 @@ from jlora._interpret.jaxpr import (
 )
 
 if TYPE_CHECKING:
-    from jlora._interpret import Counted, Interpreter, Moments
+    from jlora._interpret import Along, Counted, Interpreter, Moments
 
 State: TypeAlias = "tuple[Counted, list[jax.Array]]"
 """What a loop hands on: the numbers of the next uses, and what it computes."""
@@ -55,21 +55,21 @@ def _jit(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -
     jaxpr, consts = called(eqn)
     if eqn.params.get("inline") is True:
         return _filled(outs, compute, chosen(me.run(jaxpr, consts, values, compute), compute))
-    values, numbers, origins = me.entering(values)
+    values, along, origins = me.entering(values)
     # One jitted function for each jaxpr. Equal blocks under `nn.jit` have the same jaxpr; they would be traced and
     # compiled one by one if each call made its own function.
     place = (id(jaxpr), tuple(compute))
     if place not in me.memo or me.watched:
         name = eqn.params.get("name", "call")
 
-        def inner(numbers: Counted, *args: Evaluated) -> tuple[list[Evaluated], Moments, Counted]:
-            return me.apart(numbers, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
+        def inner(along: Along, *args: Evaluated) -> tuple[list[Evaluated], Moments, Along]:
+            return me.apart(along, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
 
         inner.__name__ = inner.__qualname__ = name
         me.memo[place] = (jax.jit(inner), jaxpr)  # holds the jaxpr, so that no other gets its id
-    results, seen, numbers = me.memo[place][0](numbers, *values)
+    results, seen, along = me.memo[place][0](along, *values)
     me.seen(seen)
-    return _filled(outs, compute, me.left(results, numbers, origins))
+    return _filled(outs, compute, me.left(results, along, origins))
 
 
 def _checkpoint(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
@@ -78,14 +78,14 @@ def _checkpoint(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[b
         return outs
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
 
-    def inner(numbers: Counted, *args: Evaluated) -> tuple[list[Evaluated], Moments, Counted]:
-        return me.apart(numbers, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
+    def inner(along: Along, *args: Evaluated) -> tuple[list[Evaluated], Moments, Along]:
+        return me.apart(along, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
 
-    values, numbers, origins = me.entering(values)
+    values, along, origins = me.entering(values)
     again = jax.checkpoint(inner, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    results, seen, numbers = again(numbers, *values)
+    results, seen, along = again(along, *values)
     me.seen(seen)
-    return _filled(outs, compute, me.left(results, numbers, origins))
+    return _filled(outs, compute, me.left(results, along, origins))
 
 
 def _scan(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
@@ -97,7 +97,7 @@ def _scan(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
     compute = [c if n >= n_carry else not hoisted[n] for n, c in enumerate(compute)]
     if not any(compute) and not eqn.effects:
         return outs
-    values, numbers, origins = me.entering(values)
+    values, along, origins = me.entering(values, again=True)
     consts, carry, xs = (
         values[:n_consts],
         values[n_consts : n_consts + n_carry],
@@ -112,15 +112,16 @@ def _scan(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
         carries = [v if h else next(rest) for v, h in zip(carry, hoisted, strict=True)]
         items = [s.rebuilt(x) if isinstance(s, _Sliced) else x[0] for s, x in zip(sliced, slices, strict=True)]
         args = [*consts, *carries, *items]
-        made, seen, numbers = me.apart(numbers, lambda: chosen(me.run(jaxpr, closed, args, compute), compute))
+        before = along._replace(numbers=numbers)
+        made, seen, after = me.apart(before, lambda: chosen(me.run(jaxpr, closed, args, compute), compute))
         ys = me.arrays(made, eqn, "an output of the loop's body")
-        return (numbers, ys[:moving]), (ys[moving:], seen)
+        return (after.numbers, ys[:moving]), (ys[moving:], seen)
 
     moving = sum(compute[:n_carry])
     slices = [s.arrays if isinstance(s, _Sliced) else [s] for s in sliced]
     (numbers, state), (ys, seen) = lax.scan(
         body,
-        (numbers, init),
+        (along.numbers, init),
         slices,
         length,
         reverse=eqn.params["reverse"],
@@ -131,7 +132,7 @@ def _scan(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
         total = lambda made: jax.tree.map(lambda a: a.sum(0), made)
         stack = lambda made, atom: dataclasses.replace(made, labels=atom + made.labels)
         me.seen({p: stack(made, atoms[p]) if p in atoms else total(made) for p, made in seen.items()})
-    return _filled(outs, compute, me.left([*state, *ys], numbers, origins))
+    return _filled(outs, compute, me.left([*state, *ys], along._replace(numbers=numbers), origins))
 
 
 class _Sliced:
@@ -176,7 +177,7 @@ class _Marked:
 def _while(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    values, numbers, origins = me.entering(values)
+    values, along, origins = me.entering(values, again=True)
     cond_consts, body_consts, carry = (
         values[:n_cond],
         values[n_cond : n_cond + n_body],
@@ -201,17 +202,19 @@ def _while(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool])
     def go_on(state: State) -> jax.Array:
         numbers, now = state
         args = [*map(other, cond_consts), *map(other, carries(now))]
-        (more,), *_ = me.apart(numbers, lambda: chosen(me.run(cond, cond_closed, args, [True]), [True]))
+        before = along._replace(numbers=numbers)
+        (more,), *_ = me.apart(before, lambda: chosen(me.run(cond, cond_closed, args, [True]), [True]))
         return me.dense(more, eqn, "the condition of a loop")
 
     def step(state: State) -> State:
         numbers, now = state
         args = [*body_consts, *carries(now)]
-        new, _, numbers = me.apart(numbers, lambda: chosen(me.run(body, body_closed, args, moving), moving))
-        return numbers, me.arrays(new, eqn, "an output of the loop's body")
+        before = along._replace(numbers=numbers)
+        new, _, after = me.apart(before, lambda: chosen(me.run(body, body_closed, args, moving), moving))
+        return after.numbers, me.arrays(new, eqn, "an output of the loop's body")
 
-    numbers, state = lax.while_loop(go_on, step, (numbers, init))
-    return _filled(outs, moving, me.left(state, numbers, origins))
+    numbers, state = lax.while_loop(go_on, step, (along.numbers, init))
+    return _filled(outs, moving, me.left(state, along._replace(numbers=numbers), origins))
 
 
 def _cond(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) -> Outputs:
@@ -220,7 +223,7 @@ def _cond(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
         return outs
     if is_weight(values[0]):
         raise Refusal("a branch chosen by a weight")
-    (index, *operands), numbers, origins = me.entering(values)
+    (index, *operands), along, origins = me.entering(values, again=True)
     branches = []
     for branch in eqn.params["branches"]:
         jaxpr, consts = open_jaxpr(branch)
@@ -228,12 +231,13 @@ def _cond(me: Interpreter, eqn: Eqn, values: list[Evaluated], want: list[bool]) 
         def inner(
             numbers: Counted, *args: Evaluated, jaxpr: core.Jaxpr = jaxpr, consts: Sequence[jax.Array] = consts
         ) -> tuple[list[jax.Array], Counted]:
-            ys, _, numbers = me.apart(numbers, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
-            return [jnp.asarray(y) for y in me.arrays(ys, eqn, "an output of a branch")], numbers
+            before = along._replace(numbers=numbers)
+            ys, _, after = me.apart(before, lambda: chosen(me.run(jaxpr, consts, args, compute), compute))
+            return [jnp.asarray(y) for y in me.arrays(ys, eqn, "an output of a branch")], after.numbers
 
         branches.append(inner)
-    results, numbers = lax.switch(index, branches, numbers, *operands)
-    return _filled(outs, compute, me.left(results, numbers, origins))
+    results, numbers = lax.switch(index, branches, along.numbers, *operands)
+    return _filled(outs, compute, me.left(results, along._replace(numbers=numbers), origins))
 
 
 RULES: Mapping[str, Rule] = {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import jax
+from jax import lax
 
 from jlora._algebra._term import NoArray
 from jlora._algebra._weight import Weight, is_weight
@@ -54,7 +55,9 @@ def _of_gather(eqn: Eqn, w: Weight, first: bool, others: Sequence[jax.Array]) ->
         raise NoArray(f"{w.named}: a step on its output, and the model takes several layers of a stack at once")
     rest = iter(g for n, g in enumerate(w.axes) if n not in numbers.collapsed_slice_dims)
     count = len(aval(eqn.outvars[0]).shape)
-    return [next(rest) if n in numbers.offset_dims else None for n in range(count)], None
+    ids = lax.squeeze(others[0], [others[0].ndim - 1]) if others[0].shape[-1] == 1 else None
+    met = None if ids is None else (ids, (), ())
+    return [next(rest) if n in numbers.offset_dims else None for n in range(count)], met
 
 
 def _of_ragged(eqn: Eqn, w: Weight, first: bool, others: Sequence[jax.Array]) -> Read:
@@ -102,7 +105,7 @@ def _then(rule: Rule, reading: Reading) -> Rule:
         operands = [*others[:at], bare.w0() if plain else bare, *others[at:]]
         (made,) = me.equation(eqn, operands, want)
         if w.is_read and met is not None:
-            me.inputs[w.origin] = _step.features_last(*met)
+            _keep(me.inputs, w, *met)
             me.record(w, eqn.primitive.name, Spent("its input is read by a step", 0.0, 0.0))
         if not w.steps or made is None:
             return [made]
@@ -113,6 +116,13 @@ def _then(rule: Rule, reading: Reading) -> Rule:
         return [_step.applied(w, y, groups, me.inputs)]
 
     return stepping
+
+
+def _keep(inputs: dict[int, _step.Met], w: Weight, x: jax.Array, features: Sequence[int], stack: Sequence[int]) -> None:
+    """What a weight met, for the steps that read it: a second input before any of them would take the first's place."""
+    before = inputs.get(w.origin)
+    lost = before is not None and not before.is_read and before.x is not x
+    inputs[w.origin] = _step.Met(_step.features_last(x, features, stack), lost, x=x)
 
 
 _SUMS = {"add": _summed, "add_any": _summed}

@@ -35,7 +35,10 @@ def resolve(
       ValueError: a pattern without a match, vectors that patterns took, integer or complex leaves, ties adapted at
         one end, what a method refuses.
     """
-    methods = _sites.rules(spec)
+    try:
+        methods = [m for rule in _sites.rules(spec) for m in rule.rules(tree, traced)]
+    except ValueError as error:
+        raise ValueError(f"cannot adapt this tree:\n  {error}") from error
     choice = Choice(tree, [Wanted(m.describe(), m.target, m.exclude) for m in methods], axes, traced)
     found = Resolution(methods, choice)
     for index in range(len(tree.leaves)):
@@ -104,8 +107,9 @@ class Resolution:
                 return
             if recipe.steps:
                 raise ValueError(
-                    "a step on an output beside a change of the weight: write the two as rules of their own, "
-                    "[LoRA(...), Houlsby(...)], so that the step comes after the layer's bias"
+                    "its recipe has steps on the output, which come after the layer's bias: a method of steps alone "
+                    "says so, `on_outputs = True`; beside a change of the weight, or of another step, write the two "
+                    "as rules of their own, [LoRA(...), Houlsby(...)]"
                 )
             self._check(method, recipe, leaf)
         except ValueError as error:
@@ -119,6 +123,9 @@ class Resolution:
         if others:
             names = ", ".join(self.methods[n].describe() for n in others)
             said = f"rule {rule + 1} ({self.methods[rule].describe()}) takes it before {names}"
+            kept = [self.methods[n].describe() for n in others if not self.methods[n].yields]
+            if kept:
+                self.choice.bad.append(f"{self.choice.tree.paths[index]!r}: {said}, and {kept[0]} cannot do without it")
             self.notes.append(f"{self.choice.tree.paths[index]}: {said}")
         return rule
 
@@ -127,6 +134,8 @@ class Resolution:
         recipe = method.recipe(leaf)
         if recipe is None:
             self.notes.append(f"{leaf.path}: rank 0, left as it is")
+        else:
+            _wellformed.check_kind(recipe)
         return recipe
 
     def _check(self, method: Method, recipe: Recipe, leaf: Leaf) -> None:
@@ -256,7 +265,7 @@ def _splits(method: Method, leaf: Leaf) -> bool:
         recipe = method.recipe(one)
     except ValueError:
         return True
-    return recipe is not None and recipe.splits(one)
+    return isinstance(recipe, Recipe) and recipe.splits(one)
 
 
 def _vectors(found: Resolution) -> list[str]:

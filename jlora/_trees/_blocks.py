@@ -162,4 +162,4 @@ class Blocks:
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
     """How many steps two paths have in common at their beginning."""
-    return len(os.path.commonprefix([one, other]))
+    return len(os.path.commonprefix([tuple(one), tuple(other)]))

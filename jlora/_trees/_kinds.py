@@ -66,17 +66,25 @@ def _named(path: str) -> tuple[str, str, tuple[str, ...]]:
 
 def _attention(owner: str, above: tuple[str, ...]) -> str:
     """Which of query, key, value or several a name says, or nothing."""
+    said = _letters(owner, above)
+    return {"": "", "q": "query", "k": "key", "v": "value"}.get(said, "qkv")
+
+
+def letters(path: str) -> str:
+    """Of which of queries, keys and values a name says that its weight makes them: `qkv`, `kv`, `k`, or nothing."""
+    _, owner, above = _named(path)
+    return _letters(owner, above)
+
+
+def _letters(owner: str, above: tuple[str, ...]) -> str:
     inside = next((name for name in reversed(above) if re.search(_names.ATTENTION_OR_MLP, name)), "")
     if inside and not re.search(_names.ATTENTION, inside):
         return ""  # gated MLPs and RWKV's channel mixing have a k and a v of their own
     if re.fullmatch(_names.FUSED_IN_ATTENTION, owner) and inside:
         return "qkv"
     said = [w for w in owner.split("_") if w not in _names.BESIDE_QKV and not w.isdigit()]
-    letters = [_names.QKV.get(w, "") for w in said]
-    if not said or not all(letters):
-        return ""
-    joined = "".join(letters)
-    return {"q": "query", "k": "key", "v": "value"}.get(joined, "qkv")
+    each = [_names.QKV.get(w, "") for w in said]
+    return "".join(each) if all(each) else ""
 
 
 def _one(path: str, shape: tuple[int, ...], beside: Mapping[str, int]) -> str:

@@ -123,7 +123,9 @@ QKV = {
     **dict.fromkeys(("q", "query", "queries", "wq", "qlin", "qproj", "mq"), "q"),
     **dict.fromkeys(("k", "key", "keys", "wk", "klin", "kproj"), "k"),
     **dict.fromkeys(("v", "value", "values", "wv", "vlin", "vproj"), "v"),
-    **dict.fromkeys(("qkv", "kv", "qk", "wqkv", "wkv", "wqk", "kqv", "qkvz", "qkvproj", "kvproj"), "kv"),
+    **dict.fromkeys(("qkv", "wqkv", "kqv", "qkvz", "qkvproj"), "qkv"),
+    **dict.fromkeys(("kv", "wkv", "kvproj"), "kv"),
+    **dict.fromkeys(("qk", "wqk"), "qk"),
 }
 BESIDE_QKV = frozenset(
     "proj projection projections projector lin linear dense einsum layer fc to w c x attn attention self cross mha b "

@@ -10,6 +10,7 @@ from jlora.methods.bottleneck import Houlsby as Houlsby
 from jlora.methods.bottleneck import Parallel as Parallel
 from jlora.methods.bottleneck import Pfeiffer as Pfeiffer
 from jlora.methods.c3a import C3A as C3A
+from jlora.methods.deep_prompts import DeepPrompts as DeepPrompts
 from jlora.methods.delora import DeLoRA as DeLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.fourierft import FourierFT as FourierFT
@@ -34,6 +35,10 @@ from jlora.methods.mica import MiCA as MiCA
 from jlora.methods.miss import MiSS as MiSS
 from jlora.methods.new_tokens import NewTokens as NewTokens
 from jlora.methods.oft import OFT as OFT
+from jlora.methods.prefix import PrefixTuning as PrefixTuning
+from jlora.methods.prefix import VirtualTokens as VirtualTokens
+from jlora.methods.prompt_tuning import PromptTuning as PromptTuning
+from jlora.methods.prompt_tuning import PTuning as PTuning
 from jlora.methods.psoft import PSOFT as PSOFT
 from jlora.methods.randlora import RandLoRA as RandLoRA
 from jlora.methods.road import RoAd as RoAd

@@ -13,8 +13,8 @@ from jlora._algebra._recipe import Recipe
 from jlora._algebra._words import Array, Delta, constant
 from jlora._trees._blocks import Blocks
 from jlora._trees._leaf import Leaf
-from jlora._trees._tree import Target
-from jlora._types import W0, Init, Key, Keys, Place, Shape
+from jlora._trees._tree import Named, Target
+from jlora._types import W0, Init, Key, Keys, Place, Shape, Traced
 from jlora.methods import _fields
 from jlora.methods._fields import Alpha, Dtype, Rank, Rate
 
@@ -136,6 +136,23 @@ class Method:
     def dtype_of(self, array: Array) -> np.dtype:
         """The dtype of a factor: its own where the recipe says one, else the method's."""
         return jnp.dtype(array.dtype or self.dtype)
+
+    def rules(self, tree: Named, traced: Traced | None = None) -> tuple["Method", ...]:
+        """What it is on a tree: itself; or several rules, where it acts on weights of several kinds at once."""
+        return (self,)
+
+    @property
+    def yields(self) -> bool:
+        """Whether a rule before it may take a leaf of its own, and it does without."""
+        return True
+
+    def encoded(self, leaf: Leaf, get: Callable[[Place], jax.Array]) -> tuple["Method", dict[Place, jax.Array]]:
+        """Itself without a network that makes its factors only while it is trained, and all factors as that made them.
+
+        `get((group, name))` gives those of a recipe with the network.
+        """
+        recipe = self.recipe(leaf)
+        return self, {} if recipe is None else {place: get(place) for place in recipe.arrays(leaf)}
 
     def canonical(self) -> "Method":
         """The method without what is data once it is applied (alpha, the initialiser): it names the program."""

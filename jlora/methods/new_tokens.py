@@ -19,6 +19,8 @@ from jlora._types import W0, Keys, Place
 from jlora.methods._fields import Holds
 from jlora.methods.base import Method, filled, of_the_weight
 
+COMMON = 5000  # of a vocabulary in the order of frequency; Lester et al, section 3.1.1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewTokens(Method):
@@ -34,8 +36,9 @@ class NewTokens(Method):
     Attributes:
       count: how many.
       init: where they begin: `"mean"`, the mean of all rows; `"normal"`, drawn with the mean and the deviation that
-        the rows have in each feature; or ids of tokens whose rows are copied, one for each new token, or one for all
-        (the paper's: the coarse word of what is to be learned).
+        the rows have in each feature; `"vocabulary"`, rows of tokens drawn from the first 5,000; `"uniform"`, drawn
+        from U(-0.5, 0.5); or ids of tokens whose rows are copied, one for each new token, or one for all (the paper's:
+        the coarse word of what is to be learned).
       target: by default the tables of tokens (`jlora.targets.tokens`).
 
     Example:
@@ -51,13 +54,14 @@ class NewTokens(Method):
     """
 
     count: Annotated[int, Holds(lambda n: 0 < n < 2**31, "a number of new tokens, at least 1")]
-    init: Literal["mean", "normal"] | tuple[int, ...] = "mean"
+    init: Literal["mean", "normal", "vocabulary", "uniform"] | tuple[int, ...] = "mean"
     target: Target = targets.tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.init, tuple) and len(self.init) not in (1, self.count):
-            raise ValueError(f"NewTokens(init={self.init}): one id for each of {self.count} new tokens, or one for all")
+            name = type(self).__name__
+            raise ValueError(f"{name}(init={self.init}): one id for each of {self.count} new tokens, or one for all")
 
     def recipe(self, leaf: Leaf) -> Recipe | None:
         size = leaf.size("ik")
@@ -70,16 +74,22 @@ class NewTokens(Method):
         table = leaf.matrix(weight)
         (place,) = arrays
         shape = (*leaf.stack, self.count, table.shape[-1])
+        drawn = keys(*place)
         if isinstance(self.init, tuple):
             if wrong := [n for n in self.init if not 0 <= n < table.shape[-2]]:
                 raise ValueError(f"init={self.init}: the table has rows 0 to {table.shape[-2] - 1}, and no {wrong[0]}")
             begun = table[..., jnp.array(self.init), :]
+        elif self.init == "vocabulary":
+            common = min(COMMON, table.shape[-2])
+            at = jax.random.choice(drawn, common, (self.count,), replace=self.count > common)
+            begun = table[..., at, :]
+        elif self.init == "uniform":
+            begun = jax.random.uniform(drawn, shape, table.dtype, -0.5, 0.5)
         else:
             begun = jnp.mean(table, -2, keepdims=True)
             if self.init == "normal":
-                noise = jax.random.normal(keys(*place), shape, table.dtype)
-                begun = begun + jnp.std(table, -2, keepdims=True) * noise
-        return filled(arrays, {"rows": jnp.broadcast_to(begun, shape)}, self.dtype_of(recipe.rows[0].array))
+                begun = begun + jnp.std(table, -2, keepdims=True) * jax.random.normal(drawn, shape, table.dtype)
+        return filled(arrays, {"rows": jnp.broadcast_to(begun, shape)}, jnp.dtype(self.dtype))
 
     def canonical(self) -> "NewTokens":
         return dataclasses.replace(self, init="mean")

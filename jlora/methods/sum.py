@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 
@@ -78,13 +78,23 @@ class Sum(Method):
         arrays = {} if first is None else self.first.initial(leaf, first, keys, weight)
         if second is None:
             return arrays
-        names = {} if first is None else apart(first.arrays(leaf), second, leaf)
+        place = self._places(leaf)
+        found = self.second.initial(leaf, second, lambda *at: keys(*place(at)), weight)
+        return arrays | {place(at): value for at, value in found.items()}
 
-        def place(group: str, name: str) -> Place:
-            return group, names.get((group, name), name)
+    def encoded(self, leaf: Leaf, get: Callable[[Place], jax.Array]) -> tuple[Method, dict[Place, jax.Array]]:
+        place = self._places(leaf)
+        first, arrays = self.first.encoded(leaf, get)
+        second, others = self.second.encoded(leaf, lambda at: get(place(at)))
+        both = dataclasses.replace(self, first=first, second=second)
+        place = both._places(leaf)
+        return both, arrays | {place(at): value for at, value in others.items()}
 
-        found = self.second.initial(leaf, second, lambda *at: keys(*place(*at)), weight)
-        return arrays | {place(*at): value for at, value in found.items()}
+    def _places(self, leaf: Leaf) -> Callable[[Place], Place]:
+        """Where the factors of the second method stand."""
+        first, second = self.first.recipe(leaf), self.second.recipe(leaf)
+        names = {} if first is None or second is None else apart(first.arrays(leaf), second, leaf)
+        return lambda at: (at[0], names.get(at, at[1]))
 
     def canonical(self) -> "Sum":
         bare = lambda m: dataclasses.replace(m.canonical(), target=(), exclude=())
@@ -132,6 +142,6 @@ def renamed(recipe: Recipe, names: dict[Place, str], path: str, dtype: str) -> R
         return dataclasses.replace(d, operands=tuple(map(word, d.operands)), **own)
 
     others = (None if d is None else delta(d) for d in (recipe.gain, recipe.left, recipe.right))
-    rows = tuple(dataclasses.replace(r, array=array(r.array)) for r in recipe.rows)
+    rows = tuple(dataclasses.replace(r, made=word(r.made)) for r in recipe.rows)
     steps = tuple(dataclasses.replace(step, arrays=tuple(map(array, step.arrays))) for step in recipe.steps)
     return Recipe(tuple(map(delta, recipe.deltas)), *others, rows=rows, steps=steps)

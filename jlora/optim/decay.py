@@ -102,10 +102,10 @@ def _allowed(site: Site, x: Array, adapted: Adapted) -> bool:
     updates = [words for delta in site.recipe.deltas if (words := _words(delta, x))]
     if updates:  # DoRA's gain reads a and b too, but only by way of the update, which is then zero
         return all(any(_vanishes(site, word, x, adapted) for word in words) for words in updates)
-    if any(rows.array == x and rows.new(site.leaf) for rows in site.recipe.rows):
+    if any(_same(a, x) for r in site.recipe.rows if r.new(site.leaf) for a in r.made.arrays):
         return False
     if any(_same(a, x) for step in site.recipe.steps for a in step.arrays):
-        return all(_unmoved(site, step, x) for step in site.recipe.steps)
+        return all(not step.ids and _unmoved(site, step, x) for step in site.recipe.steps)
     networks = {"gain": site.recipe.gain, "left": site.recipe.left, "right": site.recipe.right}
     stands = {side: words for side, delta in networks.items() if delta is not None and (words := _words(delta, x))}
     if any(isinstance(word, Array) for words in stands.values() for word in words):

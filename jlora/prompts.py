@@ -1,0 +1,221 @@
+"""Virtual tokens around a call: ids in front of every input, what stands there off the output, encoders dropped.
+
+    given = prompts.prepend(prompts.virtual_ids(adapted), ids, mask=mask, labels=labels)
+    logits = prompts.remove(jlora.lift(model)(adapted, given.ids, given.mask), count)
+
+Everything here is pure, and works under `jit`. A virtual token is an id behind the end of a table (`PromptTuning`,
+`PTuning`, `PrefixTuning`, `NewTokens`), so a model gives it a position, lets others attend to it and keeps it in a
+cache by its own rules.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jlora._plan import _sites
+from jlora._read import factors_of
+from jlora.adapted import Adapted
+
+
+class Prompted(NamedTuple):
+    """A batch with virtual tokens in front; what was not given is None.
+
+    Attributes:
+      ids: `(..., count + seq)`.
+      mask: ones at the virtual positions.
+      labels: `ignored` there, so that no loss is taken.
+      positions: 0 to count - 1 there, and each other that many later.
+    """
+
+    ids: jax.Array
+    mask: jax.Array | None
+    labels: jax.Array | None
+    positions: jax.Array | None
+
+
+def virtual_ids(adapted: Adapted, table: str = "") -> range:
+    """The ids behind the end of a table that an adapter gave rows: V to V + count - 1.
+
+    Args:
+      table: its path, where several tables have some.
+
+    Raises:
+      ValueError: no table has new rows, or several and none is named.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.adapt({"embed": {"embedding": jnp.ones((10, 4))}}, jlora.PromptTuning(count=3))
+      >>> jlora.prompts.virtual_ids(adapted)
+      range(10, 13)
+    """
+    found = {
+        site.leaf.path: range(rows.at[0], rows.at[-1] + 1)
+        for site in adapted.frozen.plan.sites
+        for rows in site.recipe.rows
+        if rows.new(site.leaf)
+    }
+    if table not in found and (table or len(found) != 1):
+        raise ValueError(
+            f"virtual_ids({table!r}): the tables with new rows are {list(found)}" + (not table) * "; name one of them"
+            if found
+            else "virtual_ids: no table of this adapter has new rows, as PromptTuning and PrefixTuning give it"
+        )
+    return found[table] if table else next(iter(found.values()))
+
+
+def prepend(
+    virtual: Sequence[int],
+    ids: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    ignored: int = -100,
+    longest: int | None = None,
+) -> Prompted:
+    """A batch with virtual tokens in front of every sequence.
+
+    Padding may stand on either side: the virtual tokens come in front of it. Where positions are given, or a model
+    counts them off the mask, the first real token has position `len(virtual)`.
+
+    Args:
+      virtual: the ids, such as `virtual_ids(adapted)`.
+      ids: integers `(..., seq)`.
+      mask: of attention, `(..., seq)`; ones (of its dtype) are put in front.
+      labels: `(..., seq)` of a model that makes one output a position; `ignored` is put in front. Labels of another
+        sequence (a decoder's) are not to be given.
+      positions: integers that broadcast with `ids`.
+      ignored: the label that a loss leaves out.
+      longest: how many positions the model has; a longer result is an error here, where a table of positions would
+        give what is not a number, or its last row.
+
+    Returns:
+      A `Prompted`.
+
+    Raises:
+      ValueError: ids without an axis or that are no integers; other arrays of another length; more than `longest`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> given = jlora.prompts.prepend(range(10, 12), jnp.array([[4, 5, 0]]), mask=jnp.array([[1, 1, 0]]))
+      >>> given.ids, given.mask
+      (Array([[10, 11,  4,  5,  0]], dtype=int32), Array([[1, 1, 1, 1, 0]], dtype=int32))
+    """
+    tokens, count = jnp.asarray(ids), len(virtual)
+    if tokens.ndim == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"prepend takes ids as integers (..., seq), not {tokens.dtype} of shape {tokens.shape}")
+    length = tokens.shape[-1]
+    if longest is not None and count + length > longest:
+        raise ValueError(
+            f"{count} virtual tokens and {length} others are more than the {longest} positions of the model"
+        )
+
+    def behind(name: str, given: ArrayLike | None, front: ArrayLike) -> jax.Array | None:
+        if given is None:
+            return None
+        array = jnp.asarray(given)
+        if array.ndim == 0 or array.shape[-1] != length:
+            raise ValueError(
+                f"prepend({name}=...) of shape {array.shape}: its last axis is the {length} positions of ids"
+            )
+        begin = jnp.broadcast_to(jnp.asarray(front).astype(array.dtype), (*array.shape[:-1], count))
+        return jnp.concatenate([begin, array], -1)
+
+    first = np.asarray(virtual, np.int64)
+    if count and first.max() > jnp.iinfo(tokens.dtype).max:
+        raise ValueError(f"ids of dtype {tokens.dtype} cannot hold the virtual id {first.max()}; cast them to int32")
+    made = behind("ids", tokens, first)
+    assert made is not None
+    later = None if positions is None else jnp.asarray(positions) + count
+    return Prompted(
+        made,
+        behind("mask", mask, 1),
+        behind("labels", labels, ignored),
+        behind("positions", later, np.arange(count)),
+    )
+
+
+def remove(outputs: jax.Array, count: int, axis: int = 1) -> jax.Array:
+    """An output, or generated ids, without the virtual positions in front.
+
+    Args:
+      outputs: with an axis of positions.
+      count: how many are virtual, `len(virtual_ids(adapted))`.
+      axis: that of positions.
+
+    Raises:
+      ValueError: fewer positions than that.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.prompts.remove(jnp.ones((2, 7, 5)), 3).shape
+      (2, 4, 5)
+    """
+    if not -outputs.ndim <= axis < outputs.ndim or outputs.shape[axis] < count:
+        raise ValueError(f"remove: no {count} positions stand in front on axis {axis} of shape {outputs.shape}")
+    return jax.lax.slice_in_dim(outputs, count, outputs.shape[axis], axis=axis)
+
+
+def insert(tokens: jax.Array, prompts: jax.Array, at: int = 1) -> jax.Array:
+    """Embedded tokens with prompts among them: shallow visual prompts, behind the class token.
+
+    For models whose inputs are no ids. `prompts` is a leaf of the parameters, `{**params, "prompts": ...}`, trained by
+    `Full(target="^prompts$")`; the function that is lifted embeds, inserts, and goes on.
+
+    Args:
+      tokens: `(..., seq, features)`.
+      prompts: `(count, features)`.
+      at: the position of the first of them.
+
+    Raises:
+      ValueError: other features, or no such position.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.prompts.insert(jnp.ones((2, 5, 4)), jnp.zeros((3, 4))).shape
+      (2, 8, 4)
+
+    References:
+      Jia et al, `Visual Prompt Tuning <https://arxiv.org/abs/2203.12119>`_, 2022.
+    """
+    if tokens.ndim < 2 or prompts.ndim != 2 or tokens.shape[-1] != prompts.shape[-1]:
+        raise ValueError(f"insert: prompts of shape {prompts.shape} among tokens of shape {tokens.shape}")
+    if not 0 <= at <= tokens.shape[-2]:
+        raise ValueError(f"insert: there is no position {at} among tokens of shape {tokens.shape}")
+    among = jnp.broadcast_to(prompts.astype(tokens.dtype), (*tokens.shape[:-2], *prompts.shape))
+    return jnp.concatenate([tokens[..., :at, :], among, tokens[..., at:, :]], -2)
+
+
+def encoded(adapted: Adapted) -> Adapted:
+    """The same adapter without the networks that made its prompts: they are stored as they are.
+
+    For `PTuning` and for `PrefixTuning(encoder=...)` after training. It computes the same. An optimizer's state is that
+    of the network, and is to be made anew where training goes on. Without them the adapter is returned as it is.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"embed": {"embedding": jnp.ones((10, 4))}}
+      >>> adapted = jlora.adapt(params, jlora.PTuning(count=2, encoder="mlp", hidden=8))
+      >>> sorted(jlora.prompts.encoded(adapted).trainable["embed/embedding"])
+      ['rows']
+    """
+    plan, get = adapted.frozen.plan, factors_of(adapted)
+    sites, given = [], dict[tuple[str, str], jax.Array]()
+    for site in plan.sites:
+        method, arrays = site.method.encoded(site.leaf, lambda place: get(*place))
+        recipe = site.recipe if method == site.method else method.recipe(site.leaf)
+        assert recipe is not None
+        sites.append(dataclasses.replace(site, method=_sites.named(method), recipe=recipe))
+        given.update(arrays)
+    new = _sites.intern(tuple(sites), tuple(dict.fromkeys(s.method for s in sites)), plan.notes)
+    if new.sites == plan.sites:
+        return adapted
+    trainable, frozen = dict[str, dict[str, jax.Array]](), dict[str, dict[str, jax.Array]]()
+    for (group, name), (_, trained) in new.shapes.items():
+        (trainable if trained else frozen).setdefault(group, {})[name] = given[group, name]
+    return Adapted(trainable, dataclasses.replace(adapted.frozen, factors=frozen, plan=new))

@@ -67,7 +67,8 @@ def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Stored, made: o
             bad.append(
                 f"{place} of shape {shape}, where the recipe has {want}{stack}{_letters_of(array, recipe, leaf)}"
             )
-        elif _is_floating(jnp.result_type(value)) != _is_floating(array.dtype or "float32"):
+        elif array.trained and _is_floating(jnp.result_type(value)) != _is_floating(array.dtype or "float32"):
+            # a frozen factor may be a key, or integers
             kind = array.dtype or "a floating point dtype"
             bad.append(f"{place} in {jnp.result_type(value)}, where the recipe has {kind}")
     if bad:

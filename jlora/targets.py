@@ -19,25 +19,40 @@ from jlora._types import PyTree, Traced
 Test: TypeAlias = Callable[[str, PyTree], bool]
 
 
-def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Test], Test]:
-    """Makes a target of some kinds, and of the leaves of norms with one of some names; the function has its words."""
+Among: TypeAlias = Callable[[Sequence[str], Sequence[PyTree], Traced | None], list[bool]]
+"""For each leaf of a tree, `(paths, leaves, what a trace found)`, whether it is taken."""
+
+
+def _seeing(among: Among) -> Callable[[Test], Test]:
+    """Makes a target of what sees whole trees; the function has its words."""
 
     def decorate(function: Test) -> Test:
         @functools.wraps(function)
         def target(path: str, leaf: PyTree) -> bool:
-            return among((path,), (leaf,))[0]
-
-        def among(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None = None) -> list[bool]:
-            kinds = _kinds.kinds(paths, leaves, traced)
-            return [
-                kind in wanted or kind == "norm" and bool(named) and _kinds.leaf_name(path) in named
-                for path, kind in zip(paths, kinds, strict=True)
-            ]
+            return among((path,), (leaf,), None)[0]
 
         vars(target)["among"] = among
         return target
 
     return decorate
+
+
+def _of(*wanted: str, named: Collection[str] = ()) -> Callable[[Test], Test]:
+    """Of some kinds, and of the leaves of norms those with one of some names."""
+
+    def among(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None) -> list[bool]:
+        kinds = _kinds.kinds(paths, leaves, traced)
+        return [
+            kind in wanted or kind == "norm" and bool(named) and _kinds.leaf_name(path) in named
+            for path, kind in zip(paths, kinds, strict=True)
+        ]
+
+    return _seeing(among)
+
+
+def _at(*wanted: str) -> Callable[[Test], Test]:
+    """What stands at some ends of blocks."""
+    return _seeing(lambda paths, leaves, traced: [end in wanted for end in _blocks.ends(paths, leaves, traced)])
 
 
 @_of("query", "value", "qkv")
@@ -86,6 +101,12 @@ def embeddings(path: str, leaf: PyTree) -> bool:
     raise NotImplementedError
 
 
+def _tokens(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None) -> list[bool]:
+    kinds = _kinds.kinds(paths, leaves, traced)
+    return [kind == "embedding" and not _kinds.counts_types(path) for path, kind in zip(paths, kinds, strict=True)]
+
+
+@_seeing(_tokens)
 def tokens(path: str, leaf: PyTree) -> bool:
     """Tables that are looked up by the ids of tokens: `embeddings` but those that are named after types or classes.
 
@@ -96,15 +117,28 @@ def tokens(path: str, leaf: PyTree) -> bool:
       >>> jlora.targets.tokens("bert/embeddings/token_type_embeddings/embedding", jnp.ones((2, 4)))
       False
     """
-    return _tokens((path,), (leaf,))[0]
+    raise NotImplementedError
 
 
-def _tokens(paths: Sequence[str], leaves: Sequence[PyTree], traced: _kinds.Traced | None = None) -> list[bool]:
-    tables = vars(embeddings)["among"](paths, leaves, traced)
-    return [it and not _kinds.counts_types(path) for path, it in zip(paths, tables, strict=True)]
+def _own_keys(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None) -> list[bool]:
+    kinds = zip(paths, _kinds.kinds(paths, leaves, traced), strict=True)
+    return [kind in ("key", "value", "qkv") and not _blocks.is_cross_attention(path) for path, kind in kinds]
 
 
-vars(tokens)["among"] = _tokens
+@_seeing(_own_keys)
+def keys_and_values(path: str, leaf: PyTree) -> bool:
+    """Projections of keys and values in self-attention, alone or fused with queries: what a prefix is written into.
+
+    Li and Liang, `Prefix-Tuning <https://arxiv.org/abs/2101.00190>`_, 2021.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.targets.keys_and_values("layer_0/attention/key/kernel", jnp.ones((4, 4)))
+      True
+      >>> jlora.targets.keys_and_values("layer_0/crossattention/key/kernel", jnp.ones((4, 4)))
+      False
+    """
+    raise NotImplementedError
 
 
 @_of("head")
@@ -119,23 +153,6 @@ def head(path: str, leaf: PyTree) -> bool:
       False
     """
     raise NotImplementedError
-
-
-def _at(*wanted: str) -> Callable[[Test], Test]:
-    """Makes a target of what stands at some ends of blocks; the function has its words."""
-
-    def decorate(function: Test) -> Test:
-        @functools.wraps(function)
-        def target(path: str, leaf: PyTree) -> bool:
-            return among((path,), (leaf,))[0]
-
-        def among(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None = None) -> list[bool]:
-            return [end in wanted for end in _blocks.ends(paths, leaves, traced)]
-
-        vars(target)["among"] = among
-        return target
-
-    return decorate
 
 
 @_at("last attention")

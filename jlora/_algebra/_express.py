@@ -124,10 +124,7 @@ class _Reader:
         """Rows in the table's own axes; changes times their scale."""
         ((word, labels),) = _recipe.bind(rows.network, self.leaf).words
         operand, new = self._operand(word, labels), rows.new(self.leaf)
-        value, front = (
-            operand.value(),
-            operand.labels[: -len(labels)],
-        )  # few: made at once
+        value, front = operand.value(), operand.labels[: -len(labels)]  # few: made at once
         if not new:
             s, _ = self._get(_words.scale_of(rows.network))
             value = jnp.broadcast_to(value, (*self.leaf.stack, *value.shape[len(front) :]))

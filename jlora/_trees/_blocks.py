@@ -64,6 +64,11 @@ def _place(path: str) -> Place:
     return Place(tuple(names) or ("",), tuple(holders) or ("",))
 
 
+def is_cross_attention(path: str) -> bool:
+    """Whether a weight is of attention whose keys and values are those of another sequence."""
+    return _CROSS.search(_place(path).above) is not None
+
+
 def ends(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None = None) -> list[str]:
     """Each leaf's end of a block: `first` or `last`, and `attention`, `cross attention` or `feed forward`; or ""."""
     kinds = _kinds.kinds(paths, leaves, traced)

@@ -77,6 +77,7 @@ def letters(path: str) -> str:
 
 
 def _letters(owner: str, above: tuple[str, ...]) -> str:
+    """`letters` of the names of what owns a leaf."""
     inside = next((name for name in reversed(above) if re.search(_names.ATTENTION_OR_MLP, name)), "")
     if inside and not re.search(_names.ATTENTION, inside):
         return ""  # gated MLPs and RWKV's channel mixing have a k and a v of their own

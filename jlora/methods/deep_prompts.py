@@ -120,6 +120,9 @@ class DeepPrompts(Method):
     def on_outputs(self) -> bool:
         return True
 
+    def elsewhere(self, leaf: Leaf, path: Callable[[str], str]) -> "DeepPrompts":
+        return dataclasses.replace(self, table=self.table and path(self.table))
+
     def recipe(self, leaf: Leaf) -> Recipe:
         if not leaf.axes("o"):
             raise ValueError("there is no output axis that prompts could be rows of")

@@ -16,28 +16,10 @@ from jlora._algebra._words import Array
 from jlora._trees import _kinds, _select, _tree
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
-from jlora._types import PyTree, Traced
+from jlora._types import Traced
 from jlora.methods._fields import nonzero
 from jlora.methods.base import Method, zeros
 from jlora.methods.deep_prompts import Count, DeepPrompts
-
-CROSS = r"(?i)cross|enc_?dec|encoder_attn|encoder_decoder"  # attention whose keys and values are of another sequence
-
-
-def own_keys_and_values(path: str, leaf: PyTree) -> bool:
-    """Projections of keys and values, alone or fused with queries, but those named after cross-attention."""
-    return _own((path,), (leaf,))[0]
-
-
-def _own(paths: Sequence[str], leaves: Sequence[PyTree], traced: Traced | None = None) -> list[bool]:
-    kinds = _kinds.kinds(paths, leaves, traced)
-    return [
-        kind in ("key", "value", "qkv") and re.search(CROSS, path) is None
-        for path, kind in zip(paths, kinds, strict=True)
-    ]
-
-
-vars(own_keys_and_values)["among"] = _own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +95,7 @@ class PrefixTuning(Method):
     features: tuple[int, ...] = ()
     encoder: tuple[int, ...] = ()
     std: Annotated[float, nonzero("std")] = 0.02
-    target: Target = own_keys_and_values
+    target: Target = targets.keys_and_values
 
     def rules(self, tree: _tree.Named, traced: Traced | None = None) -> tuple[Method, ...]:
         table, first = self._table(tree, traced)

@@ -419,3 +419,64 @@ def place(signs: np.ndarray) -> tuple[int, ...]:
     """Which P: three whole numbers of 16, 16 and 32 bits, the lowest first, +1 for a one."""
     bits = (signs > 0).astype(np.int64)
     return tuple(int(np.sum(part << np.arange(len(part)))) for part in np.split(bits, (16, 32)))
+
+
+# What adds computation or tokens: h is a layer's output, x its input ------------------------
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """As tanh has it, which is what `jax.nn.gelu` does by default."""
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def bottleneck(h: np.ndarray, x: np.ndarray, f: Any, s: float, act: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """h + s (U f(D h + d) + u). Houlsby et al, 2019; Pfeiffer et al, 2020."""
+    return h + s * within(h, f, act)
+
+
+def parallel(h: np.ndarray, x: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """h + s (U f(D x + d) + u). He et al, 2021, table 1 and 4.5."""
+    return h + s * within(x, f, relu)
+
+
+def within(x: np.ndarray, f: Any, act: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return act(x @ f.down.T + getattr(f, "down_bias", 0)) @ f.up + getattr(f, "up_bias", 0)
+
+
+def krona_parallel(h: np.ndarray, x: np.ndarray, f: Any, s: float) -> np.ndarray:
+    """h + s (A x B) x + s_res x. Edalati et al, 2022: KronA^B_res."""
+    return h + s * x @ np.kron(f.a, f.b) + f.s_res * x
+
+
+def nearest(n: int) -> tuple[int, int]:
+    """The two divisors whose product is n that are nearest to each other."""
+    half = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
+    return half, n // half
+
+
+def deep_prompts(h: np.ndarray, x: np.ndarray, f: Any, first: int) -> np.ndarray:
+    """P at positions `first` on, h elsewhere. Jia et al, 2022, eq. 5."""
+    y = h.copy()
+    y[..., first : first + len(f.prompts), :] = f.prompts
+    return y
+
+
+def prefix(h: np.ndarray, ids: np.ndarray, f: Any, first: int) -> np.ndarray:
+    """P = tanh(E w1 + b1) w2 + b2 where the ids are `first` on. Li and Liang, 2021, eq. 3 and 4.3."""
+    P = np.tanh(f.embedding @ f.w1 + f.b1) @ f.w2 + f.b2
+    return np.where((ids >= first)[..., None], P[np.clip(ids - first, 0, len(P) - 1)], h)
+
+
+def taller(h: np.ndarray, ids: np.ndarray, f: Any, size: int = 11) -> np.ndarray:
+    """A row of its own for each id behind the table. Gal et al, 2022; Lester et al, 2021."""
+    return np.where((ids >= size)[..., None], f.rows[np.clip(ids - size, 0, len(f.rows) - 1)], h)
+
+
+def p_tuning(h: np.ndarray, ids: np.ndarray, f: Any) -> np.ndarray:
+    """Those rows made by an MLP. Liu et al, 2021, 2.2, and peft's three layers."""
+    P = relu(relu(f.embedding @ f.w1 + f.b1) @ f.w2 + f.b2) @ f.w3 + f.b3
+    return taller(h, ids, type("rows", (), {"rows": P}))

@@ -1,6 +1,6 @@
 """The methods under test, one row each, and what every law needs to put one on a model of the zoo.
 
-A new method joins all laws with one row of METHODS.
+A new method joins all laws with one row of METHODS; one that adds computation or tokens, of ADDED.
 """
 
 import dataclasses
@@ -38,6 +38,8 @@ class Row:
       on: which weights it is for, "matrices", "vectors" or "all".
       starts_at_base: its equation gives exact zeros at the start, so that the model is the base, bit for bit.
       merges_to_base: merging the start gives the base; false where the paper's start is another weight.
+      merges: whether a weight of the base's shape says what it does. Else its closed form is (output, input, factors)
+        -> output, and `lift` in forward mode, where autodiff and no rule of ours goes through it, stands for `dense`.
       fits: leaf -> whether its formula makes sense for this shape.
       in_parts: a factor may see a part of the weight alone, such as columns that the model never uses.
       dense_on: models on which its formula has no cheap contraction, by the design.
@@ -47,12 +49,13 @@ class Row:
 
     name: str
     spec: Callable[[Any], Any]
-    closed_form: closed_forms.Form
+    closed_form: Callable[..., Any]
     count: Callable[[Any], int]
     shared: Callable[[Any], tuple[str, int]] = lambda leaf: ("", 0)
     on: str = "matrices"
     starts_at_base: bool = True
     merges_to_base: bool = True
+    merges: bool = True
     fits: Callable[[Any], bool] = anything
     in_parts: bool = False
     dense_on: tuple[str, ...] = ()
@@ -66,6 +69,11 @@ class Row:
     def home(self) -> zoo.Case:
         """One small model that it is for."""
         return next(case for case in map(CASES.__getitem__, self.models or FAST) if self.takes(case))
+
+    @property
+    def oracle(self) -> dict[str, bool]:
+        """How `lift` computes the same by other means."""
+        return {"dense": True} if self.merges else {"forward_mode": True}
 
     def takes(self, case: zoo.Case) -> bool:
         return self.on == "all" or case.vectors == (self.on == "vectors")
@@ -502,6 +510,116 @@ METHODS = (
     ),
 )
 LORA = METHODS[0]
+
+
+# What adds computation or tokens -------------------------------------------------------------
+
+
+def bottleneck(leaf: Any, m: int = 2) -> int:
+    """D and U of (m, d), and their biases."""
+    return math.prod(leaf.stack) * (2 * m * leaf.size("o") + m + leaf.size("o"))
+
+
+def behind_the_table(leaf: Any) -> int:
+    return 2 * leaf.size("o")
+
+
+def only(target: str, **options: Any) -> Callable[[Any], Any]:
+    """A target of its own: the case's also has weights that the method is not for."""
+    return lambda _: jlora.DeepPrompts(count=2, target=target, **options)
+
+
+BLOCKS, VIRTUAL = ("plain/scanned_blocks",), ("plain/virtual_tokens",)
+ADDED = (
+    Row(
+        "houlsby",
+        lambda target: jlora.Houlsby(2, scale=1.5, target=target),
+        partial(closed_forms.bottleneck, s=1.5, act=closed_forms.gelu),
+        bottleneck,
+        merges=False,
+        everywhere=False,
+        models=("linen/mlp", "linen/convolutions", "linen/scan_axis_1_remat", "linen/vmap_experts", *BLOCKS),
+    ),
+    Row(
+        "pfeiffer",
+        lambda target: jlora.Pfeiffer(2, bias=False, target=target),
+        partial(closed_forms.bottleneck, s=1, act=closed_forms.relu),
+        lambda leaf: math.prod(leaf.stack) * 4 * leaf.size("o"),
+        merges=False,
+        everywhere=False,
+        models=BLOCKS,
+    ),
+    Row(
+        "parallel",
+        lambda target: jlora.Parallel(2, target=target),
+        partial(closed_forms.parallel, s=4),
+        bottleneck,
+        merges=False,
+        everywhere=False,
+        models=BLOCKS,
+    ),
+    Row(
+        "krona_parallel",
+        lambda target: jlora.ParallelKronA(scale=0.5, residual=True, target=target),
+        partial(closed_forms.krona_parallel, s=0.5),
+        lambda leaf: math.prod(leaf.stack) * (sum(n * n for n in closed_forms.nearest(leaf.size("o"))) + 1),
+        merges=False,
+        everywhere=False,
+        models=BLOCKS,
+    ),
+    Row(
+        "deep_prompts",
+        only("norm/bias$"),
+        partial(closed_forms.deep_prompts, first=0),
+        behind_the_table,
+        merges=False,
+        starts_at_base=False,  # the model sees its prompts
+        everywhere=False,
+        models=VIRTUAL,
+    ),
+    Row(
+        "prefix_tuning",
+        lambda target: jlora.PrefixTuning(count=2, encoder=(3, 5)),
+        partial(closed_forms.prefix, first=11),
+        lambda leaf: 0 if leaf.path == "embedding" else 5 * leaf.size("o") + leaf.size("o"),
+        shared=lambda leaf: ("", 0) if leaf.path == "embedding" else ("prefix", 2 * 3 + 3 * 5 + 5),
+        merges=False,
+        starts_at_base=False,
+        everywhere=False,
+        models=VIRTUAL,
+    ),
+    Row(
+        "new_tokens",
+        lambda target: jlora.NewTokens(count=2, target="embedding"),
+        closed_forms.taller,
+        behind_the_table,
+        merges=False,
+        starts_at_base=False,  # the base knows no such ids
+        everywhere=False,
+        models=VIRTUAL,
+    ),
+    Row(
+        "prompt_tuning",
+        lambda target: jlora.PromptTuning(count=2, init="uniform", target="embedding"),
+        closed_forms.taller,
+        behind_the_table,
+        merges=False,
+        starts_at_base=False,
+        everywhere=False,
+        models=VIRTUAL,
+    ),
+    Row(
+        "p_tuning",
+        lambda target: jlora.PTuning(count=2, encoder="mlp", hidden=5, target="embedding"),
+        closed_forms.p_tuning,
+        lambda leaf: 2 * leaf.size("o") + (leaf.size("o") * 5 + 5) + (5 * 5 + 5) + 6 * leaf.size("o"),
+        merges=False,
+        starts_at_base=False,
+        everywhere=False,
+        models=VIRTUAL,
+    ),
+)  # fmt: skip
+EVERY = (*METHODS, *ADDED)
 # One row for each word of the algebra: the laws of composition take these in the fast part, all in the slow one.
 CHOSEN = ("lora", "sora", "krona", "vera", "dora", "oft", "bitfit", "full")
 
@@ -562,7 +680,7 @@ def in_turn(made: list[Any], each: int = 2) -> list[Any]:
     For laws that come on top of the first ones, which hold every pair: the interpreter knows no method, and no method
     knows an operation, so what a row adds to a model shows on any.
     """
-    kept, rows = [], list(METHODS)
+    kept, rows = [], list(EVERY)
     for n, row in enumerate(rows):
         mine = [p for p in made if p.values[0] is row]
         late = [p for p in mine if any(mark.name == "slow" for mark in p.marks)]

@@ -23,7 +23,7 @@ import jlora
 import zoo
 from jlora import network
 from jlora._trees._leaf import Leaf
-from methods import CHOSEN, METHODS, Row, adapted, assert_close, away_from_start
+from methods import ADDED, CHOSEN, METHODS, Row, adapted, assert_close, away_from_start
 
 pytestmark = pytest.mark.settled
 
@@ -39,7 +39,7 @@ class Kind:
       shapes: the shape of each leaf.
       x: the shape of the input, or the input.
       model: of JAX.
-      output: the same, of NumPy.
+      output: the same, of NumPy, where `after(h, x, *layer)` stands for what an operation of input x made.
       all: which leaves a method takes that is for all weights.
     """
 
@@ -47,7 +47,7 @@ class Kind:
     shapes: dict[str, tuple[int, ...]]
     x: Any
     model: Callable[[Any, Any], Any]
-    output: Callable[[Leaves, np.ndarray], np.ndarray]
+    output: Callable[..., np.ndarray]
     all: str = "kernel|embedding"
 
     def case(self, on: str) -> zoo.Case:
@@ -68,11 +68,27 @@ class Kind:
         return leaves, draw(9, self.x) if isinstance(self.x, tuple) else np.array(self.x)
 
 
-def layers(step: Callable[[Any, Any], Any], p: Any, h: Any) -> Any:
-    """Through one layer after the other."""
-    for n in range(len(p["kernel"])):
-        h = step(h, {name: x[n] for name, x in p.items()})
+def untouched(h: np.ndarray, x: np.ndarray, *layer: int) -> np.ndarray:
     return h
+
+
+def layers(p: Leaves, h: np.ndarray, after: Callable[..., np.ndarray]) -> np.ndarray:
+    """Through one layer after the other."""
+    for n, (kernel, bias) in enumerate(zip(p["kernel"], p["bias"], strict=True)):
+        h = np.tanh(after(np.einsum("ni,io->no", h, kernel) + bias, h, n))
+    return h
+
+
+def experts(p: Leaves, x: np.ndarray, after: Callable[..., np.ndarray]) -> np.ndarray:
+    """Each its own rows."""
+    pairs = zip(x, p["kernel"], strict=True)
+    return np.stack([after(np.einsum("ni,io->no", x, kernel), x, n) for n, (x, kernel) in enumerate(pairs)])
+
+
+def heads(p: Leaves, x: np.ndarray, after: Callable[..., np.ndarray]) -> np.ndarray:
+    """What comes after sees the features of all heads as one."""
+    y = np.einsum("ni,ihk->nhk", x, p["kernel"]) + p["bias"]
+    return after(y.reshape(len(y), -1), x).reshape(y.shape)
 
 
 def convolution(p: Any, x: Any) -> Any:
@@ -82,14 +98,14 @@ def convolution(p: Any, x: Any) -> Any:
     return lax.conv_general_dilated(x, p["kernel"], (1,) * len(space), "VALID", dimension_numbers=numbers)
 
 
-def windows(p: Leaves, x: np.ndarray) -> np.ndarray:
+def windows(p: Leaves, x: np.ndarray, after: Callable[..., np.ndarray] = untouched) -> np.ndarray:
     """The same, as a sum over the places of the window."""
     window, size = p["kernel"].shape[:-2], x.shape[1:-1]
     made = 0.0
     for place in itertools.product(*map(range, window)):
         seen = tuple(slice(at, at + n - k + 1) for at, n, k in zip(place, size, window, strict=True))
         made = made + np.tensordot(x[:, *seen], p["kernel"][place], 1)
-    return made
+    return after(made, x)
 
 
 # Few sizes in all, 4, 5, 6 and 12: what a method draws is compiled once for each.
@@ -99,7 +115,7 @@ KINDS = {
         {"kernel": (6, 5), "bias": (5,)},
         (3, 6),
         lambda p, x: x @ p["kernel"] + p["bias"],
-        lambda p, x: np.einsum("ni,io->no", x, p["kernel"]) + p["bias"],
+        lambda p, x, after: after(np.einsum("ni,io->no", x, p["kernel"]) + p["bias"], x),
         all=".",
     ),
     "turned": Kind(
@@ -107,42 +123,42 @@ KINDS = {
         {"kernel": (5, 6)},
         (3, 6),
         lambda p, x: x @ p["kernel"].T,
-        lambda p, x: np.einsum("ni,oi->no", x, p["kernel"]),
+        lambda p, x, after: after(np.einsum("ni,oi->no", x, p["kernel"]), x),
     ),
     "scan": Kind(
         {"kernel": "sio", "bias": "so"},
         {"kernel": (3, 4, 4), "bias": (3, 4)},
         (2, 4),
         lambda p, x: lax.scan(lambda h, p: (jnp.tanh(h @ p["kernel"] + p["bias"]), None), x, p)[0],
-        lambda p, x: layers(lambda h, p: np.tanh(np.einsum("ni,io->no", h, p["kernel"]) + p["bias"]), p, x),
+        layers,
     ),
     "experts": Kind(
         {"kernel": "sio"},
         {"kernel": (2, 6, 5)},
         (2, 3, 6),
         lambda p, x: jnp.einsum("end,edf->enf", x, p["kernel"]),
-        lambda p, x: np.stack([np.einsum("ni,io->no", *pair) for pair in zip(x, p["kernel"], strict=True)]),
+        experts,
     ),
     "into_heads": Kind(
         {"kernel": "ioo", "bias": "oo"},
         {"kernel": (6, 3, 4), "bias": (3, 4)},
         (2, 6),
         lambda p, x: lax.dot_general(x, p["kernel"], (((1,), (0,)), ((), ()))) + p["bias"],
-        lambda p, x: np.einsum("ni,ihk->nhk", x, p["kernel"]) + p["bias"],
+        heads,
     ),
     "out_of_heads": Kind(
         {"kernel": "iio"},
         {"kernel": (3, 4, 5)},
         (2, 3, 4),
         lambda p, x: lax.dot_general(x, p["kernel"], (((1, 2), (0, 1)), ((), ()))),
-        lambda p, x: np.einsum("nhk,hko->no", x, p["kernel"]),
+        lambda p, x, after: after(np.einsum("nhk,hko->no", x, p["kernel"]), x),
     ),
     "table": Kind(
         {"embedding": "io"},
         {"embedding": (6, 5)},
         [[0, 3, 5], [3, 1, 3]],
         lambda p, ids: jnp.take(p["embedding"], ids, axis=0),
-        lambda p, ids: np.stack([[p["embedding"][n] for n in row] for row in ids]),
+        lambda p, ids, after: after(np.stack([[p["embedding"][n] for n in row] for row in ids]), ids),
     ),
     "convolution_1d": Kind({"kernel": "kio"}, {"kernel": (3, 4, 5)}, (1, 5, 4), convolution, windows),
     "convolution_2d": Kind({"kernel": "kkio"}, {"kernel": (3, 2, 2, 5)}, (1, 4, 3, 2), convolution, windows),
@@ -155,7 +171,25 @@ WIDER = {
         {"kernel": (8, 3)},
         (2, 8),
         lambda p, x: x @ p["kernel"],
-        lambda p, x: np.einsum("ni,io->no", x, p["kernel"]),
+        lambda p, x, after: after(np.einsum("ni,io->no", x, p["kernel"]), x),
+    ),
+}
+# Ids behind the end of a table, for which the model alone reads its last row.
+IDS = [[11, 12, 3], [0, 11, 10]]
+TOKENS = {
+    "rows": Kind(
+        {"embedding": "io"},
+        {"embedding": (11, 4)},
+        IDS,
+        lambda p, ids: jnp.take(p["embedding"], ids, axis=0, mode="clip"),
+        lambda p, ids, after: after(p["embedding"][np.minimum(ids, 10)], ids),
+    ),
+    "keys": Kind(
+        {"embedding": "io", "keys": "io"},
+        {"embedding": (11, 4), "keys": (4, 6)},
+        IDS,
+        lambda p, ids: jnp.take(p["embedding"], ids, axis=0, mode="clip") @ p["keys"],
+        lambda p, ids, after: after(p["embedding"][np.minimum(ids, 10)] @ p["keys"], ids),
     ),
 }
 
@@ -176,22 +210,25 @@ def in_own_axes(made: np.ndarray, letters: str, shape: tuple[int, ...]) -> np.nd
     return made.reshape([shape[n] for n in order]).transpose(np.argsort(order))
 
 
+def factors(ad: jlora.Adapted, site: Any, layer: tuple[int, ...], trained: Any, **more: Any) -> types.SimpleNamespace:
+    """The factors of one layer of a weight, by their names."""
+    held = site.recipe.arrays(site.leaf)
+    of = lambda group, name: (trained if held[group, name][0].trained else ad.frozen.factors)[group][name]
+    layers = lambda group, name: layer if held[group, name][0].stacked else ()
+    return types.SimpleNamespace(
+        **{name: np.float64(of(group, name))[layers(group, name)] for group, name in held}, **more
+    )
+
+
 def weights(form: forms.Form, ad: jlora.Adapted, leaves: Leaves, trained: Any, fixed: Any) -> Leaves:
     """Every leaf in float64, those that are adapted by the closed form, layer for layer of a stack."""
     made = {name: np.float64(leaf) for name, leaf in leaves.items()}
     for site in ad.frozen.plan.sites:
-        leaf, held = site.leaf, site.recipe.arrays(site.leaf)
-
-        def factors(layer: tuple[int, ...], trained: Any, held: Any = held, **more: Any) -> types.SimpleNamespace:
-            of = lambda group, name: (trained if held[group, name][0].trained else ad.frozen.factors)[group][name]
-            layers = lambda group, name: layer if held[group, name][0].stacked else ()
-            return types.SimpleNamespace(
-                **{name: np.float64(of(group, name))[layers(group, name)] for group, name in held}, **more
-            )
-
+        leaf = site.leaf
         W = as_matrices(made[leaf.path], leaf.roles).copy()
         for layer in np.ndindex(*leaf.stack):
-            W[layer] = form(W[layer].copy(), factors(layer, trained, fixed=factors(layer, fixed)))
+            f = factors(ad, site, layer, trained, fixed=factors(ad, site, layer, fixed))
+            W[layer] = form(W[layer].copy(), f)
         made[leaf.path] = in_own_axes(W, leaf.roles, leaf.shape)
     return made
 
@@ -244,8 +281,9 @@ def by_paper(row: Any, ad: jlora.Adapted, kind: Kind, leaves: Leaves, x: np.ndar
     """The closed form, the model of NumPy over it, and that moved a little in each element of each factor."""
     here = jax.tree.map(lambda a: np.array(a, np.float64), trained)
     W = lambda at: weights(row.closed_form, ad, leaves, at, fixed=here)
-    y = kind.output(W(here), x)
-    return Made(W(here), y, slopes(lambda at: float(np.sum(pull(y) * kind.output(W(at), x))), here))
+    Y = lambda at: kind.output(W(at), x, untouched)
+    y = Y(here)
+    return Made(W(here), y, slopes(lambda at: float(np.sum(pull(y) * Y(at))), here))
 
 
 def both(row: Any, kind: Kind) -> tuple[Made, Made]:
@@ -394,6 +432,49 @@ def test_gradients_are_those_of_the_closed_form(made):
     """Every element of every trained factor has the slope of the paper's W, by central differences."""
     ours, papers = made
     assert_close(ours.gradient, papers.gradient)
+
+
+# What adds computation or tokens -------------------------------------------------------------
+
+LINEAR, SQUARE = ("matrix", "scan", "experts", "into_heads", "convolution_2d"), ("scan",)
+BEHIND = {
+    "houlsby": (jlora.Houlsby(2, scale=1.5, target="kernel"), LINEAR),
+    "pfeiffer": (jlora.Pfeiffer(2, bias=False, target="kernel"), LINEAR[:1]),
+    "parallel": (jlora.Parallel(2, target="kernel", input="kernel"), SQUARE),
+    "krona_parallel": (jlora.ParallelKronA(scale=0.5, residual=True, target="kernel", input="kernel"), SQUARE),
+    "deep_prompts": (jlora.DeepPrompts(count=2, target="keys"), ("keys",)),
+    "prefix_tuning": (jlora.PrefixTuning(count=2, encoder=(3, 5), target="keys"), ("keys",)),
+    "new_tokens": (jlora.NewTokens(count=2), ("rows",)),
+    "prompt_tuning": (jlora.PromptTuning(count=2), ("rows",)),
+    "p_tuning": (jlora.PTuning(count=2, encoder="mlp", hidden=5), ("rows",)),
+}
+
+
+@pytest.mark.parametrize(
+    "row,name", [pytest.param(row, name, id=f"{row.name}-{name}") for row in ADDED for name in BEHIND[row.name][1]]
+)
+def test_what_stands_behind_an_output_is_the_closed_form(row, name):
+    """Values, and every slope, of what no weight of the base's shape can say."""
+    kind = (KINDS | TOKENS)[name]
+    leaves, x = kind.build()
+    ad = jlora.adapt({name: jnp.asarray(leaf) for name, leaf in leaves.items()}, BEHIND[row.name][0], axes=kind.axes)
+    trained = away_from_start(ad.trainable)
+    site = ad.frozen.plan.sites[-1]
+    wide = {name: np.float64(leaf) for name, leaf in leaves.items()}
+
+    def output(at: Any) -> np.ndarray:
+        after = lambda h, x, *layer: row.closed_form(h, x, factors(ad, site, layer, at))
+        return kind.output(wide, x, after)
+
+    @jax.jit
+    def program(trained: Any, frozen: Any, x: Any) -> Any:
+        y, back = jax.vjp(lambda t: jlora.lift(kind.model)(jlora.join(t, frozen), x), trained)
+        return y, back(jnp.asarray(pull(y), y.dtype))[0]
+
+    y, gradient = program(trained, ad.frozen, x)
+    here = jax.tree.map(lambda a: np.array(a, np.float64), trained)
+    assert_close(y, output(here))
+    assert_close(gradient, slopes(lambda at: float(np.sum(pull(y) * output(at))), here))
 
 
 # What the laws find -----------------------------------------------------------------------

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import network
-from methods import CHOSEN, METHODS, assert_close, away_from_start, cotangents, each_row
+from methods import ADDED, CHOSEN, METHODS, assert_close, away_from_start, cotangents, each_row
 
 WIDE, INNER, HEADS, WORDS, LAYERS = 16, 24, 4, 32, 2
 
@@ -137,8 +137,12 @@ def on_heads(row):
     return any(len(made) > 1 for b in bound for _, made in b.blocks)
 
 
+# An adapter behind a layer, of a weight that a mesh cuts.
+BEHIND = next(row for row in ADDED if row.name == "houlsby")
+
+
 def rows():
-    for row in METHODS:
+    for row in (*METHODS, BEHIND):
         for name, (_, params, *_) in MODELS.items():
             has_bias = "up" in params
             if row.everywhere or name == "mlp" and all(map(row.fits, leaves(name))):

@@ -523,6 +523,52 @@ def loop_over_stack():
     return fn, {"w": weight(1, 3, 11, 11)}, (x(),)
 
 
+# Blocks and tokens ------------------------------------------------------------------------
+
+
+def attention(p, x):
+    """One head, with biases."""
+    q, k, v = (x @ p[name]["kernel"] + p[name]["bias"] for name in ("query", "key", "value"))
+    return jax.nn.softmax(q @ k.mT / 3, -1) @ v @ p["out"]["kernel"] + p["out"]["bias"]
+
+
+def layers(width: int, *stack: int):
+    """Parameters of an attention and a feed-forward block."""
+    dense = lambda seed, i, o: {"kernel": weight(seed, *stack, i, o), "bias": weight(seed + 20, *stack, o)}
+    names = ("query", "key", "value", "out")
+    heads = {name: dense(n, width, width) for n, name in enumerate(names)}
+    return {"attention": heads, "mlp": {"up": dense(5, width, 10), "down": dense(6, 10, width)}}
+
+
+@case(r"(out|down)/kernel$", axes={r"kernel$": "sio", r"bias$": "so"})
+def scanned_blocks():
+    """Layers of attention and a feed-forward block, by the names that blocks have."""
+
+    def fn(params, x):
+        def layer(x, p):
+            x = x + attention(p["attention"], x)
+            hidden = jnp.tanh(x @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"])
+            return x + hidden @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    return fn, layers(6, 2), (normal(40, 2, 5, 6),)
+
+
+@case(r"embedding$|(key|value)/kernel$")
+def virtual_tokens():
+    """Ids behind the end of a table, in front of the others; alone, the model reads its last row for them."""
+
+    def fn(params, ids):
+        x = jnp.take(params["embedding"], ids, axis=0, mode="clip")
+        x = x * params["norm"]["scale"] + params["norm"]["bias"]
+        return jnp.tanh(x + attention(params["attention"], x))
+
+    norm = {"scale": 1 + weight(8, 6), "bias": weight(9, 6)}
+    ids = jnp.array([[11, 12, 3, 1, 7], [11, 12, 0, 10, 3]])
+    return fn, {"embedding": weight(7, 11, 6), "norm": norm, "attention": layers(6)["attention"]}, (ids,)
+
+
 # Vectors ----------------------------------------------------------------------------------
 
 

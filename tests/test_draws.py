@@ -13,7 +13,7 @@ import pytest
 
 import jlora
 from jlora.io import _manifest
-from jlora.methods import _draws, _entries, fourierft
+from jlora.methods import _draws, _entries, _projections, fourierft
 from jlora.methods._projections import PROJECTIONS
 from jlora.methods.vera import draw
 
@@ -77,6 +77,38 @@ def test_numbers_follow_from_the_bits():
     np.testing.assert_array_equal(_draws.uniform(ours, (40,), jnp.float32, bound), want)
     want = [NormalDist().inv_cdf(x) for x in u + 2.0**-25]
     np.testing.assert_allclose(_draws.normal(ours, (40,), jnp.float32), want, rtol=2e-5, atol=1e-6)
+
+
+def test_doubles_have_all_their_bits():
+    """With x64: 32 bits of one word and 20 of the other, as NumPy puts them together."""
+    with jax.enable_x64(True):
+        key = _draws.key(3)
+        x, y = (np.float64(w) for w in _draws.random_words(key, (64,)))
+        made = _draws.unit(key, (64,), jnp.float64)
+    made = np.asarray(made)
+    assert made.dtype == np.float64 and made.min() >= 0 and made.max() < 1
+    np.testing.assert_array_equal(made, x / 2**32 + np.floor(y / 2**12) / 2**52)
+
+
+def test_a_dense_projection_is_the_sum_of_its_columns():
+    """P theta over several blocks of columns, each of length one, as one product."""
+    place, size = jnp.array([4711, 123, 2], jnp.uint32), 2**15
+    theta = jnp.linspace(-1, 1, 20)
+    assert len(theta) * size > 2 * _projections.BLOCK
+    column = jax.jit(lambda one: _projections.by_columns(one, place, size))
+    P = np.stack([np.float64(column(one)) for one in np.eye(20, dtype=np.float32)])
+    np.testing.assert_allclose(np.linalg.norm(P, axis=1), 1, rtol=1e-5)
+    made = jax.jit(lambda theta: _projections.by_columns(theta, place, size))(theta)
+    np.testing.assert_allclose(made, np.float64(theta) @ P, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_digits_are_held_in_the_dtype_that_is_asked_for(dtype):
+    """Eight bits fit into bfloat16, too: entries of a narrow adapter take two bytes a digit, and come back exactly."""
+    numbers = jnp.array([0, 255, 256, 2**31 - 1, 123456789])
+    digits = _entries.to_digits(numbers, dtype)
+    assert digits.dtype == dtype
+    np.testing.assert_array_equal(_entries.from_digits(digits), numbers)
 
 
 def test_entries_are_the_smallest_words():
@@ -237,6 +269,14 @@ def test_waves_are_as_exact_on_wide_sides(side):
     got = fourierft.Waves((side,), 1, True)(digits) * side
     angle = 2 * np.pi * (u[:, None] * np.arange(side, dtype=np.int64) % side) / side
     np.testing.assert_allclose(got, np.concatenate([np.cos(angle), -np.sin(angle)]), atol=2e-6)
+
+
+def test_the_longest_side_that_has_exact_angles():
+    """One less than 2^20 is taken, 2^20 is refused."""
+    of = lambda side: jlora.adapt({"w": jax.ShapeDtypeStruct((side, 2), jnp.float32)}, jlora.FourierFT(n=3, target="w"))
+    assert jlora.count(of(fourierft.TOO_LONG - 1))[0] == 3
+    with pytest.raises(ValueError, match="no longer than 1048575"):
+        of(fourierft.TOO_LONG)
 
 
 def test_draws_inside_a_trace_and_a_mesh():

@@ -323,11 +323,34 @@ def test_lokr_with_whole_factors():
 
 
 def test_dora_where_float32_cancels():
-    """||W0 + dW|| at 0.005 of ||W0||: the identity alone is wrong by 6 %."""
-    adapted = jlora.adapt({"w": jnp.eye(4)}, jlora.DoRA(jlora.LoRA(rank=4, target="w")))
-    for small in (0.05, 0.005, 0.0005):
-        trained = {"w": {"a": jnp.eye(4), "b": -(1 - small) * jnp.eye(4), "m": jnp.ones(4)}}
-        np.testing.assert_allclose(jlora.merge(jlora.join(trained, adapted.frozen))["w"], np.eye(4), atol=1e-3)
+    """||W0 + dW|| at 0.005 of ||W0||, small or large: the identity alone is wrong by 6 %."""
+    for size in (1, 64):
+        adapted = jlora.adapt({"w": size * jnp.eye(4)}, jlora.DoRA(jlora.LoRA(rank=4, target="w")))
+        for small in (0.05, 0.005, 0.0005):
+            trained = {"w": {"a": jnp.eye(4), "b": -size * (1 - small) * jnp.eye(4), "m": jnp.ones(4)}}
+            np.testing.assert_allclose(jlora.merge(jlora.join(trained, adapted.frozen))["w"], np.eye(4), atol=1e-3)
+
+
+def test_many_rows_of_a_kronecker_product():
+    """Two thousand rows, of which the backward pass takes some at a time: the sums are over all of them."""
+    draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    x, dy = draw(1, 4, 512, 12), draw(2, 4, 512, 12)
+    ad = jlora.adapt({"w": draw(3, 12, 12)}, jlora.KronA(factors=(3, 4), target="w"))
+    ad = jlora.join(away_from_start(ad.trainable), ad.frozen)
+    f = jlora.lift(lambda p, x: x @ p["w"])
+    (row,) = jlora.explain(f, ad, x).rows
+    assert row.plan == "merged"
+    found = jax.jit(jax.grad(lambda t: jnp.sum(f(jlora.join(t, ad.frozen), x) * dy)))(ad.trainable)["w"]
+    a, b = (np.float64(ad.trainable["w"][name]) for name in "ab")
+    dW = np.einsum("nti,nto->io", np.float64(x), np.float64(dy)).reshape(3, 4, 4, 3)
+    np.testing.assert_allclose(found["a"], np.einsum("ijop,jp->io", dW, b), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found["b"], np.einsum("ijop,io->jp", dW, a), rtol=1e-4, atol=1e-3)
+
+
+def test_tied_factors_are_a_group_that_is_no_leaf():
+    """A leaf's own factors stand under its path, those that layers share under a name of their own."""
+    ad = jlora.adapt({"w": jnp.asarray(W0, jnp.float32)}, jlora.TiedLoRA(rank=2, target="w"))
+    assert set(ad.trainable) == {"w", "tied/w"}
 
 
 def test_ssf_scales_and_shifts_the_output():

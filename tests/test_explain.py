@@ -132,6 +132,33 @@ def test_flops():
     assert 2 * 8 * 2 * (64 + 48) <= row.flops <= 1.1 * 2 * 8 * 2 * (64 + 48)
 
 
+def test_flops_of_a_convolution():
+    """As dense, 2 (outputs) (window) (inputs); factored, a window into the rank and a dot out of it."""
+    params, x = {"w": jnp.ones((3, 2, 8, 16))}, jnp.ones((1, 7, 5, 8))
+    dims = ("NHWC", "HWIO", "NHWC")
+    f = lambda p, x: jax.lax.conv_general_dilated(x, p["w"], (1, 1), "VALID", dimension_numbers=dims)
+    (row,) = jlora.explain(f, jlora.adapt(params, jlora.LoRA(rank=2, target="w"), axes={"w": "kkio"}), x).rows
+    places, inputs = 5 * 4, 3 * 2 * 8
+    assert row.dense_flops == 2 * places * 16 * inputs
+    assert row.flops == 2 * places * 2 * (inputs + 16)
+
+
+def test_flops_of_experts():
+    """Each token goes through its expert's two factors, whatever the number of experts."""
+    params, x, sizes = {"w": jnp.ones((3, 8, 16))}, jnp.ones((10, 8)), jnp.array([4, 5, 1])
+    ad = jlora.adapt(params, jlora.LoRA(rank=2, target="w"), axes={"w": "sio"})
+    (row,) = jlora.explain(lambda p, x, n: jax.lax.ragged_dot(x, p["w"], n), ad, x, sizes).rows
+    assert row.dense_flops == 2 * 10 * 8 * 16
+    assert row.flops == 2 * 10 * 2 * (8 + 16)
+
+
+def test_one_row_of_a_table_costs_nothing():
+    """A single id reads the entries of its row."""
+    ad = jlora.adapt({"w": jnp.ones((9, 4))}, jlora.TrainedTokens(ids=(2,), target="w"))
+    rows = jlora.explain(lambda p: jax.lax.dynamic_index_in_dim(p["w"], 2, keepdims=False), ad).rows
+    assert rows and all(row.flops == 0 for row in rows)
+
+
 def test_many_tokens_are_merged_and_few_factored():
     """Inside the rule, where tokens x (in + out) > in x out; and the report says which."""
     plan = lambda tokens: explained(one_layer, (64, 48), args=(jnp.ones((tokens, 64)),)).rows[0].plan

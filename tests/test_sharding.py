@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import network
+from jlora._algebra._mesh import reshaped
 from methods import ADDED, CHOSEN, METHODS, assert_close, away_from_start, cotangents, each_row
 
 WIDE, INNER, HEADS, WORDS, LAYERS = 16, 24, 4, 32, 2
@@ -220,6 +221,21 @@ def test_lift_does_not_change_where_outputs_live(name):
         plain = jax.eval_shape(lambda p, x: f(p, x, mesh), base, x)
         lifted = jax.eval_shape(jlora.lift(lambda p, x: f(p, x, mesh)), ad, x)
         assert (plain.shape, plain.dtype, plain.sharding) == (lifted.shape, lifted.dtype, lifted.sharding)
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [((2, 4, 6), (48,)), ((48,), (2, 4, 6)), ((4, 2, 6, 5), (48, 5)), ((8, 6), (2, 4, 3, 2)), ((6, 8), (8, 6))],
+)
+def test_a_reshape_under_explicit_axes_moves_no_number(old, new):
+    """Whatever axes are joined or split, and whichever of them is cut."""
+    mesh = mesh_of("Explicit")
+    a = np.arange(np.prod(old), dtype=np.float32).reshape(old)
+    for n in (n for n, size in enumerate(old) if size % 4 == 0):
+        cut = jax.device_put(a, NamedSharding(mesh, P(*[None] * n, "data")))
+        with jax.set_mesh(mesh):
+            made = jax.jit(lambda a: reshaped(a, new))(cut)
+        np.testing.assert_array_equal(made, a.reshape(new))
 
 
 # Inside shard_map and named axes ------------------------------------------------------------

@@ -439,6 +439,21 @@ def test_a_stack_of_tables_is_scanned_with_its_rows():
     assert not jlora.explain(f, ad, ids).dense
 
 
+@pytest.mark.filterwarnings("ignore::jlora.RolesWarning")  # as a head, a table is used with its letters turned
+@pytest.mark.parametrize("left", [False, True])
+def test_a_stack_of_heads_in_one_dot(left):
+    """Tables that are batch axes of a dot, with free axes of the activation before the rows' or behind them."""
+    base = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 4)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 4)), jnp.float32)
+    ad = jlora.adapt({"w": base}, jlora.TrainedTokens(ids=(5, 1), target="w"), axes={"w": "sio"})
+    ad = jlora.join(jax.tree.map(lambda a: a + 0.5, ad.trainable), ad.frozen)
+    f = lambda p, x: lax.dot_general(*((p["w"], x) if left else (x, p["w"])), (((2,), (2,)), ((0,), (0,))))
+    merged = np.float64(jlora.merge(ad)["w"])
+    assert np.abs(merged - base).max() > 0.4
+    want = np.einsum("evd,end->evn" if left else "evd,end->env", merged, np.float64(x))
+    np.testing.assert_allclose(jlora.lift(f)(ad, x), want, rtol=1e-5, atol=1e-5)
+
+
 def test_quantised_tables():
     """Rows are put into what the codes stand for; a merged table is that, and taller."""
     params = {"embed": {"embedding": jnp.asarray(drawn(0, 128, 64))}}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._algebra._contract import elements
+from jlora._algebra._contract import elements, plan
 from jlora._algebra._mesh import reshaped
 from jlora._algebra._term import Term
 from jlora._algebra._weight import Weight
@@ -288,9 +288,10 @@ def _conv_term(
     """One term's convolution in three steps, and its FLOPs."""
     values, names = w.operands(term)
     chain = _as_chain(*_absorbed([v.astype(x.dtype) for v in values], names), convolved)
-    x = _before(chain, x, convolved, forward_mode)
-    h, cost = _window(chain, x, convolved)
-    return _after(chain, h, convolved, forward_mode), cost
+    x, before = _before(chain, x, convolved, forward_mode)
+    h, window = _window(chain, x, convolved)
+    y, after = _after(chain, h, convolved, forward_mode)
+    return y, before + window + after
 
 
 def _as_chain(values: Sequence[jax.Array], names: Sequence[Labels], convolved: Convolved) -> Chain:
@@ -320,18 +321,18 @@ def _as_chain(values: Sequence[jax.Array], names: Sequence[Labels], convolved: C
     return Chain(values, names, size, before, held[0], after, inner, middle)
 
 
-def _before(chain: Chain, x: jax.Array, convolved: Convolved, forward_mode: bool) -> jax.Array:
-    """Channels before the window."""
+def _before(chain: Chain, x: jax.Array, convolved: Convolved, forward_mode: bool) -> tuple[jax.Array, float]:
+    """Channels before the window; and the FLOPs."""
     if not chain.before:
-        return x
+        return x, 0.0
     axis = convolved.numbers.lhs_spec[1]
     labels, split = _channels("x", x, axis, convolved.ins, chain.size, convolved.groups)
     place = labels.index("group") + 1
     out = (*labels[:place], *chain.inner, *labels[place + len(convolved.ins) :])
     values, names = [chain.values[n] for n in chain.before], [chain.names[n] for n in chain.before]
-    h = product(split, labels, values, names, out, forward_mode, convolved.params["precision"])
+    h, cost = _mixed(split, labels, values, names, out, convolved, forward_mode)
     channels = convolved.groups * chain.total(chain.inner)
-    return reshaped(h, (*h.shape[:axis], channels, *h.shape[place + len(chain.inner) :]))
+    return reshaped(h, (*h.shape[:axis], channels, *h.shape[place + len(chain.inner) :])), cost
 
 
 def _window(chain: Chain, x: jax.Array, convolved: Convolved) -> tuple[jax.Array, float]:
@@ -348,11 +349,11 @@ def _window(chain: Chain, x: jax.Array, convolved: Convolved) -> tuple[jax.Array
     return h, 2.0 * elements(h.shape) * n_in * math.prod(window)
 
 
-def _after(chain: Chain, h: jax.Array, convolved: Convolved, forward_mode: bool) -> jax.Array:
-    """Channels behind the window."""
+def _after(chain: Chain, h: jax.Array, convolved: Convolved, forward_mode: bool) -> tuple[jax.Array, float]:
+    """Channels behind the window; and the FLOPs."""
     groups, outs = convolved.groups, convolved.outs
     if not chain.after and groups == 1 and chain.middle == outs:
-        return h
+        return h, 0.0
     labels, split = _channels("y", h, convolved.numbers.out_spec[1], chain.middle, chain.size, groups)
     values, names = [chain.values[n] for n in chain.after], [chain.names[n] for n in chain.after]
     if groups > 1:
@@ -366,4 +367,20 @@ def _after(chain: Chain, h: jax.Array, convolved: Convolved, forward_mode: bool)
                 names[n] = (*ls[:k], "group", *ls[k:])
     place = labels.index("group") + 1
     out = (*labels[:place], *outs, *labels[place + len(chain.middle) :])
-    return product(split, labels, values, names, out, forward_mode, convolved.params["precision"])
+    return _mixed(split, labels, values, names, out, convolved, forward_mode)
+
+
+def _mixed(
+    h: jax.Array,
+    labels: Labels,
+    values: Sequence[jax.Array],
+    names: Sequence[Labels],
+    out: Labels,
+    convolved: Convolved,
+    forward_mode: bool,
+) -> tuple[jax.Array, float]:
+    """Channels through some operands, position by position; and the FLOPs."""
+    cost = 0.0
+    if values:
+        _, cost = plan((tuple(labels), *map(tuple, names)), (h.shape, *(a.shape for a in values)), tuple(out))
+    return product(h, labels, values, names, out, forward_mode, convolved.params["precision"]), cost

@@ -152,13 +152,6 @@ def test_flops_of_experts():
     assert row.flops == 2 * 10 * 2 * (8 + 16)
 
 
-def test_one_row_of_a_table_costs_nothing():
-    """A single id reads the entries of its row."""
-    ad = jlora.adapt({"w": jnp.ones((9, 4))}, jlora.TrainedTokens(ids=(2,), target="w"))
-    rows = jlora.explain(lambda p: jnp.take(p["w"], 2, axis=0), ad).rows
-    assert rows and all(row.flops == 0 for row in rows)
-
-
 def test_many_tokens_are_merged_and_few_factored():
     """Inside the rule, where tokens x (in + out) > in x out; and the report says which."""
     plan = lambda tokens: explained(one_layer, (64, 48), args=(jnp.ones((tokens, 64)),)).rows[0].plan

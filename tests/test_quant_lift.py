@@ -415,6 +415,37 @@ def test_numbers_under_explicit_axes(method, name):
         assert_close(after, want, 1e-5)
 
 
+MOVED = {
+    "multiplied": lambda w: -0.5 * w,
+    "cut behind a stack": lambda w: w[:, :, 4:20],
+    "layers cut": lambda w: w[1:3],
+}
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("name", MOVED)
+def test_what_a_model_does_to_codes_it_does_to_the_weight(name, method):
+    """A quantised stack multiplied or cut before its layers are met: lifted is merged, in value and gradient."""
+    spec = {"LoRA": jlora.LoRA, "DoRA": lambda **fields: jlora.DoRA(jlora.LoRA(**fields))}[method]
+    base = jlora.quantize({"w": normal(0, LAYERS, WIDTH, 32)}, "int8", target="w", axes={"w": "sio"})
+    ad = jlora.adapt(base, spec(rank=2, target="w"), axes={"w": "sio"})
+    far, x = away_from_start(ad.trainable), normal(1, 3, WIDTH)
+
+    def model(p, x):
+        w = MOVED[name](p["w"])
+        return jax.lax.scan(lambda total, w: (total, jnp.tanh(x @ w)), 0.0, w)[1]
+
+    def run(dense):
+        lifted = jlora.lift(model, dense=dense)
+        return outputs_and_pullback(lambda t: [lifted(jlora.join(t, ad.frozen), x)], far)
+
+    got, want = jax.jit(lambda: (run(False), run(True)))()
+    assert_close(got, want, 2e-5)
+    whole = np.asarray(MOVED[name](jlora.quant.dequantize(base)["w"]))
+    plain = np.tanh(np.einsum("ni,lio->lno", x, whole))
+    assert_close(jlora.lift(model)(ad, x), plain, 1e-4)
+
+
 def test_places_that_do_not_fit_are_refused():
     """Places that are not those of `shardings` are refused with that call; a gathered leaf still says what it is."""
     small = jlora.quantize({"up": {"kernel": normal(0, WIDTH, 64)}}, target="up")

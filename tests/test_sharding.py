@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import network
 from jlora._algebra._mesh import reshaped
+from jlora.methods.hra import RowsOfW0
 from methods import ADDED, CHOSEN, METHODS, assert_close, away_from_start, cotangents, each_row
 
 WIDE, INNER, HEADS, WORDS, LAYERS = 16, 24, 4, 32, 2
@@ -236,6 +237,17 @@ def test_a_reshape_under_explicit_axes_moves_no_number(old, new):
         with jax.set_mesh(mesh):
             made = jax.jit(lambda a: reshaped(a, new))(cut)
         np.testing.assert_array_equal(made, a.reshape(new))
+
+
+def test_reflected_rows_live_where_the_outputs_do():
+    """What HRA makes of W0, rank by outputs, is cut over devices as W0's outputs are."""
+    mesh = mesh_of("Explicit")
+    leaf = network.Leaf("", (WIDE, INNER), jnp.float32, "io")
+    u, w0 = normal(1, 4, WIDE), jax.device_put(normal(2, WIDE, INNER), NamedSharding(mesh, P(None, "model")))
+    with jax.set_mesh(mesh):
+        made = jax.jit(RowsOfW0(leaf))(jax.device_put(u, NamedSharding(mesh, P())), w0)
+    assert made.sharding.spec == P(None, "model")
+    np.testing.assert_allclose(made, RowsOfW0(leaf)(u, jnp.asarray(np.asarray(w0))), rtol=1e-4, atol=1e-5)
 
 
 # Inside shard_map and named axes ------------------------------------------------------------

@@ -415,6 +415,21 @@ def test_numbers_under_explicit_axes(method, name):
         assert_close(after, want, 1e-5)
 
 
+def test_merging_codes_on_an_explicit_mesh():
+    """A side that an equation makes as a whole is added to a weight that codes make, and lives where the weight does."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    base = jlora.quantize({"up": {"kernel": normal(0, WIDTH, 64)}}, "int8", target="up")
+    spec, rules = jlora.KronA(target="up"), [("up", P("data", "model"))]
+    single = jlora.adapt(base, spec)
+    trainable = away_from_start(single.trainable)
+    want = jax.jit(jlora.merge)(jlora.join(trainable, single.frozen))
+    held = jlora.shard.init(base, spec, mesh, rules)
+    put = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), trainable, held.trainable)
+    got = jax.jit(jlora.merge)(jlora.join(put, held.frozen))
+    assert got["up"]["kernel"].sharding.spec == P("data", "model")
+    assert_close(got, want)
+
+
 MOVED = {
     "multiplied": lambda w: -0.5 * w,
     "cut behind a stack": lambda w: w[:, :, 4:20],

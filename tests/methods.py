@@ -646,9 +646,13 @@ def marks(case: zoo.Case, fast: bool) -> tuple[Any, ...]:
 
 
 def marks_of_newest(row: Row, case: zoo.Case) -> tuple[Any, ...]:
-    """On the newest JAX, LoRA meets every model but most clients, and one row for each word of the algebra FAST."""
+    """On the newest JAX, LoRA meets every model but most clients, what is ADDED all of its models, and one row for each
+    word of the algebra FAST.
+    """
     if row is LORA:
         return (pytest.mark.newest,) if case.name in NEWEST or not case.name.startswith("clients/") else ()
+    if row in ADDED:
+        return (pytest.mark.newest,)
     return () if row.name in CHOSEN else (pytest.mark.settled,)
 
 
@@ -674,7 +678,7 @@ def pairs(rows: Any = METHODS, names: Any = None, fast: Any = None, newest: bool
     return made
 
 
-def in_turn(made: list[Any], each: int = 2) -> list[Any]:
+def in_turn(made: list[Any], each: int = 1) -> list[Any]:
     """Of `pairs` all of LoRA's, and of any other row `each`, another choice for each row, besides the fast ones.
 
     For laws that come on top of the first ones, which hold every pair: the interpreter knows no method, and no method

@@ -174,6 +174,7 @@ WIDER = {
         lambda p, x, after: after(np.einsum("ni,io->no", x, p["kernel"]), x),
     ),
 }
+WIDER["turned_even"] = dataclasses.replace(KINDS["turned"], shapes={"kernel": (4, 6)})
 # Ids behind the end of a table, for which the model alone reads its last row.
 IDS = [[11, 12, 3], [0, 11, 10]]
 TOKENS = {
@@ -368,7 +369,7 @@ VARIANTS = {
     "miss_rest": (jlora.MiSS(rank=4, target="kernel"), forms.miss, ["matrix", "turned"]),
     "miss_mini": (jlora.MiSS(rank=3, mini=4, target="kernel"), forms.miss, ["into_heads", "convolution_3d"]),
     "miss_bat": (
-        jlora.MiSS(rank=2, bat=True, target="kernel"), forms.miss_bat, ["scan", "into_heads", "convolution_3d"]
+        jlora.MiSS(rank=2, bat=True, target="kernel"), forms.miss_bat, ["scan", "into_heads", "convolution_3d", "turned_even"]
     ),
     "gated": (  # by one half everywhere: see `methods.adapted`
         jlora.Gated(jlora.LoRA(rank=2, alpha=3, target="kernel")),

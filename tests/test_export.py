@@ -8,7 +8,7 @@ import pytest
 from jax import export, lax
 
 import jlora
-from methods import METHODS, assert_close, away_from_start, each_row
+from methods import CHOSEN, METHODS, assert_close, away_from_start, each_row
 
 ROLES = {"embedding": "io", "dense": "io", "stack": "sio", "heads": "ioo"}
 
@@ -32,10 +32,11 @@ def model(params, ids):
     return x @ params["embedding"]["embedding"].T
 
 
-MATRICES = [row for row in METHODS if row.on != "vectors" and not row.models]
+# One row for each word of the algebra, and those whose functions see W0: no other knows how many rows there are.
+WORDS = [row for row in METHODS if row.name in (*CHOSEN, "hira", "hra", "psoft", "kasa") and row.on != "vectors"]
 
 
-@pytest.mark.parametrize("row", each_row(MATRICES))
+@pytest.mark.parametrize("row", each_row(WORDS))
 def test_symbolic_sizes(row):
     """Exported with batch and length open, values and gradients are those of the lifted model at any size."""
     adapted = jlora.adapt(weights(), row.spec("kernel|embedding"), axes=ROLES)

@@ -249,7 +249,7 @@ def test_vmap_over_adapters(row, case):
 EXAMPLES = ("linen/mlp", "linen/tied_attend", "linen/convolutions", "plain/biases", *BLOCKS, *VIRTUAL)
 
 
-@pytest.mark.parametrize("row,case", pairs(EVERY, EXAMPLES))
+@pytest.mark.parametrize("row,case", in_turn(pairs(EVERY, EXAMPLES)))
 def test_vmap_over_examples(row, case):
     """Mapped over examples one by one, a lifted model gives what it gives the batch."""
     call, arrays, frozen, trainable = setting(row, case)
@@ -314,7 +314,7 @@ def test_eager_equals_jit(row, case):
 
 
 @pytest.mark.parametrize(
-    "row,case", in_turn(pairs(EVERY, ("linen/mlp", "linen/scan_axis_1_remat", "nnx/scan", *BLOCKS, *VIRTUAL)), 1)
+    "row,case", in_turn(pairs(EVERY, ("linen/mlp", "linen/scan_axis_1_remat", "nnx/scan", *BLOCKS, *VIRTUAL)))
 )
 def test_inside_other_transforms(row, case):
     """A lifted call in a `lax.scan`, in a `lax.cond` and under `jax.checkpoint`."""

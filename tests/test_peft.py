@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora.io import _peft_config, _peft_layout, peft
 
+pytestmark = pytest.mark.settled
+
 FILES = Path(__file__).parent / "fixtures" / "peft"
 GOLDEN = "lora_linear lora_embedding lora_conv2d lora_bias lora_pattern lora_mts dora_linear".split()
 BASE = load_file(FILES / "base.safetensors")

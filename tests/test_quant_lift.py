@@ -502,7 +502,7 @@ ROWS = [
     pytest.param(row, CASES[name], id=f"{row.name}-{name}", marks=() if row in (LORA,) and name in ON[:3] else slow)
     for slow in (pytest.mark.slow,)
     for row in METHODS
-    for name in row.models or (ON if row.name in ("lora", "dora", "hira", "oft") else ON[:1])
+    for name in row.models[:1] or (ON if row.name in ("lora", "dora", "hira", "oft") else ON[:1])
     if row.takes(CASES[name])
 ]
 

@@ -369,7 +369,9 @@ VARIANTS = {
     "miss_rest": (jlora.MiSS(rank=4, target="kernel"), forms.miss, ["matrix", "turned"]),
     "miss_mini": (jlora.MiSS(rank=3, mini=4, target="kernel"), forms.miss, ["into_heads", "convolution_3d"]),
     "miss_bat": (
-        jlora.MiSS(rank=2, bat=True, target="kernel"), forms.miss_bat, ["scan", "into_heads", "convolution_3d", "turned_even"]
+        jlora.MiSS(rank=2, bat=True, target="kernel"),
+        forms.miss_bat,
+        ["scan", "into_heads", "convolution_3d", "turned_even"],
     ),
     "gated": (  # by one half everywhere: see `methods.adapted`
         jlora.Gated(jlora.LoRA(rank=2, alpha=3, target="kernel")),

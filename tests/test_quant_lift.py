@@ -416,7 +416,7 @@ def test_numbers_under_explicit_axes(method, name):
 
 
 def test_merging_codes_on_an_explicit_mesh():
-    """A side that an equation makes as a whole is added to a weight that codes make, and lives where the weight does."""
+    """A side that an equation makes as a whole is added to a weight that codes make, and lives where that does."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     base = jlora.quantize({"up": {"kernel": normal(0, WIDTH, 64)}}, "int8", target="up")
     spec, rules = jlora.KronA(target="up"), [("up", P("data", "model"))]

@@ -174,6 +174,13 @@ WIDER = {
         lambda p, x, after: after(np.einsum("ni,io->no", x, p["kernel"]), x),
     ),
 }
+WIDER["around"] = Kind(
+    {"kernel": "ioi"},
+    {"kernel": (2, 5, 3)},
+    (4, 2, 3),
+    lambda p, x: jnp.einsum("nab,aob->no", x, p["kernel"]),
+    lambda p, x, after: after(np.einsum("nab,aob->no", x, p["kernel"]), x),
+)
 WIDER["turned_even"] = dataclasses.replace(KINDS["turned"], shapes={"kernel": (4, 6)})
 # Ids behind the end of a table, for which the model alone reads its last row.
 IDS = [[11, 12, 3], [0, 11, 10]]
@@ -321,7 +328,7 @@ VARIANTS = {
     "kasa_no_noise": (
         jlora.KaSA(rank=2, alpha=3, noise=0, target="kernel"), partial(forms.kasa, s=3 / 2, lost=0), ["matrix"]
     ),
-    "oft_blocks": (jlora.OFT(block=3, target="kernel"), forms.oft, ["matrix", "experts"]),
+    "oft_blocks": (jlora.OFT(block=3, target="kernel"), forms.oft, ["matrix", "experts", "around"]),
     "c3a_blocks": (jlora.C3A(block=2, target="kernel"), forms.c3a, ["scan", "into_heads"]),
     "psoft_rotation": (jlora.PSOFT(rank=3, vectors=False, target="kernel"), forms.psoft, ["matrix", "scan"]),
     "boft_rotation": (

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.io import _peft_config, _peft_layout, peft
+from jlora.io import _peft_config, _peft_fields, _peft_layout, peft
 
 pytestmark = pytest.mark.settled
 
@@ -46,6 +46,10 @@ def write(folder, tensors, **config):
 
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def read(path):
+    return _peft_config.read(path, _peft_fields.parse(path))
 
 
 def linear(module="q", d_in=6, d_out=4, r=2):
@@ -104,7 +108,7 @@ def test_round_trip_of_peft(name, tmp_path):
             np.testing.assert_allclose(mine[key], tensor, atol=2e-8)
         else:
             np.testing.assert_array_equal(mine[key], tensor)
-    mine, theirs = (_peft_config.read(f / CONFIG) for f in (tmp_path / "x", FILES / name))
+    mine, theirs = (read(f / CONFIG) for f in (tmp_path / "x", FILES / name))
     for module in theirs.target_modules:
         assert mine.scale(module, 4) == theirs.scale(module, 4) and module in mine.target_modules
     assert (mine.use_dora, mine.bias, mine.lora_bias) == (theirs.use_dora, theirs.bias, theirs.lora_bias)
@@ -160,7 +164,7 @@ def test_shapes_of_kernels(tmp_path, use_dora):
     assert set(back) == {"base_model.model." + k for k in tensors}
     for k, v in tensors.items():
         np.testing.assert_array_equal(back["base_model.model." + k], v)
-    assert _peft_config.read(tmp_path / "y" / CONFIG).use_rslora
+    assert read(tmp_path / "y" / CONFIG).use_rslora
     assert_same(peft.load(tmp_path / "y", params, axes=axes), adapted)
 
 

@@ -1,4 +1,4 @@
-"""adapter_config.json of a LoRA adapter, as Hugging Face peft writes it: read strictly, written plainly.
+"""adapter_config.json, of a LoRA adapter above all, as Hugging Face peft writes it: read strictly, written plainly.
 
 It may come from anywhere: nothing in it is imported or evaluated, and every field that could change a number is
 either understood or refused by name.
@@ -13,17 +13,16 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeAlias, TypeGuard, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
 from jlora._types import AnyPath, PyTree
 from jlora.io import _pattern
+from jlora.io import _peft_fields as fields
 from jlora.io._pattern import Patterns
+from jlora.io._peft_fields import Fields
 from jlora.io._record import several
-
-Fields: TypeAlias = dict[str, object]
-"""Of a JSON object, whatever they are."""
 
 Number = TypeVar("Number", int, float)
 T = TypeVar("T")
@@ -37,10 +36,14 @@ _PARTS = """base_layer lora_A lora_A.default lora_B lora_B.default lora_dropout 
     lora_embedding_B lora_magnitude_vector lora_magnitude_vector.default""".split()
 #: What a `task_type` may be: each has an `AutoPeftModelFor...`.
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-_LARGEST = 2**24
+
+#: What peft calls the tensors of a module: factors, rows of tokens, whole leaves.
+LOW_RANK = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+BIAS_OF_B = "lora_B.bias"
+WHOLE = ("base_layer.weight", "base_layer.bias", "weight", "bias")
 
 #: Fields that say how an adapter was made or found its modules, and do not change what its tensors compute.
-_HISTORY = frozenset(
+HISTORY = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode layers_pattern "
     "layers_to_transform loftq_config lora_ga_config megatron_core peft_type peft_version qalora_group_size revision "
     "runtime_config task_type velora_config".split()
@@ -50,13 +53,31 @@ _HISTORY = frozenset(
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
+class AnyConfig(Protocol):
+    """What a configuration says of the numbers, of any kind of adapter; a frozen dataclass of peft's own fields.
+
+    Attributes:
+      said: what peft's file has beside these, the kind first.
+    """
+
+    said: ClassVar[Fields]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a configuration says of the numbers, under peft's own names.
+    """What a configuration of LoRA and DoRA says of the numbers, under peft's own names.
 
     Attributes:
       target_modules: names of modules or their last parts; a pattern or a keyword, for peft alone; None.
+      trainable_token_indices: ids of tokens whose rows are trained, of the one table that has such, or by module.
+      tensors: what peft calls the tensors of a module, of two that end alike the longer one first.
+      rows: of these, the trained rows of a table, and the table that they were trained in.
     """
+
+    said: ClassVar[Fields] = {"peft_type": "LORA", "init_lora_weights": True}
+    rows: ClassVar[tuple[str, str]] = ("token_adapter.trainable_tokens_delta", "token_adapter.base_layer.weight")
+    tensors: ClassVar[tuple[str, ...]] = (*LOW_RANK, BIAS_OF_B, *rows, *WHOLE)
 
     r: int = 8
     lora_alpha: float = 8
@@ -70,6 +91,7 @@ class Config:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     target_modules: tuple[str, ...] | str | None = None
     modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
 
     @functools.cached_property
     def _ranks(self) -> Patterns[int]:
@@ -95,6 +117,19 @@ class Config:
         """s: alpha / r, or alpha / sqrt(r), of one module."""
         alpha = self._alphas.value(module, self.lora_alpha)
         return np.float32(alpha / (math.sqrt(rank) if self.use_rslora else rank))
+
+    def token_ids(self, module: str) -> tuple[int, ...]:
+        """The ids of the rows that are trained in one module; ValueError where nothing says."""
+        said = self.token_names()
+        ids = {of for name, of in said.items() if module.endswith(name)}
+        if len(ids) != 1:
+            raise ValueError(f"{module!r} has rows of tokens; trainable_token_indices={said!r:.60} does not say which")
+        return ids.pop()
+
+    def token_names(self) -> Mapping[str, tuple[int, ...]]:
+        """The ids of the rows that are trained, by what the names of their modules end in."""
+        said = self.trainable_token_indices
+        return said if isinstance(said, Mapping) else {"": said} if said else {}
 
     def targets(self, module: str) -> bool:
         """Whether `target_modules` names this module, where it is a list of names."""
@@ -125,141 +160,43 @@ def endings(module: str) -> list[str]:
 # --- read ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Config:
-    """The configuration at a path.
+def read(path: Path, content: Fields) -> Config:
+    """The configuration that a file holds, whose fields are these.
 
     Raises:
-      ValueError: no JSON object, fields of the wrong type, and fields that change the maths in a way that is not
-        built; all of them at once.
+      ValueError: fields of the wrong type, and fields that change the maths in a way that is not built; all at once.
     """
-    content = _parse(path)
-    kind = content.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r:.60}; jlora reads 'LORA' (DoRA is its use_dora)")
     known = {field.name for field in dataclasses.fields(Config)}
-    bad: list[str] = []
-    for name, value in content.items():
-        if name == "init_lora_weights":
-            if value not in _INITS:
-                bad.append(
-                    f"init_lora_weights is {value!r:.60}: its base is not the model's own weights; let peft convert it "
-                    "(save_pretrained(..., path_initial_model_for_weight_conversion=...))"
-                )
-        elif name not in known | _HISTORY and value not in (None, False, "") and value != [] and value != {}:
-            bad.append(f"{name} is {value!r:.60}, which jlora has no maths for")
+    bad = fields.unknown(content, known | HISTORY | {"init_lora_weights"})
+    if (init := content.get("init_lora_weights")) not in _INITS:
+        bad.append(
+            f"init_lora_weights is {init!r:.60}: its base is not the model's own weights; let peft convert it "
+            "(save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
 
     def field(name: str, check: Callable[[str, object, list[str]], T], default: T) -> T:
         return check(name, content[name], bad) if name in content else default
 
     left_out = Config()
     config = Config(
-        r=field("r", _whole, left_out.r),
-        lora_alpha=field("lora_alpha", _number, left_out.lora_alpha),
-        lora_dropout=field("lora_dropout", _rate, left_out.lora_dropout),
-        use_rslora=field("use_rslora", _flag, left_out.use_rslora),
-        use_dora=field("use_dora", _flag, left_out.use_dora),
-        bias=field("bias", _bias, left_out.bias),
-        lora_bias=field("lora_bias", _flag, left_out.lora_bias),
-        fan_in_fan_out=field("fan_in_fan_out", _flag, left_out.fan_in_fan_out),
-        rank_pattern=field("rank_pattern", _ranks, left_out.rank_pattern),
-        alpha_pattern=field("alpha_pattern", _alphas, left_out.alpha_pattern),
-        target_modules=field("target_modules", _target_modules, left_out.target_modules),
-        modules_to_save=field("modules_to_save", _modules, left_out.modules_to_save),
+        r=field("r", fields.whole, left_out.r),
+        lora_alpha=field("lora_alpha", fields.number, left_out.lora_alpha),
+        lora_dropout=field("lora_dropout", fields.rate, left_out.lora_dropout),
+        use_rslora=field("use_rslora", fields.flag, left_out.use_rslora),
+        use_dora=field("use_dora", fields.flag, left_out.use_dora),
+        bias=field("bias", fields.bias, left_out.bias),
+        lora_bias=field("lora_bias", fields.flag, left_out.lora_bias),
+        fan_in_fan_out=field("fan_in_fan_out", fields.flag, left_out.fan_in_fan_out),
+        rank_pattern=field("rank_pattern", fields.ranks, left_out.rank_pattern),
+        alpha_pattern=field("alpha_pattern", fields.alphas, left_out.alpha_pattern),
+        target_modules=field("target_modules", fields.target_modules, left_out.target_modules),
+        modules_to_save=field("modules_to_save", fields.modules, left_out.modules_to_save),
+        trainable_token_indices=field("trainable_token_indices", fields.tokens, left_out.trainable_token_indices),
     )
     bad += config.misread()
     if bad:
         raise ValueError(f"{path} cannot be loaded:" + several(bad))
     return config
-
-
-def _parse(path: Path) -> Fields:
-    if path.stat().st_size > _LARGEST:
-        raise ValueError(f"{path} is too large to be a configuration")
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=_no_constant, object_pairs_hook=_no_twins)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is cut short or damaged: it is not JSON ({str(error)[:200]})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not the fields of a configuration")
-    return content
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
-def _no_twins(pairs: list[tuple[str, object]]) -> Fields:
-    twice = [name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1]
-    if twice:
-        raise ValueError(f"{twice[0]!r:.60} stands there twice")
-    return dict(pairs)
-
-
-def _whole(name: str, value: object, bad: list[str]) -> int:
-    if type(value) is not int or not 0 < value < 2**31:
-        bad.append(f"{name} is {value!r:.60}, not a whole number above 0")
-        return 1
-    return value
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return type(value) in (int, float)
-
-
-def _number(name: str, value: object, bad: list[str]) -> float:
-    if not _is_number(value) or not abs(value) < 1e30:  # beyond float32's range it is no scale
-        bad.append(f"{name} is {value!r:.60}, not a number")
-        return 0.0
-    return value
-
-
-def _rate(name: str, value: object, bad: list[str]) -> float:
-    if not _is_number(value) or not 0 <= value < 1:
-        bad.append(f"{name} is {value!r:.60}, not a rate in [0, 1)")
-        return 0.0
-    return float(value)
-
-
-def _flag(name: str, value: object, bad: list[str]) -> bool:
-    if value is not None and type(value) is not bool:
-        bad.append(f"{name} is {value!r:.60}, neither true nor false")
-    return bool(value)
-
-
-def _bias(name: str, value: object, bad: list[str]) -> str:
-    if value not in ("none", "all", "lora_only"):
-        bad.append(f"{name} is {value!r:.60}, not 'none', 'all' or 'lora_only'")
-    return str(value)
-
-
-def _modules(name: str, value: object, bad: list[str]) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(x, str) and x for x in value):
-        bad.append(f"{name} is {value!r:.60}, not a list of names")
-        return ()
-    return tuple(value)
-
-
-def _target_modules(name: str, value: object, bad: list[str]) -> tuple[str, ...] | str | None:
-    if value is None or isinstance(value, str):  # a pattern over the torch model's modules: the tensors say the rest
-        return value
-    return _modules(name, value, bad)
-
-
-def _ranks(name: str, value: object, bad: list[str]) -> dict[str, int]:
-    return {k: _whole(f"{name}[{k!r:.60}]", v, bad) for k, v in _patterns(name, value, bad).items()}
-
-
-def _alphas(name: str, value: object, bad: list[str]) -> dict[str, float]:
-    return {k: _number(f"{name}[{k!r:.60}]", v, bad) for k, v in _patterns(name, value, bad).items()}
-
-
-def _patterns(name: str, value: object, bad: list[str]) -> Fields:
-    """A dictionary; its keys are regular expressions, which `Config.misread` reads."""
-    if value is not None and not isinstance(value, dict):
-        bad.append(f"{name} is {value!r:.60}, not a dictionary")
-    return value if isinstance(value, dict) else {}
 
 
 # --- write --------------------------------------------------------------------------------------------------------
@@ -283,13 +220,16 @@ def describe(scales: Mapping[str, tuple[int, np.float32]], known: Collection[str
         use_rslora=sqrt,
         rank_pattern=_exceptions(ranks, r),
         alpha_pattern=_exceptions(alphas, lora_alpha),
-        target_modules=_targets(scales, known),
+        target_modules=named(scales, known),
         **rest,
     )
 
 
-def _targets(scales: Collection[str], known: Collection[str]) -> tuple[str, ...] | str:
-    """The modules with factors: a list, or a pattern where another module of the model ends in one of the names."""
+def named(scales: Collection[str], known: Collection[str]) -> tuple[str, ...] | str:
+    """The modules with factors as `target_modules` has them.
+
+    A list, or a pattern where another module of the model ends in one of the names.
+    """
     numbered = lambda name: ".".join("0" if step.isdecimal() else step for step in name.split("."))  # noqa: E731
     names = set(map(numbered, scales))
     if any(end in names for other in known if other not in scales for end in endings(numbered(other))[1:]):
@@ -347,12 +287,16 @@ def _exceptions(values: Mapping[str, Number], usual: Number) -> dict[str, Number
     return {names[module]: value for module, value in odd.items()}
 
 
-def in_one_spelling(config: Config) -> str:
-    """What a configuration says of the numbers, in one spelling."""
-    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+def in_one_spelling(config: AnyConfig) -> str:
+    """What a configuration says of the numbers, in one spelling.
+
+    Digests in files rest on it, so a field that came later is left out where it says nothing.
+    """
+    said = dataclasses.asdict(config)
+    return json.dumps({k: v for k, v in said.items() if (k, v) != ("trainable_token_indices", None)}, sort_keys=True)
 
 
-def write(config: Config, task_type: str | None = None, base_model: AnyPath | None = None) -> bytes:
+def write(config: AnyConfig, task_type: str | None = None, base_model: AnyPath | None = None) -> bytes:
     """A configuration as the bytes of its file.
 
     Raises:
@@ -363,14 +307,12 @@ def write(config: Config, task_type: str | None = None, base_model: AnyPath | No
         raise ValueError(f"task_type={task_type!r:.60}: peft has {', '.join(TASKS)}")
     if base_model is not None and not (isinstance(base_model, (str, os.PathLike)) and str(base_model)):
         raise TypeError(f"base_model={base_model!r:.60}: write the model's name on the hub, or its folder")
-    fields = dataclasses.asdict(config)
+    said = dataclasses.asdict(config)
     content = {
         "base_model_name_or_path": base_model if base_model is None else os.fspath(base_model),
         "inference_mode": True,
-        "init_lora_weights": True,
-        "peft_type": "LORA",
         "task_type": task_type,
-        **fields,
-        "modules_to_save": fields["modules_to_save"] or None,
+        **config.said,
+        **{name: None if value == () else value for name, value in said.items()},
     }
     return (json.dumps(dict(sorted(content.items())), indent=2, allow_nan=False) + "\n").encode()

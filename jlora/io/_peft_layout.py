@@ -105,6 +105,11 @@ def weight_to_torch(leaf: Leaf, value: np.ndarray) -> np.ndarray:
     return value.transpose(*_weight_order(leaf)).reshape(weight_shape(leaf))
 
 
+def table(leaf: Leaf, value: np.ndarray) -> np.ndarray:
+    """A table with one row for each id."""
+    return value.transpose(*leaf.axes("ik"), *leaf.axes("o")).reshape(leaf.size("ik"), -1)
+
+
 def change(value: np.ndarray, base: np.ndarray) -> np.ndarray:
     """value - base in float32. The sum `base + change` is the value but for its rounding, and has this change again."""
     return (value - base).astype(np.float32)

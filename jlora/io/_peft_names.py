@@ -129,6 +129,14 @@ class Book:
         near = ", ".join(_tree.nearest(wanted, tuple(self.paths), 3) if self.missed <= 8 else ())
         raise ValueError(f"{module!r} is not in params: no {wanted!r}; the nearest paths are {near}; use names=")
 
+    def has(self, module: str) -> bool:
+        """Whether a module has one weight here."""
+        try:
+            self.slot(module)
+        except ValueError:
+            return False
+        return True
+
     def known(self) -> set[str]:
         """Every module of the tree, and every one that holds others, as far as their names are known.
 

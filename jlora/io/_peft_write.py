@@ -13,6 +13,7 @@ from jlora._types import PyTree
 from jlora.adapted import Adapted
 from jlora.io import _peft_config as config
 from jlora.io import _peft_layout as layout
+from jlora.io import _peft_tokens
 from jlora.io._peft_config import PREFIX
 from jlora.io._peft_names import Book
 from jlora.io._record import several
@@ -44,7 +45,7 @@ class Writer:
         self.scales: dict[str, tuple[int, np.float32]] = {}  # of the modules with low-rank factors
         self.bad: list[str] = []
 
-    def write(self) -> tuple[dict[str, np.ndarray], config.Config]:
+    def write(self) -> tuple[dict[str, np.ndarray], config.Config | _peft_tokens.Config]:
         """The tensors and the configuration.
 
         Raises:
@@ -66,17 +67,25 @@ class Writer:
                     f"is in it, so also {', '.join(map(repr, others[:3]))}; if the torch model has longer names, "
                     "names= gives them"
                 )
+        tokens = [site for site in self.plan.sites if _peft_tokens.are_all(site.recipe)]
+        alone = bool(tokens) and not low and not wholes
+        kind, _ = (_peft_tokens.Config if alone else config.Config).rows
+        ids = dict(found for site in tokens for found in self.attempt(self._tokens, site, kind, known) or ())
+        if alone and len(set(ids.values())) > 1:
+            self.bad.append(f"{' and '.join(map(repr, ids))} train unlike tokens; a file of tokens alone has one list")
         doras = {isinstance(site.method, DoRA) for site in low}
         if len(doras) > 1:
             self.bad.append("some weights are LoRA's and some DoRA's; use_dora of a file is for all of them")
-        if not low and not self.bad:
-            self.bad.append("it has no LoRA or DoRA")
+        if not low and not alone and not self.bad:
+            self.bad.append("it has no LoRA or DoRA" + ", and rows of tokens stand alone or beside one" * bool(tokens))
         if self.bad:
             raise ValueError("peft has no name for this adapter:" + several(list(dict.fromkeys(self.bad))))
+        if alone:
+            return self.tensors, _peft_tokens.Config(next(iter(ids.values())), config.named(ids, known))
         rate = max(getattr(s.method, "inner", s.method).dropout for s in low)
         modules = tuple(sorted(name for name in saved if name))
         rest = {"use_dora": doras == {True}, "lora_dropout": rate, "modules_to_save": modules, **(bias or {})}
-        return self.tensors, config.describe(self.scales, known, **rest)
+        return self.tensors, config.describe(self.scales, known, trainable_token_indices=ids or None, **rest)
 
     def attempt(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         try:
@@ -86,11 +95,13 @@ class Writer:
 
     def _is_low_rank(self, site: Site) -> bool:
         method = site.method
-        if type(method) in _WHOLE:
+        if type(method) in _WHOLE or _peft_tokens.are_all(site.recipe):
             return False
         inner = method.inner if type(method) is DoRA else method
         if not isinstance(inner, LoRA) or type(inner) not in _LOW_RANK:
-            raise ValueError(f"{site.leaf.path!r}: {method.describe()} is neither LoRA, DoRA of LoRA, Full nor BitFit")
+            raise ValueError(
+                f"{site.leaf.path!r}: {method.describe()} is neither LoRA, DoRA of LoRA, Full, BitFit nor tokens"
+            )
         if inner.slices is not None:
             raise ValueError(f"{site.leaf.path!r}: peft has one pair of factors a module, and this has slices")
         return True
@@ -102,7 +113,7 @@ class Writer:
                 raise ValueError(f"{path!r}: {name} is of dtype {array.dtype}, not float32, float16 or bfloat16")
             if name != "s" and not np.all(np.isfinite(array.astype(np.float32))):
                 raise ValueError(f"{path!r}: {name} holds NaN or infinity: an adapter that diverged is of no use there")
-        if not np.all(np.isfinite(found["s"].astype(np.float32))):
+        if "s" in found and not np.all(np.isfinite(found["s"].astype(np.float32))):
             raise ValueError(f"{path!r}: its scale s is {found['s']}, which no alpha gives")
         return found
 
@@ -124,6 +135,27 @@ class Writer:
                 if name in factors:
                     self._add(module, kind, layout.to_torch(one, name, factors[name][index]), leaf.path)
             self.scales[module] = (factors["a"].shape[len(leaf.stack)], np.float32(factors["s"][index]))
+
+    # --- rows of tokens ---
+
+    def _tokens(self, site: Site, kind: str, known: set[str]) -> list[tuple[str, tuple[int, ...]]]:
+        """Adds the rows of one table; the ids of each of its modules."""
+        leaf, factors, found = site.leaf, self._factors(site.leaf.path), []
+        for index in np.ndindex(leaf.stack):
+            module, one = self.book.name(leaf.path, index), layout.one_layer(leaf, index)
+            _peft_tokens.check_table(module, leaf, self.leaves[site.index])
+            if others := sorted(name for name in known if name != module and name.endswith(module)):
+                raise ValueError(
+                    f"{module!r} has rows of tokens, and peft takes every module whose name ends in these letters, so "
+                    f"also {', '.join(map(repr, others[:3]))}; if the torch model has longer names, names= gives them"
+                )
+            base = np.moveaxis(np.asarray(self.leaves[site.index]), leaf.axes("s"), range(len(leaf.stack)))[index]
+            of_one = {name: array[index] for name, array in factors.items()}
+            table = layout.table(one, base.astype(np.float32))
+            ids, values = _peft_tokens.to_torch(site.recipe, one, of_one, table)
+            self._add(module, kind, values, leaf.path)
+            found.append((module, ids))
+        return found
 
     # --- whole leaves ---
 

@@ -1,12 +1,14 @@
-"""LoRA and DoRA adapters in the files of Hugging Face peft: `adapter_config.json`, `adapter_model.safetensors`.
+"""Adapters in the files of Hugging Face peft, LoRA, DoRA and trained tokens: `adapter_config.json` and
+`adapter_model.safetensors`.
 
 The format as peft 0.21 writes it: https://huggingface.co/docs/peft/developer_guides/checkpoint. Needs safetensors
 (`pip install 'jlora[peft]'`), not peft and not torch.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -14,13 +16,33 @@ from jax.typing import DTypeLike
 from jlora._trees import _tree
 from jlora._types import AnyPath, PyTree
 from jlora.adapted import Adapted, begun, is_adapted, join, split
-from jlora.io import _arrays, _folder, _peft_config, _peft_layout, _peft_read, _untrained
-from jlora.io._peft_config import Config
+from jlora.io import (
+    _arrays,
+    _folder,
+    _peft_config,
+    _peft_fields,
+    _peft_layout,
+    _peft_lora,
+    _peft_read,
+    _peft_tokens,
+    _untrained,
+)
+from jlora.io._peft_config import AnyConfig
+from jlora.io._peft_fields import Fields
 from jlora.io._peft_names import Book, ModuleNames
+from jlora.io._peft_read import Collector
 from jlora.io._peft_write import Writer
 from jlora.io._record import several
 
+Tensors: TypeAlias = Mapping[str, np.ndarray]
+
 _FILES = (_peft_config.CONFIG_FILE, _peft_layout.TENSORS_FILE, "adapter_model.bin")
+
+#: How the configuration of each kind of file is read, and how its tensors are.
+_KINDS: dict[str, tuple[Callable[[Path, Fields], AnyConfig], Callable[[Collector, Any, Tensors], None]]] = {
+    "LORA": (_peft_config.read, _peft_lora.collect),
+    _peft_tokens.KIND: (_peft_tokens.read, _peft_tokens.collect),
+}
 
 
 def load(
@@ -31,12 +53,15 @@ def load(
     axes: dict[str, str] | None = None,
     dtype: DTypeLike = "float32",
 ) -> Adapted:
-    """Opens a LoRA or DoRA adapter that peft saved, over the same model's parameters in JAX.
+    """Opens an adapter that peft saved, LoRA, DoRA or trained tokens, over the same model's parameters in JAX.
 
     What comes back is what `jlora.adapt` makes, with the arrays of the file: it can be trained on, merged, saved.
     Factors of Linear, Embedding and convolution modules; rank and alpha patterns; rsLoRA; `modules_to_save` and
-    `bias` (as `Full`, the change from params in float32); `lora_bias` (as `BitFit` under the factors' scale). A
-    tensor or a field of the configuration that is not understood is refused: nothing is left out in silence.
+    `bias` (as `Full`, the change from params in float32); `lora_bias` (as `BitFit` under the factors' scale); rows of
+    tokens, `TRAINABLE_TOKENS` and `trainable_token_indices` (as `TrainedTokens`, the change from params in float32, and
+    `NewTokens` of ids from the end of the table on, for which the model was resized). A head that is tied to its table
+    in both worlds has the table's rows. A tensor or a field of the configuration that is not understood is refused:
+    nothing is left out in silence.
 
     torch's layouts become the kernel's, `(out, in)` to `(in, out)`, `(out, in, *window)` to `(*window, in, out)`,
     by the same letters an axis that `adapt` uses: a kernel with several input or output axes is reshaped, and the
@@ -83,24 +108,24 @@ def load(
     tree = _tree.flatten(params)
     book = Book(names, tree.paths)
     where, config, tensors = _read(folder)
-    reader = _peft_read.Collector(config, tree, book, axes)
-    for module, named in _peft_read.modules(tensors, reader.bad).items():
-        reader.take(module, named)
+    reader = _peft_read.Collector(tree, book, axes, dtype)
+    _, collect = _KINDS[str(config.said["peft_type"])]
+    collect(reader, config, tensors)
     parts = reader.finish()
     if reader.bad:
         raise ValueError(f"{where} does not fit:" + several(reader.bad))
-    adapted = begun(params, _peft_read.spec(parts, config.lora_dropout, dtype), axes=axes)
+    adapted = begun(params, _peft_read.spec(parts), axes=axes)
     return join(*split(_peft_read.fill(adapted, parts)))
 
 
-def _read(folder: AnyPath) -> tuple[Path, Config, dict[str, np.ndarray]]:
+def _read(folder: AnyPath) -> tuple[Path, AnyConfig, dict[str, np.ndarray]]:
     """Both files of one adapter: if another process saved over it in the meantime, both of the new one."""
     while True:
         where = _find(_folder.local(folder))
         was = _inode(where)
         try:
             tensors, config = where / _peft_layout.TENSORS_FILE, where / _peft_config.CONFIG_FILE
-            found = _peft_config.read(config), _peft_layout.read(tensors)
+            found = _configuration(config), _peft_layout.read(tensors)
             _check_digest(where, *found)
         except (ValueError, OSError):
             if _inode(where) == was:
@@ -110,7 +135,17 @@ def _read(folder: AnyPath) -> tuple[Path, Config, dict[str, np.ndarray]]:
                 return where, *found
 
 
-def _check_digest(where: Path, config: Config, tensors: Mapping[str, np.ndarray]) -> None:
+def _configuration(path: Path) -> AnyConfig:
+    content = _peft_fields.parse(path)
+    kind = content.get("peft_type")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(
+            f"{path}: peft_type is {kind!r:.60}; jlora reads {', '.join(_KINDS)} (DoRA is LORA's use_dora)"
+        )
+    return _KINDS[kind][0](path, content)
+
+
+def _check_digest(where: Path, config: AnyConfig, tensors: Mapping[str, np.ndarray]) -> None:
     """ValueError where jlora wrote a digest of both files, and it is not theirs."""
     stated = _peft_layout.stated(where / _peft_layout.TENSORS_FILE)
     if stated not in (None, _peft_layout.digest(tensors, _peft_config.in_one_spelling(config))):
@@ -149,7 +184,7 @@ def save(
     base_model: AnyPath | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Saves a LoRA or DoRA adapter as peft would: `PeftModel.from_pretrained(model, folder)` reads it.
+    """Saves an adapter as peft would: `PeftModel.from_pretrained(model, folder)` reads it.
 
     Factors keep their dtype and their bits. `Full` and `BitFit` are written as values, base plus change, rounded to
     float32 (`modules_to_save`, `bias`), or as changes where peft has a name for one (`lora_bias`); beside a weight
@@ -160,7 +195,10 @@ def save(
 
     Args:
       folder: a local folder; its parents are made.
-      adapted: LoRA, LoRA-FA, DoRA of these, `Full` and `BitFit`.
+      adapted: LoRA, LoRA-FA, DoRA of these, `Full` and `BitFit`; `TrainedTokens`, `NewTokens` or a `Sum` of such,
+        beside them, or alone (a file of the kind `TRAINABLE_TOKENS`). peft takes the rows of `NewTokens` into a model
+        whose table has them: `model.resize_token_embeddings(V + n)` comes before `PeftModel.from_pretrained` there. Of
+        a head that is tied it warns that there are no rows: they are those of the table.
       names: as in `load`, read from right to left. A function gets `(path, index)` and returns a module.
       task_type: of the model, as peft has it ("CAUSAL_LM", "SEQ_CLS", ...), which `AutoPeftModelForCausalLM` asks for.
       base_model: its name on the hub or its folder, from which `AutoPeftModelFor...` makes it.
@@ -174,7 +212,7 @@ def save(
       NotImplementedError: in one of several processes; the message says how they save together.
       ImportError: safetensors is not installed.
       TypeError: no `Adapted`, or one that is being traced.
-      ValueError: factors with NaN or infinity; a method that peft's LoRA has no name for, `slices`, LoRA beside DoRA,
+      ValueError: factors with NaN or infinity; a method that peft's file has no name for, `slices`, LoRA beside DoRA,
         a stacked kernel or another weight without a name; all of them at once. A task that peft has not.
 
     Example:
@@ -206,12 +244,12 @@ def save(
         _folder.appear(new, target, replaces, lambda entry: entry.name in _FILES)
 
 
-def _read_back(folder: Path, tensors: Mapping[str, np.ndarray], config: Config) -> None:
+def _read_back(folder: Path, tensors: Mapping[str, np.ndarray], config: AnyConfig) -> None:
     """Raises OSError unless both files hold what was to be written."""
     found = _peft_layout.read(folder / _peft_layout.TENSORS_FILE)
     same = found.keys() == tensors.keys() and all(
         found[name].dtype == a.dtype and found[name].shape == a.shape and found[name].tobytes() == a.tobytes()
         for name, a in tensors.items()
     )
-    if not same or _peft_config.read(folder / _peft_config.CONFIG_FILE) != config:
+    if not same or _configuration(folder / _peft_config.CONFIG_FILE) != config:
         raise OSError(f"{folder} does not hold what was written to it: the disk, or what is between, lost it")

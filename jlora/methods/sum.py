@@ -120,6 +120,10 @@ def apart(given: Iterable[Place], second: Recipe, leaf: Leaf) -> dict[Place, str
             n = next(n for n in itertools.count(2) if (group, f"{name}_{n}") not in taken)
             names[group, name] = f"{name}_{n}"
             taken.add((group, names[group, name]))
+    for rows in second.rows:  # their scale is called after them
+        first = rows.made.arrays[0]
+        if new := names.get((first.group or leaf.path, first.name)):
+            names[leaf.path, rows.network.s] = f"s_{new}"
     return names
 
 

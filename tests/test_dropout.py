@@ -111,6 +111,16 @@ def test_a_scanned_stack_draws_as_the_layers_one_by_one(name):
     np.testing.assert_array_equal(drawn(LAYERS[name], ad), one_by_one)
 
 
+def test_layers_that_a_model_groups_anew_draw_as_before():
+    """Two axes of layers, the second of them cut into groups before it is scanned: each layer's own mask."""
+    over = lambda f: lambda w, x: jax.lax.map(lambda w: f(w, x), w)
+    layer = lambda w, x: x @ w
+    plain = lambda p, x: over(over(layer))(p["w"], x)
+    grouped = lambda p, x: over(over(over(layer)))(p["w"].reshape(2, 2, 3, SIZE, SIZE), x)
+    ad = transparent(2, 6)
+    np.testing.assert_array_equal(drawn(grouped, ad).reshape(2, 6, *ROWS.shape), drawn(plain, ad))
+
+
 def test_a_layer_that_is_used_twice_draws_twice():
     """Also where it is indexed twice: two slices of one stack are two uses."""
     one, two = drawn(lambda p, x: jnp.stack([x @ p["w"][0], x @ p["w"][0]]), transparent(3))

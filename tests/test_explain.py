@@ -3,6 +3,7 @@
 `JLORA_GOLDEN=write python -m pytest tests/test_explain.py` writes the files anew: read the difference first.
 """
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -150,6 +151,14 @@ def test_flops_of_experts():
     (row,) = jlora.explain(lambda p, x, n: jax.lax.ragged_dot(x, p["w"], n), ad, x, sizes).rows
     assert row.dense_flops == 2 * 10 * 8 * 16
     assert row.flops == 2 * 10 * 2 * (8 + 16)
+
+
+@pytest.mark.parametrize("spec,plan", [(jlora.OFT(block=2), "W0 between factors"), (jlora.HiRA(rank=2), "merged")])
+def test_what_multiplies_w0_on_one_side_is_never_made(spec, plan):
+    """A rotation of the inputs meets the activation, and W0 what comes out of it; an elementwise product is made."""
+    ad = jlora.adapt({"w": jnp.ones((8, 6))}, dataclasses.replace(spec, target="w"))
+    (row,) = jlora.explain(lambda p, x: x @ p["w"], ad, jnp.ones((3, 8))).rows
+    assert row.plan == plan
 
 
 def test_many_tokens_are_merged_and_few_factored():

@@ -510,6 +510,12 @@ def test_an_axis_that_joins_two_beside_one_of_size_one():
     against_dense(f, (2, 2, 2, 2), "iois", jnp.ones((5, 2, 5, 2)))
 
 
+def test_a_matrix_of_one_column_that_is_used_as_a_vector():
+    """The column's axis is part of a side that the equation makes as a whole, and leaves with a reshape."""
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 6)), jnp.float32)
+    against_dense(lambda p, x: x @ p["w"].reshape(6), (6, 1), "io", x, spec=jlora.KronA(factors=(2, 1), target="w"))
+
+
 def test_rows_out_of_range_that_are_masked_later():
     """`jnp.take` fills them with NaN, which no gradient must see."""
     ids = jnp.array([[0, 9], [12, 3]])

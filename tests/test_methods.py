@@ -668,3 +668,13 @@ def test_the_gradient_under_a_key_is_the_slope_of_what_was_drawn(how, key):
     assert abs(slope - inner) < 2e-3 * max(1, abs(inner))
     other = jax.jit(jax.grad(loss))(trainable, jax.random.key(9))
     assert as_bytes(other) != as_bytes(grads)
+
+
+def test_what_is_said_of_a_method_is_said_of_those_inside_it():
+    """A DoRA or a Sum without the start that it subtracts has parts without theirs; with none inside it is itself."""
+    pissa = jlora.LoRA(rank=2, init="pissa", target="w")
+    bare = pissa.unpaired()
+    assert bare != pissa
+    assert jlora.DoRA(pissa).unpaired() == jlora.DoRA(bare)
+    assert jlora.Sum(pissa, jlora.KronA(), target="w").unpaired() == jlora.Sum(bare, jlora.KronA(), target="w")
+    assert jlora.KronA(target="w").unpaired() == jlora.KronA(target="w")

@@ -153,7 +153,12 @@ def test_flops_of_experts():
     assert row.flops == 2 * 10 * 2 * (8 + 16)
 
 
-@pytest.mark.parametrize("spec,plan", [(jlora.OFT(block=2), "W0 between factors"), (jlora.HiRA(rank=2), "merged")])
+BETWEEN = "W0 between factors"
+
+
+@pytest.mark.parametrize(
+    "spec,plan", [(jlora.OFT(block=2), BETWEEN), (jlora.RoAd(), BETWEEN), (jlora.HiRA(rank=2), "merged")]
+)
 def test_what_multiplies_w0_on_one_side_is_never_made(spec, plan):
     """A rotation of the inputs meets the activation, and W0 what comes out of it; an elementwise product is made."""
     ad = jlora.adapt({"w": jnp.ones((8, 6))}, dataclasses.replace(spec, target="w"))

@@ -153,6 +153,13 @@ def test_flops_of_experts():
     assert row.flops == 2 * 10 * 2 * (8 + 16)
 
 
+def test_one_row_of_a_table_costs_nothing():
+    """A single id reads the entries of its row, and what is put into the table of it."""
+    spec = jlora.Sum(jlora.LoRA(rank=2), jlora.TrainedTokens(ids=(2,)), target="w")
+    (row,) = jlora.explain(lambda p: jnp.take(p["w"], 2, axis=0), jlora.adapt({"w": jnp.ones((9, 4))}, spec)).rows
+    assert (row.plan, row.flops) == ("one row, 1 trained put in", 0)
+
+
 BETWEEN = "W0 between factors"
 
 

@@ -51,7 +51,7 @@ def specs_of(arrays: Sequence[Shaped], labels: Sequence[Labels]) -> dict[str, Me
     specs: dict[str, MeshAxes] = {}
     for a, ls in zip(arrays, labels, strict=True):
         spec = jax.typeof(a).sharding.spec
-        for x, axis in zip(ls, tuple(spec) + (None,) * len(ls), strict=False):
+        for x, axis in zip(ls, spec, strict=False):
             if axis is not None:
                 specs.setdefault(x, axis)
     return specs

@@ -219,6 +219,9 @@ def begun(
         except ValueError as error:
             bad.append(str(error))
             continue
+        except Exception as error:  # whatever an author's start raises
+            error.add_note(f"raised by the start of {method.describe()} on {site.leaf.path!r} of {site.leaf.shape}")
+            raise
         for (group, name), value in made.items():
             side = trainable if arrays[group, name][0].trained else factors
             side.setdefault(group, {}).setdefault(name, value)

@@ -14,7 +14,7 @@ import pytest
 
 import jlora
 import test_laws
-from jlora import methods
+from jlora import methods, network
 from jlora.network import Array, Base, Delta, Function, Recipe, Step
 from methods import CASES, FEW, METHODS
 
@@ -145,6 +145,18 @@ WRONG = {
     "an L of one side": (
         lambda leaf: Recipe(left=Delta("I n -> I (n)", (A,), (("n", 6),))), "two groups, its rows and its columns",
     ),
+    "a Difference of one array": (
+        lambda leaf: network.Difference(jnp.subtract, (A,)), "two arrays, one trained and .*not \\(a trained\\)",
+    ),
+    "an array without a name": (lambda leaf: Array("", ZEROS), "an Array has a name"),
+    "a name with a slash": (lambda leaf: Array("a/x", ZEROS), "a name without '/'.*'a/x'"),
+    "an array without a start": (lambda leaf: Array("a", None), "'a', init.*None is not called"),
+    "a dtype that there is not": (lambda leaf: Array("a", ZEROS, dtype="float33"), "'a', dtype='float33'"),
+    "ranks in one string": (delta("r I, r O -> I O", A, B, ranks="r"), "'r I, r O -> I O' has ranks, a tuple of str"),
+    "rates in a dictionary": (delta("r I, r O -> I O", A, B, rank_dropout={"r": 0.1}), "has rates .*a tuple of tuple"),
+    "a rate of one": (delta("r I, r O -> I O", A, B, dropout=1.0), "rate of dropout 1.0, which is not in"),
+    "a scale that is no number": (delta("r I, r O -> I O", A, B, scale=float("nan")), "has the scale nan"),
+    "a size of zero": (delta("r I, r O -> I O", A, B, sizes=(("r", 0),)), "letter 'r' has the size 0"),
     "a step that is not said": (
         lambda leaf: Recipe(steps=(Step(jnp.tanh, ()),)), "Mine on 'dense/kernel' .*`on_outputs = True`",
     ),
@@ -157,6 +169,19 @@ def test_words_of_another_kind_are_refused(name):
     made, words = WRONG[name]
     with pytest.raises((TypeError, ValueError), match=words):
         adapted(Mine(made=made))
+
+
+@pytest.mark.parametrize("where", ["init", "initial"])
+def test_what_a_start_raises_is_noted_with_its_weight(where):
+    """A mistake in an author's own code keeps its kind and its place, and says on which weight it was made."""
+
+    def broken(*anything):
+        return {}["a"]
+
+    equation = delta("r I, r O -> I O", Array("a", broken if where == "init" else ZEROS), B)
+    with pytest.raises(KeyError) as error:
+        adapted(Mine(made=equation, spoilt=broken if where == "initial" else None))
+    assert "Mine on 'dense/kernel' of (6, 4)" in error.value.__notes__[0]
 
 
 def test_a_start_that_forgets_the_stack_is_told_of_it():

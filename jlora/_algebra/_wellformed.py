@@ -81,7 +81,7 @@ def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Stored, made: o
 
 
 def _is_size(size: object) -> bool:
-    return isinstance(size, int | np.integer) and int(size) >= 0
+    return isinstance(size, int | np.integer) and int(size) > 0
 
 
 def check_kind(recipe: object) -> None:

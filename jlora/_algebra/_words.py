@@ -15,6 +15,7 @@ Everything here is static: hashable, comparable, no array in sight.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from types import UnionType
@@ -34,6 +35,15 @@ def check_tuple(said: str, held: object, kind: type[object] | UnionType) -> None
     if not isinstance(held, tuple) or not all(isinstance(x, kind) for x in held):
         name = getattr(kind, "__name__", str(kind).replace("jlora._algebra._words.", ""))
         raise TypeError(f"{said}, a tuple of {name} each, not {held!r:.80}")
+
+
+@functools.cache
+def _is_dtype(name: str) -> bool:
+    try:
+        jnp.dtype(name)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +71,16 @@ class Array:
     scale: bool = False
     derived: bool = False
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or "/" in self.name:
+            raise TypeError(f"an Array has a name without '/', such as Array('a', init), not {self.name!r:.60}")
+        if not callable(self.init):
+            raise TypeError(
+                f"Array({self.name!r}, init): init(key, shape, dtype) makes it, and {self.init!r:.60} is not called"
+            )
+        if self.dtype is not None and not _is_dtype(self.dtype):
+            raise TypeError(f"Array({self.name!r}, dtype={self.dtype!r:.60}): the name of a dtype, such as 'float32'")
 
     @property
     def arrays(self) -> tuple["Array", ...]:
@@ -92,6 +112,12 @@ class Difference(Function):
     What it takes part in is a difference from the start, to which a rank adds nothing as long as its rows are those of
     x0. So rank operations act on the rows of x, and switch one off by putting those of x0 in their place.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if [a.trained for a in self.arrays] != [True, False]:
+            held = ", ".join(f"{a.name} {'trained' if a.trained else 'frozen'}" for a in self.arrays)
+            raise TypeError(f"a Difference has two arrays, one trained and where it started, frozen, not ({held})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +229,13 @@ class Delta:
     def __post_init__(self) -> None:
         check_tuple(f"{self.equation!r} has operands", self.operands, Array | Function | Base | Gate)
         check_tuple(f"{self.equation!r} has sizes", self.sizes, tuple)
+        check_tuple(f"{self.equation!r} has ranks", self.ranks, str)
+        check_tuple(f"{self.equation!r} has rates of rank dropout", self.rank_dropout, tuple)
+        if not math.isfinite(self.scale):
+            raise ValueError(f"{self.equation!r} has the scale {self.scale}, which is no number")
+        for rate in self.rates:
+            if not 0 <= rate < 1:
+                raise ValueError(f"{self.equation!r} has a rate of dropout {rate}, which is not in [0, 1)")
         left, arrow, right = self.equation.partition("->")
         held, sized = left.replace(",", " ").split(), dict(self.sizes)
         inside = dict.fromkeys(x for group in re.findall(r"\(([^)]*)\)", right) for x in group.split())

@@ -76,6 +76,65 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+# --- virtual tokens -----------------------------------------------------------------------------------------------
+
+P = 3
+
+
+def turned_by_llama(keys, positions):
+    """x R(j): pairs (i, i + d / 2) are turned by j 10000^(-2i / d)."""
+    half = keys.shape[-1] // 2
+    angle = positions[:, None, None] * 10000.0 ** (-jnp.arange(half) / half)
+    cos, sin, (x, y) = jnp.cos(angle), jnp.sin(angle), jnp.split(keys, 2, -1)
+    return jnp.concatenate([x * cos - y * sin, y * cos + x * sin], -1)
+
+
+VIRTUAL = {
+    "gpt2_prompt": (jlora.PromptTuning(count=P), {"task_type": "CAUSAL_LM"}),
+    "llama_encoder": (jlora.PromptTuning(count=P), {"task_type": "CAUSAL_LM"}),
+    "bert_prompt": ([jlora.PromptTuning(count=P), jlora.Full(target="classifier")], {"task_type": "SEQ_CLS"}),
+    "gpt2_prefix": (jlora.PrefixTuning(count=P), {"task_type": "CAUSAL_LM", "heads": 2}),
+    "llama_prefix": (
+        jlora.PrefixTuning(count=P), {"task_type": "CAUSAL_LM", "heads": 2, "rotate": turned_by_llama}),
+    "bert_prefix": (
+        [jlora.PrefixTuning(count=P), jlora.Full(target="classifier")], {"task_type": "SEQ_CLS", "heads": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VIRTUAL)
+def test_virtual_tokens_of_peft(case, tmp_path):
+    """The logits are those of torch, under padding and grouped heads; the plan is `adapt`'s; saved, it is the file."""
+    spec, said = VIRTUAL[case]
+    rotate = {k: v for k, v in said.items() if k == "rotate"}
+    flax, params = model(case.split("_")[0])
+    adapted = peft.load(FILES / case, params, **rotate)
+    assert adapted.frozen.plan.sites == jlora.adapt(params, spec).frozen.plan.sites
+    ids, mask, want = expected(case)
+    given = jlora.prompts.prepend(jlora.prompts.virtual_ids(adapted), ids, mask=mask, positions=np.arange(8)[None])
+    if case == "bert_prefix":  # its first position is pooled, which is a token's to peft
+        given = jax.tree.map(lambda x: jnp.roll(x, -P, 1), given)
+    places = {"position_ids": jnp.broadcast_to(given.positions, given.ids.shape)}
+    out = jax.jit(jlora.lift(lambda p: flax(given.ids, given.mask, params=p, **places).logits))(adapted)
+    if want.ndim == 3:
+        out, want = jlora.prompts.remove(out, P)[mask == 1], want[:, -8:][mask == 1]
+    np.testing.assert_allclose(out, want, atol=1e-5)
+
+    peft.save(tmp_path / "x", adapted, **said)
+    mine, theirs = tensors(tmp_path / "x"), tensors(FILES / case)
+    assert set(mine) == set(theirs)
+    for k, tensor in theirs.items():  # turned there and back, and a change in float32, are not exact
+        np.testing.assert_allclose(mine[k], tensor, atol=1e-6 if rotate else 2e-7 * (k != "prompt_embeddings"))
+    written, read = (json.loads((f / CONFIG).read_text()) for f in (tmp_path / "x", FILES / case))
+    if case != "llama_encoder":  # prompts without their network
+        assert {k: v for k, v in written.items() if v != read[k]}.keys() <= {"modules_to_save", "prefix_projection"}
+    again = peft.load(tmp_path / "x", params, **rotate)
+    assert jax.tree.structure(again) == jax.tree.structure(adapted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 if rotate else 0), again, adapted)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
 RNG = np.random.default_rng(0)
 V, D = 7, 4
 
@@ -220,4 +279,181 @@ def test_tokens_that_peft_cannot_say_are_not_written(case, tmp_path):
     adapted = jlora.adapt(TREE, spec, axes={"kernel": "io"})
     with pytest.raises(ValueError, match=words):
         peft.save(tmp_path / "x", adapted)
+    assert not (tmp_path / "x").exists()
+
+
+# --- prompts and prefixes -----------------------------------------------------------------------------------------
+
+W = 6  # of keys and values, of two heads
+KEPT = {"embed": {"embedding": jnp.asarray(TABLE)}, "positions": {"embedding": jnp.ones((9, D))}}
+
+
+def decoder(layers=2, **more):
+    """Layers apart, `h_0` and `h_1`, under a table of positions."""
+    attention = lambda: {name: {"kernel": jnp.asarray(normal(D, W))} for name in ("key", "value")}
+    return KEPT | {f"h_{n}": {"attention": attention()} for n in range(layers)} | more
+
+
+def stacked(tree):
+    """The same layers as one stack."""
+    of_layers = [x for name, x in tree.items() if name.startswith("h_")]
+    return KEPT | {"h": jax.tree.map(lambda *x: jnp.stack(x), *of_layers)}
+
+
+PREFIX = {
+    "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": P, "token_dim": W, "num_layers": 2,
+    "num_attention_heads": 2, "num_transformer_submodules": 1,
+}  # fmt: skip
+PROMPT = PREFIX | {"peft_type": "PROMPT_TUNING", "token_dim": D}
+ROWS = normal(P, 4 * W)
+
+
+@pytest.mark.parametrize("says", ["paths", "names", "a stack", "a stack by names", "a function"])
+def test_layers_of_a_prefix_are_known_by_numbers_or_names(says, tmp_path):
+    """Key and value of layer 0, of layer 1: in the order of the paths, of a stack, or as names have it."""
+    tree, names = decoder(), None
+    slots = [(f"h_{n}/attention/{x}/kernel", ()) for n in range(2) for x in ("key", "value")]
+    if "stack" in says:
+        tree = stacked(tree)
+        slots = [(f"h/attention/{x}/kernel", (n,)) for n in range(2) for x in ("key", "value")]
+        if "names" in says:
+            names = {f"layers.{{n}}.{x}": f"h/attention/{x}/kernel" for x in ("key", "value")}
+    if says == "names":  # keys are values and values keys
+        names = {"layers.{n}.key": "h_{n}/attention/value/kernel", "layers.{n}.value": "h_{n}/attention/key/kernel"}
+        slots = [(f"h_{n}/attention/{x}/kernel", ()) for n in range(2) for x in ("value", "key")]
+    if says == "a function":
+        names = lambda module: f"h_{module.split('.')[1]}/attention/{module.split('.')[2]}/kernel"
+    named = {"word_embeddings": "embed/embedding"} | names if isinstance(names, dict) else names
+    if says == "a function":
+        named = lambda module: "embed/embedding" if module == "word_embeddings" else names(module)
+    axes = {"kernel": "sio" if "stack" in says else "io"}
+    folder = folder_of(tmp_path / "x", {"prompt_embeddings": ROWS}, **PREFIX)
+    adapted = peft.load(folder, tree, named, axes=axes)
+    for n, (path, index) in enumerate(slots):
+        found = adapted.trainable[path]["prompts"][index]
+        np.testing.assert_array_equal(found, ROWS[:, n * W : (n + 1) * W])
+    peft.save(tmp_path / "y", adapted, None if callable(named) else named, task_type="CAUSAL_LM", heads=2)
+    np.testing.assert_array_equal(tensors(tmp_path / "y")["prompt_embeddings"], ROWS)
+    config = json.loads((tmp_path / "y" / CONFIG).read_text())
+    assert {k: config[k] for k in PREFIX} == PREFIX
+
+
+def test_prompts_of_an_encoder_decoder_are_the_first_half(tmp_path):
+    """peft stores as many again for a decoder, and gives the encoder the first alone."""
+    two = PROMPT | {"num_transformer_submodules": 2, "task_type": "SEQ_2_SEQ_LM"}
+    rows = normal(2 * P, D)
+    adapted = peft.load(folder_of(tmp_path / "x", {"prompt_embeddings": rows}, **two), KEPT)
+    np.testing.assert_array_equal(adapted.trainable["embed/embedding"]["rows"], rows[:P])
+
+
+def test_keys_that_are_turned_in_part_are_turned_back(tmp_path):
+    """Rotations of any form: here of two features of three, and scaled, as some long contexts are."""
+    scale = 0.7
+
+    def rotate(keys, positions):
+        turn, rest = keys[..., :2], keys[..., 2:]
+        return jnp.concatenate([turned_by_llama(turn, positions) * scale, rest], -1)
+
+    tree = {k: x for k, x in decoder().items() if k != "positions"}
+    folder = folder_of(tmp_path / "x", {"prompt_embeddings": ROWS}, **PREFIX)
+    adapted = peft.load(folder, tree, axes={"kernel": "io"}, rotate=rotate)
+    keys = ROWS[:, 2 * W : 3 * W].astype(float).reshape(P, 2, 3)
+    j = np.arange(P)[:, None]
+    x, y = keys[..., 0] / scale, keys[..., 1] / scale
+    want = np.stack([x * np.cos(j) + y * np.sin(j), y * np.cos(j) - x * np.sin(j), keys[..., 2]], -1)
+    np.testing.assert_allclose(adapted.trainable["h_1/attention/key/kernel"]["prompts"], want.reshape(P, W), atol=1e-5)
+    np.testing.assert_array_equal(
+        adapted.trainable["h_1/attention/value/kernel"]["prompts"], ROWS[:, 3 * W :], err_msg="values are not turned"
+    )
+
+
+NORMED = decoder(h_0={"attention": decoder()["h_0"]["attention"] | {"k_norm": {"scale": jnp.ones(3)}}})
+ROTARY = {k: x for k, x in decoder().items() if k != "positions"}
+BAD_VIRTUAL = {
+    # tree, tensors, configuration, words
+    "no tensor": (decoder(), {}, PREFIX, "missing 'prompt_embeddings'"),
+    "another count": (
+        decoder(), {"prompt_embeddings": ROWS[:2]}, PREFIX, r"shape \(2, 24\), and by num_virtual.*\(3, 24\)"),
+    "another depth": (
+        decoder(3), {"prompt_embeddings": ROWS}, PREFIX, "num_layers is 2, and params has .* of 3 layers"),
+    "another width": (
+        decoder(), {"prompt_embeddings": normal(P, 32)}, PREFIX | {"token_dim": 8},
+        r"8 features of 'layers.0.key'.*makes 6"),
+    "no rotation said": (ROTARY, {"prompt_embeddings": ROWS}, PREFIX, "no table of positions.*give rotate=f"),
+    "norms of keys": (NORMED, {"prompt_embeddings": ROWS}, PREFIX, "h_0/attention/k_norm/scale.* norm keys"),
+    "no layers to be told": (
+        decoder(h_2={"attention": {"key": {"kernel": jnp.ones((D, W))}}}), {"prompt_embeddings": ROWS}, PREFIX,
+        "cannot be told: names="),
+    "no attention": (KEPT, {"prompt_embeddings": ROWS}, PREFIX, "no projections.*for a file of peft.*names="),
+    "an encoder-decoder": (
+        decoder(), {"prompt_embeddings": ROWS}, PREFIX | {"num_transformer_submodules": 2},
+        "submodules is 2.*layer 2n"),
+    "heads that do not divide": (
+        decoder(), {"prompt_embeddings": ROWS}, PREFIX | {"num_attention_heads": 4}, "num_attention_heads 4 does not"),
+    "fields": (
+        decoder(), {"prompt_embeddings": ROWS}, PREFIX | {"a_new_field": 1, "num_layers": None},
+        "a_new_field is 1.*num_layers is None"),
+    "tensors left over": (
+        decoder(), {"prompt_embeddings": ROWS, "x.lora_A": ROWS, "y.weight": ROWS}, PREFIX | {"num_layers": 3},
+        r"shape.*x.lora_A.* no tensor of prompts.*'y' is not in params.*num_layers is 3"),
+    "a module that is not saved": (
+        decoder(), {"prompt_embeddings": ROWS, "h_0.attention.key.weight": normal(W, D)}, PREFIX,
+        "trained by nothing"),
+    "prompts of another width": (
+        KEPT, {"prompt_embeddings": normal(P, 5)}, PROMPT | {"token_dim": 5},
+        r"token_dim is 5, and 'embed/embedding'.*has 4"),
+    "halves of no encoder-decoder": (
+        KEPT, {"prompt_embeddings": normal(2 * P, D)}, PROMPT | {"num_transformer_submodules": 2},
+        "SEQ_2_SEQ_LM alone"),
+    "two tables": (
+        KEPT | {"tokens": {"embedding": jnp.ones((5, D))}}, {"prompt_embeddings": normal(P, D)}, PROMPT,
+        "names={'word_embeddings': path}"),
+    "prompts of tasks": (
+        KEPT, {}, PROMPT | {"peft_type": "MULTITASK_PROMPT_TUNING"}, "jlora reads LORA, TRAINABLE_TOKENS"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_VIRTUAL)
+def test_virtual_tokens_that_do_not_fit_are_refused(case, tmp_path):
+    """What cannot be said exactly, or is of another model, is refused by the field or the leaf that it is about."""
+    tree, held, config, words = BAD_VIRTUAL[case]
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        peft.load(folder_of(tmp_path / "x", held, "base_model.", **config), tree, axes={"kernel": "io"})
+
+
+@pytest.mark.parametrize(
+    "rotate",
+    [lambda keys, at: keys + 1, lambda keys, at: 0 * keys, lambda keys, at: keys[:, :1]],
+    ids=["not linear", "not to be undone", "of another shape"],
+)
+def test_what_is_no_rotation_is_refused(rotate, tmp_path):
+    """A function that adds, forgets or cuts turns no keys."""
+    folder = folder_of(tmp_path / "x", {"prompt_embeddings": ROWS}, **PREFIX)
+    with pytest.raises(ValueError, match="rotate="):
+        peft.load(folder, decoder(), axes={"kernel": "io"}, rotate=rotate)
+
+
+SAID = {"task_type": "CAUSAL_LM", "heads": 2}
+NOT_WRITTEN = {
+    "no task": (jlora.PromptTuning(count=2), {}, "task_type is None"),
+    "no heads": (jlora.PrefixTuning(count=2), {"task_type": "CAUSAL_LM"}, "num_attention_heads.*give heads="),
+    "heads that do not divide": (jlora.PrefixTuning(count=2), SAID | {"heads": 4}, "heads=4 does not divide"),
+    "a LoRA beside": (
+        [jlora.PromptTuning(count=2), jlora.LoRA(rank=2, target="h_0/attention/key")], SAID,
+        "'h_0/attention/key/kernel': LoRA.*beside virtual tokens"),
+    "a network": (jlora.PTuning(count=2, encoder="mlp"), SAID, r"prompts.encoded\(adapted\)"),
+    "a network of a prefix": (jlora.PrefixTuning(count=2, encoder=(3, 3)), SAID, r"prompts.encoded\(adapted\)"),
+    "some layers": (jlora.PrefixTuning(count=2, target="h_1"), SAID, "layer 0, has no prefix"),
+    "places alone": (jlora.VirtualTokens(count=2, target="embed/"), SAID, r"PrefixTuning\(\.\.\.\)"),
+    "prompts of images": (jlora.DeepPrompts(count=2, target="key"), SAID, r"PrefixTuning\(\.\.\.\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_WRITTEN)
+def test_virtual_tokens_that_peft_cannot_say_are_not_written(case, tmp_path):
+    """An error names the field of peft, or what to write instead, and nothing is written."""
+    spec, said, words = NOT_WRITTEN[case]
+    adapted = jlora.adapt(decoder(), spec, axes={"kernel": "io"})
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        peft.save(tmp_path / "x", adapted, **said)
     assert not (tmp_path / "x").exists()

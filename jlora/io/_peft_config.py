@@ -102,8 +102,8 @@ class Config:
         return Patterns(self.alpha_pattern)
 
     @functools.cached_property
-    def _saved(self) -> tuple[frozenset[str], frozenset[int]]:
-        return frozenset(self.modules_to_save), frozenset(map(len, self.modules_to_save))
+    def _saved(self) -> frozenset[str]:
+        return frozenset(self.modules_to_save)
 
     @functools.cached_property
     def _targets(self) -> frozenset[str]:
@@ -137,9 +137,7 @@ class Config:
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names this module, or one that it is a part of."""
-        steps, (names, lengths) = module.split("."), self._saved
-        parents = [PREFIX + ".".join(steps[:n]) for n in range(1, len(steps) + 1)]
-        return any(parent[-n:] in names for parent in parents for n in lengths)
+        return names_one_of(self._saved, PREFIX, module)
 
     def misread(self) -> list[str]:
         """What of its patterns cannot be read, in words."""
@@ -150,6 +148,13 @@ class Config:
             except ValueError as error:
                 bad.append(f"{name} has {len(getattr(self, name)):,} keys: {error}")
         return bad
+
+
+def names_one_of(saved: Collection[str], prefix: str, module: str) -> bool:
+    """Whether names of `modules_to_save` name a module, or one that it is a part of: peft looks at the last letters."""
+    steps, names, lengths = module.split("."), frozenset(saved), set(map(len, saved))
+    parents = [prefix + ".".join(steps[:n]) for n in range(1, len(steps) + 1)]
+    return any(parent[-n:] in names for parent in parents for n in lengths)
 
 
 def endings(module: str) -> list[str]:

@@ -114,12 +114,15 @@ class Book:
             if name is not None:
                 self.modules.setdefault(name, []).append(path)
 
+    def said(self, module: str) -> list[Slot]:
+        """What the user says that a module is."""
+        if self.function is not None:
+            return _answer(self.function(module), module)
+        return list(dict.fromkeys(s for s in (t.slot(module) for t in self.templates) if s is not None))
+
     def slot(self, module: str) -> Slot:
         """The path of a module's weight, and an index into its stack axes; ValueError in words."""
-        said = [s for s in (t.slot(module) for t in self.templates) if s is not None]
-        if self.function is not None:
-            said = _answer(self.function(module), module)
-        said = list(dict.fromkeys(said)) or [(path, ()) for path in self.modules.get(module, ())]
+        said = self.said(module) or [(path, ()) for path in self.modules.get(module, ())]
         if len(said) == 1 and said[0][0] in self.paths:
             return said[0]
         if len(said) > 1:
@@ -128,6 +131,11 @@ class Book:
         self.missed += 1  # no more than eight are shown, and to look for near ones is slow
         near = ", ".join(_tree.nearest(wanted, tuple(self.paths), 3) if self.missed <= 8 else ())
         raise ValueError(f"{module!r} is not in params: no {wanted!r}; the nearest paths are {near}; use names=")
+
+    def of_modules(self) -> "Book":
+        """What a dictionary says, for names that are asked for from both sides: a function answers from one."""
+        said = {t.module: t.path for t in self.templates}
+        return Book(said or None, tuple(self.paths))
 
     def has(self, module: str) -> bool:
         """Whether a module has one weight here."""

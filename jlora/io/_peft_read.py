@@ -4,7 +4,8 @@ Everything that does not fit is noted with its module, its path and both shapes,
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from jlora.methods.full import Full
 LONGEST = 1000
 
 Index = tuple[int, ...]
+Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""Keys `(positions, heads, size)` at positions `(positions,)`, as a model turns them; linear in the keys."""
 Values = Mapping[str, np.ndarray | np.float32]
 Modules = dict[str, dict[str, np.ndarray]]
 
@@ -61,11 +64,20 @@ class Collector:
     Attributes:
       prefix: what stands in front of a module's name in the keys of tensors.
       dtype: of low-rank factors and of prompts.
+      rotate: what a model does to its keys, where the caller says it.
     """
 
     prefix = PREFIX
 
-    def __init__(self, tree: _tree.Named, book: Book, axes: dict[str, str] | None, dtype: DTypeLike) -> None:
+    def __init__(
+        self,
+        tree: _tree.Named,
+        book: Book,
+        axes: dict[str, str] | None = None,
+        dtype: DTypeLike = "float32",
+        rotate: Rotate | None = None,
+    ) -> None:
+        self.rotate = rotate
         self.tree, self.book, self.roles, self.dtype = tree, book, _axes.Roles(tree, axes), jnp.dtype(dtype).name
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype={dtype!r}: factors are real floating point numbers")
@@ -108,10 +120,18 @@ class Collector:
 
     # --- one module ---
 
+    def stack(self, path: str) -> tuple[int, ...]:
+        """The sizes of a leaf's stack axes."""
+        return self._leaf(path).stack
+
+    def _leaf(self, path: str) -> Leaf:
+        shape, dtype = _tree.shape_dtype(self.leaves[path])
+        return Leaf(path, shape, np.dtype(dtype), self.roles.likely(self.index[path]))
+
     def leaf(self, path: str, index: Index) -> tuple[Leaf, Leaf]:
         """A leaf, and the same without stack axes; ValueError where the index is not one into them."""
-        shape, dtype = _tree.shape_dtype(self.leaves[path])
-        leaf = Leaf(path, shape, np.dtype(dtype), self.roles.likely(self.index[path]))
+        leaf = self._leaf(path)
+        shape = leaf.shape
         vector = not leaf.axes("ik") and not leaf.stack
         stack = leaf.shape[: len(index)] if vector else leaf.stack
         if len(stack) != len(index):
@@ -200,11 +220,12 @@ def _aimed(method: Method, paths: Collection[str]) -> Method:
 
 def fill(adapted: Adapted, parts: Mapping[str, Part]) -> Adapted:
     """The same adapter with the arrays of the file."""
-    sides = []
+    sides, paths = [], {site.leaf.path for site in adapted.frozen.plan.sites}
     for side in (adapted.trainable, adapted.frozen.factors):
         new = {path: dict(named) for path, named in side.items()}
         for path, part in parts.items():
-            held = new.get(path, {})
+            # what acts on a layer's output stands at its bias, if it has one
+            held = new.get(path if path in paths else "/".join([*path.split("/")[:-1], "bias"]), {})
             held.update({x: jnp.asarray(v, held[x].dtype) for x, v in part.arrays().items() if x in held})
         sides.append(new)
     return Adapted(sides[0], dataclasses.replace(adapted.frozen, factors=sides[1]))

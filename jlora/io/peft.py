@@ -1,5 +1,6 @@
-"""Adapters in the files of Hugging Face peft, LoRA, DoRA and trained tokens: `adapter_config.json` and
-`adapter_model.safetensors`.
+"""Adapters in the files of Hugging Face peft, `adapter_config.json` and `adapter_model.safetensors`.
+
+LoRA and DoRA, trained tokens, prompts and prefixes.
 
 The format as peft 0.21 writes it: https://huggingface.co/docs/peft/developer_guides/checkpoint. Needs safetensors
 (`pip install 'jlora[peft]'`), not peft and not torch.
@@ -23,14 +24,17 @@ from jlora.io import (
     _peft_fields,
     _peft_layout,
     _peft_lora,
+    _peft_prefix,
+    _peft_prompts,
     _peft_read,
     _peft_tokens,
+    _peft_virtual,
     _untrained,
 )
 from jlora.io._peft_config import AnyConfig
 from jlora.io._peft_fields import Fields
 from jlora.io._peft_names import Book, ModuleNames
-from jlora.io._peft_read import Collector
+from jlora.io._peft_read import Collector, Rotate
 from jlora.io._peft_write import Writer
 from jlora.io._record import several
 
@@ -42,6 +46,9 @@ _FILES = (_peft_config.CONFIG_FILE, _peft_layout.TENSORS_FILE, "adapter_model.bi
 _KINDS: dict[str, tuple[Callable[[Path, Fields], AnyConfig], Callable[[Collector, Any, Tensors], None]]] = {
     "LORA": (_peft_config.read, _peft_lora.collect),
     _peft_tokens.KIND: (_peft_tokens.read, _peft_tokens.collect),
+    "PROMPT_TUNING": (_peft_prompts.read, _peft_prompts.collect),
+    "P_TUNING": (_peft_prompts.read, _peft_prompts.collect),
+    _peft_prefix.KIND: (_peft_prefix.read, _peft_prefix.collect),
 }
 
 
@@ -52,8 +59,9 @@ def load(
     *,
     axes: dict[str, str] | None = None,
     dtype: DTypeLike = "float32",
+    rotate: Rotate | None = None,
 ) -> Adapted:
-    """Opens an adapter that peft saved, LoRA, DoRA or trained tokens, over the same model's parameters in JAX.
+    """Opens an adapter that peft saved, over the same model's parameters in JAX.
 
     What comes back is what `jlora.adapt` makes, with the arrays of the file: it can be trained on, merged, saved.
     Factors of Linear, Embedding and convolution modules; rank and alpha patterns; rsLoRA; `modules_to_save` and
@@ -62,6 +70,15 @@ def load(
     `NewTokens` of ids from the end of the table on, for which the model was resized). A head that is tied to its table
     in both worlds has the table's rows. A tensor or a field of the configuration that is not understood is refused:
     nothing is left out in silence.
+
+    Virtual tokens: `PROMPT_TUNING` and `P_TUNING` (as `PromptTuning`; the file of the latter holds finished prompts)
+    and `PREFIX_TUNING` (as `PrefixTuning`), with `modules_to_save` as `Full`. `jlora.prompts.prepend` puts their ids in
+    front, and positions are those that peft gives: the first real token has position p. A model that pools its first
+    position (BERT) pools a prompt in both worlds, but with a prefix a token in peft's alone: there put the virtual ids
+    behind the others, `jnp.roll(given.ids, -p, 1)`, mask and positions with them. Of a prompt for an encoder-decoder
+    peft uses the first half, the encoder's, and that is what is read. peft puts prompts behind what the module of the
+    table makes: where that scales its rows (Gemma 3), a file's rows are to be divided by that first. A prefix is of
+    every layer's keys and values, in the order of the numbers in their paths or of a stack.
 
     torch's layouts become the kernel's, `(out, in)` to `(in, out)`, `(out, in, *window)` to `(*window, in, out)`,
     by the same letters an axis that `adapt` uses: a kernel with several input or output axes is reshaped, and the
@@ -76,16 +93,23 @@ def load(
         dictionary, `{"layers.{n}.q_proj": "layers_{n}/query/kernel"}`; `{n}` is a number, and one that the path has
         not is an index into the kernel's stack axes: `{"layers.{n}.q_proj": "layers/query/kernel"}`. Modules that
         it has not go by the default. Or by a function: module to path, or to `(path, (index, ...))`, or None for
-        the default. A path names a weight; its bias is the leaf `bias` beside it.
+        the default. A path names a weight; its bias is the leaf `bias` beside it. The table of virtual tokens is
+        "word_embeddings" and a prefix is "layers.{n}.key" and "layers.{n}.value", where the tree does not say which.
       axes: `{pattern: letters}`, as in `adapt`. Where a square kernel is not `(in, out)`, nothing but this tells.
-      dtype: of the factors a, b and m, whatever the file's. Changes of whole leaves are float32.
+      dtype: of the factors a, b and m and of virtual tokens, whatever the file's. Changes of whole leaves are float32.
+      rotate: of a prefix, what the model does to its keys by their positions: `rotate(keys, positions)` of keys
+        `(positions, heads, size)` and positions `(positions,)`. peft stores keys as they are in a cache, those of a
+        rotary model turned, R(j) k; `PrefixTuning` has k, and the model turns it. So the inverse of R(j) is applied,
+        and the file's bits come back to rounding alone. It is asked for where the tree has no table of positions; for
+        a model that turns nothing (ALiBi) it is `lambda keys, positions: keys`.
 
     Raises:
       FileNotFoundError: one of the files is not there.
       ImportError: safetensors is not installed.
       ValueError: a file that is cut short or damaged; another `peft_type`; fields that change the maths in a way
         that is not built; tensors without a weight, with half of a pair missing, or of a shape that does not fit;
-        two modules for one weight, layers of a stack without a module. All of a kind are named at once.
+        two modules for one weight, layers of a stack without a module. A prefix whose rotation nothing says, of a
+        model that norms its keys, or of an encoder-decoder. All of a kind are named at once.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -100,6 +124,22 @@ def load(
       Adapted(1 weight, 20 trainable)
       (1, 2, 6)
 
+      A prefix of a rotary model, whose pairs of features (i, i + size / 2) turn by j 10000^(-2i / size):
+
+      >>> def rotate(keys, positions):
+      ...     half = keys.shape[-1] // 2
+      ...     angle = positions[:, None, None] * 10000.0 ** (-jnp.arange(half) / half)
+      ...     x, y = jnp.split(keys, 2, axis=-1)
+      ...     cos, sin = jnp.cos(angle), jnp.sin(angle)
+      ...     return jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=-1)
+      >>> attention = {"k_proj": {"kernel": jnp.ones((6, 4))}, "v_proj": {"kernel": jnp.ones((6, 4))}}
+      >>> params = {"embed_tokens": {"embedding": jnp.ones((9, 6))}, "layers": {"0": {"self_attn": attention}}}
+      >>> adapted = jlora.adapt(params, jlora.PrefixTuning(count=3))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.io.peft.save(folder + "/prefix", adapted, task_type="CAUSAL_LM", heads=1, rotate=rotate)
+      ...     jlora.io.peft.load(folder + "/prefix", params, rotate=rotate)
+      Adapted(3 weights, 24 trainable)
+
     References:
       `Hugging Face peft, checkpoint format <https://huggingface.co/docs/peft/developer_guides/checkpoint>`_.
     """
@@ -108,7 +148,7 @@ def load(
     tree = _tree.flatten(params)
     book = Book(names, tree.paths)
     where, config, tensors = _read(folder)
-    reader = _peft_read.Collector(tree, book, axes, dtype)
+    reader = Collector(tree, book, axes, dtype, rotate)
     _, collect = _KINDS[str(config.said["peft_type"])]
     collect(reader, config, tensors)
     parts = reader.finish()
@@ -182,6 +222,8 @@ def save(
     *,
     task_type: str | None = None,
     base_model: AnyPath | None = None,
+    heads: int | None = None,
+    rotate: Rotate | None = None,
     overwrite: bool = False,
 ) -> None:
     """Saves an adapter as peft would: `PeftModel.from_pretrained(model, folder)` reads it.
@@ -198,10 +240,16 @@ def save(
       adapted: LoRA, LoRA-FA, DoRA of these, `Full` and `BitFit`; `TrainedTokens`, `NewTokens` or a `Sum` of such,
         beside them, or alone (a file of the kind `TRAINABLE_TOKENS`). peft takes the rows of `NewTokens` into a model
         whose table has them: `model.resize_token_embeddings(V + n)` comes before `PeftModel.from_pretrained` there. Of
-        a head that is tied it warns that there are no rows: they are those of the table.
-      names: as in `load`, read from right to left. A function gets `(path, index)` and returns a module.
+        a head that is tied it warns that there are no rows: they are those of the table. Or `PromptTuning`, or
+        `PrefixTuning`, without a network (`jlora.prompts.encoded`), alone or beside `Full`.
+      names: as in `load`, read from right to left. A function gets `(path, index)` and returns a module; layers of a
+        prefix are named by a dictionary.
       task_type: of the model, as peft has it ("CAUSAL_LM", "SEQ_CLS", ...), which `AutoPeftModelForCausalLM` asks for.
+        Without one peft does nothing with virtual tokens, so they are not written without it.
       base_model: its name on the hub or its folder, from which `AutoPeftModelFor...` makes it.
+      heads: of a prefix, how many heads its keys have (grouped heads: `num_key_value_heads`), where kernels do not
+        have them on an axis of their own.
+      rotate: of a prefix, as in `load`.
       overwrite: replace an adapter of peft that is there. Other files of the folder stay.
 
     Warns:
@@ -231,7 +279,11 @@ def save(
     replaces = _folder.check_free(target, overwrite, _peft_config.CONFIG_FILE, "adapter of peft")
     _arrays.check_concrete(adapted, lambda x: x, "jlora.io.peft.save")
     paths = _tree.flatten(adapted.frozen.base).paths
-    tensors, config = Writer(adapted, Book(names, paths)).write()
+    book = Book(names, paths)
+    if _peft_virtual.has_some(adapted):
+        tensors, config = _peft_virtual.write(adapted, book, task_type, heads, rotate)
+    else:
+        tensors, config = Writer(adapted, book).write()
     said = _peft_config.write(config, task_type, base_model)
     _untrained.warn("jlora.io.peft.save(path", adapted)
     with _folder.new_folder(target) as temporary:

@@ -6,7 +6,7 @@ Liu et al, `P-Tuning v2 <https://arxiv.org/abs/2110.07602>`_, 2021: the same wit
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Annotated
 
 from jlora import targets
@@ -102,11 +102,11 @@ class PrefixTuning(Method):
         deep = [
             DeepPrompts(
                 count=self.count, table=table, first=first, features=features, encoder=self.encoder, std=self.std,
-                dtype=self.dtype, target=_exactly(paths), group="prefix",
+                dtype=self.dtype, target=exactly(paths), group="prefix",
             )
-            for features, paths in self._projections(tree, traced).items()
+            for features, paths in self.projections(tree, traced).items()
         ]  # fmt: skip
-        return (VirtualTokens(count=self.count, dtype=self.dtype, target=_exactly([table])), *deep)
+        return (VirtualTokens(count=self.count, dtype=self.dtype, target=exactly([table])), *deep)
 
     def _table(self, tree: _tree.Named, traced: Traced | None) -> tuple[str, int]:
         """The path of the table of tokens, and how many it has."""
@@ -124,7 +124,7 @@ class PrefixTuning(Method):
             raise ValueError(f"PrefixTuning() needs one table of tokens, and there are {found}: write table=...")
         return found[0], _tree.shape_dtype(tree.leaves[tree.paths.index(found[0])])[0][0]
 
-    def _projections(self, tree: _tree.Named, traced: Traced | None) -> dict[tuple[int, ...], list[str]]:
+    def projections(self, tree: _tree.Named, traced: Traced | None = None) -> dict[tuple[int, ...], list[str]]:
         """`{features: paths}` of the projections that make keys and values."""
         takes = _select.taken(self.target, tree, traced)
         spared = _select.taken(self.exclude, tree, traced)
@@ -154,5 +154,6 @@ class PrefixTuning(Method):
         return found
 
 
-def _exactly(paths: Sequence[str]) -> tuple[str, ...]:
+def exactly(paths: Collection[str]) -> tuple[str, ...]:
+    """A target that takes these paths and no others."""
     return tuple(f"^{re.escape(path)}$" for path in paths)

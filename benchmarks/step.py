@@ -44,7 +44,7 @@ import optax
 import jlora
 from bert import Bert, Config, shapes
 
-BATCH, LENGTH, RANK = 32, 64, 8
+BATCH, LENGTH, RANK, TOKENS = 32, 64, 8, 20
 FOUNDATION = ("floor, lifted", "q, v", "all", "materialise", "full", "full, lifted")
 METHODS = {
     "LoRA": lambda target: jlora.LoRA(rank=RANK, alpha=16, target=target),
@@ -79,8 +79,14 @@ METHODS = {
     "C3A": lambda target: jlora.C3A(block=64, target=target),
     "HRA": lambda target: jlora.HRA(rank=RANK, target=target),
     "Houlsby": lambda target: jlora.Houlsby(bottleneck=64, target=OUTPUTS),
+    "Pfeiffer": lambda target: jlora.Pfeiffer(bottleneck=64),
     "Parallel": lambda target: jlora.Parallel(bottleneck=64, target=BLOCKS, input="intermediate/kernel"),
+    "KronA^B": lambda target: jlora.ParallelKronA(),
+    "KronA^B_res": lambda target: jlora.ParallelKronA(residual=True),
+    "PrefixTuning": lambda target: jlora.PrefixTuning(count=TOKENS),
+    "PromptTuning": lambda target: jlora.PromptTuning(count=TOKENS),
 }
+PROMPTS = ("PrefixTuning", "PromptTuning")  # inputs are longer by the virtual tokens
 # Masks, thresholds and probes fall into the timed rounds.
 SCHEDULE = {"target_rank": 5, "total_steps": 10**4, "interval": 1}
 RANKS = {
@@ -110,9 +116,9 @@ def variants(config):
     mask, labels = jnp.ones((BATCH, LENGTH), bool), jnp.asarray(rng.integers(2, size=BATCH))
     adamw = optax.adamw(1e-4)
 
-    def make(join, frozen, trainable, apply, tx=adamw):
+    def make(join, frozen, trainable, apply, tx=adamw, given=(ids, mask)):
         def loss(trainable, frozen):
-            logits = apply({"params": join(trainable, frozen)}, ids, mask)
+            logits = apply({"params": join(trainable, frozen)}, *given)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         def step(trainable, state, frozen):
@@ -135,6 +141,12 @@ def variants(config):
         tx = wrap(adamw, whole) if wrap else adamw
         return make(jlora.join, whole.frozen, whole.trainable, jlora.lift(model.apply, **how), tx)
 
+    def prompted(method):
+        whole = jlora.adapt(params, method, fn=lambda p, *args: model.apply({"params": p}, *args), args=(ids, mask))
+        longer = jlora.prompts.prepend(jlora.prompts.virtual_ids(whole), ids, mask=mask)
+        apply = jlora.lift(model.apply)
+        return make(jlora.join, whole.frozen, whole.trainable, apply, given=(longer.ids, longer.mask))
+
     bias = ("encoder", "layer_0", "attention", "query", "bias")
     every = jlora.LoRA(rank=RANK, alpha=16, target=KERNELS)
     made = {
@@ -147,6 +159,9 @@ def variants(config):
         "full, lifted": lambda: adapted(jlora.Full(target=".")),
     }
     for name, method in METHODS.items():
+        if name in PROMPTS:
+            made[name] = lambda method=method: prompted(method(KERNELS))
+            continue
         made[name] = lambda method=method: adapted(method(KERNELS))
         if not method(KERNELS).on_outputs:  # no weight can say what these do
             made[f"{name}, dense"] = lambda method=method: adapted(method(KERNELS), dense=True)

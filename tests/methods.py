@@ -529,6 +529,7 @@ def only(target: str, **options: Any) -> Callable[[Any], Any]:
     return lambda _: jlora.DeepPrompts(count=2, target=target, **options)
 
 
+ADAPTED = ("linen/mlp", "linen/convolutions", "linen/scan_axis_1_remat", "linen/vmap_experts", "nnx/scan")
 BLOCKS, VIRTUAL = ("plain/scanned_blocks",), ("plain/virtual_tokens",)
 ADDED = (
     Row(
@@ -538,7 +539,7 @@ ADDED = (
         bottleneck,
         merges=False,
         everywhere=False,
-        models=("linen/mlp", "linen/convolutions", "linen/scan_axis_1_remat", "linen/vmap_experts", *BLOCKS),
+        models=(*ADAPTED, *BLOCKS),
     ),
     Row(
         "pfeiffer",

@@ -16,7 +16,7 @@ import jlora
 from jlora import network
 from jlora._algebra._mesh import reshaped
 from jlora.methods.hra import RowsOfW0
-from methods import ADDED, CHOSEN, METHODS, assert_close, away_from_start, cotangents, each_row
+from methods import ADDED, CASES, CHOSEN, METHODS, assert_close, away_from_start, cotangents, each_row
 
 WIDE, INNER, HEADS, WORDS, LAYERS = 16, 24, 4, 32, 2
 
@@ -208,6 +208,35 @@ def test_same_numbers_on_a_mesh(row, name, kind):
         if kind == "Explicit":  # gradients live where the factors live
             assert all(g.sharding.is_fully_replicated for g in jax.tree.leaves(grads))
     assert_close((y, grads), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ADDED if row is not BEHIND])
+def test_blocks_and_tokens_on_a_mesh(row):
+    """Modules beside blocks, prompts and new tokens on weights that a mesh cuts: the numbers of one device."""
+    case = CASES[row.models[0]]
+    f, params, (x,) = case.build()
+    x = jnp.concatenate([x, x])  # four examples, as many as devices
+    start = jlora.adapt(params, row.spec(case.target), axes=dict(case.axes or {}))
+    trainable = away_from_start(start.trainable)
+    lifted = jlora.lift(f)
+
+    @jax.jit
+    def both(trainable, frozen, x, c):
+        y, pull = jax.vjp(lambda t: lifted(jlora.join(t, frozen), x), trainable)
+        return y, pull(c)[0]
+
+    c = cotangents([f(params, x)])[0]
+    want = both(trainable, start.frozen, x, c)
+    mesh = mesh_of("Auto")  # under explicit axes the models themselves would have to say where their lookups go
+    stack = (None,) * any("s" in letters for letters in (case.axes or {}).values())
+    rules = [("(query|key|value|up)/kernel|embedding", P(*stack, None, "model"))]
+    rules += [("(out|down)/kernel", P(*stack, "model", None)), (".", P())]
+    with jax.set_mesh(mesh):
+        held = jlora.shard.init(params, row.spec(case.target), mesh, rules, axes=dict(case.axes or {}))
+        put = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), trainable, held.trainable)
+        x, c = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, c))
+        assert_close(both(put, held.frozen, x, c), want, 2e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "tied", "layers", "convolution"])

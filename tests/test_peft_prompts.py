@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora.io import peft
 
+pytestmark = pytest.mark.settled
+
 FILES = Path(__file__).parent / "fixtures" / "peft_tokens"
 MODELS = json.loads((FILES / "models.json").read_text())
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -234,6 +236,9 @@ BAD_TOKENS = {
         "missing the rows of 'types'.*does not say which"),
     "a table without rows": (
         lora_with_tokens, {"embed.token_adapter.base_layer.weight": TABLE}, None, "extra .*no row of it is trained"),
+    "a head that was resized": (
+        lora_with_tokens, {f"embed.{IN_LORA}": TWO, "head.weight": normal(V + 2, D)}, [1, 2],
+        r"shape \(9, 4\), not \(7, 4\).*'head' was resized.*save_embedding_layers=False"),
     "unlike rows of a tied head": (
         lora_with_tokens, {f"embed.{IN_LORA}": TWO, f"tied.{IN_LORA}": TWO}, {"embed": [1, 2], "tied": [1, 3]},
         "'tied' is not in params"),
@@ -399,6 +404,9 @@ BAD_VIRTUAL = {
     "a module that is not saved": (
         decoder(), {"prompt_embeddings": ROWS, "h_0.attention.key.weight": normal(W, D)}, PREFIX,
         "trained by nothing"),
+    "a module that is saved and not there": (
+        decoder(), {"prompt_embeddings": ROWS}, PREFIX | {"modules_to_save": ["nothing", "h_1.attention"]},
+        "missing the tensors of 'h_1.attention', which modules_to_save names"),
     "prompts of another width": (
         KEPT, {"prompt_embeddings": normal(P, 5)}, PROMPT | {"token_dim": 5},
         r"token_dim is 5, and 'embed/embedding'.*has 4"),

@@ -152,9 +152,14 @@ class Config:
 
 def names_one_of(saved: Collection[str], prefix: str, module: str) -> bool:
     """Whether names of `modules_to_save` name a module, or one that it is a part of: peft looks at the last letters."""
-    steps, names, lengths = module.split("."), frozenset(saved), set(map(len, saved))
-    parents = [prefix + ".".join(steps[:n]) for n in range(1, len(steps) + 1)]
-    return any(parent[-n:] in names for parent in parents for n in lengths)
+    names, lengths = frozenset(saved), set(map(len, saved))
+    return any(parent[-n:] in names for parent in parents(prefix, module) for n in lengths)
+
+
+def parents(prefix: str, module: str) -> list[str]:
+    """What a module is a part of, and itself, by full names."""
+    steps = module.split(".")
+    return [prefix + ".".join(steps[:n]) for n in range(1, len(steps) + 1)]
 
 
 def endings(module: str) -> list[str]:

@@ -17,6 +17,7 @@ from jlora.methods.lora import LoRA
 def collect(reader: Collector, config: Config, tensors: Mapping[str, np.ndarray]) -> None:
     """Takes all tensors of a file."""
     found = reader.modules(tensors, Config.tensors, "a LoRA or DoRA adapter")
+    reader.check_saved(config.modules_to_save, found)
     for module, named in _peft_tokens.without_tied(found, config, reader).items():
         try:
             at = reader.book.slot(module)

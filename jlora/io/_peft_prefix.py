@@ -219,9 +219,8 @@ def collect(reader: Collector, config: Config, tensors: Mapping[str, np.ndarray]
                 f"num_layers is {config.num_layers}, and params has keys and values of {len(where)} layers"
             )
         check_keys(reader.tree, where)
-        leaf, one = reader.leaf(path, ())
-        zeros = np.zeros((count, *one.sizes("o")), np.float32)
-        reader.put(prompts.TABLE, leaf, VirtualTokens(count=count, target=()), (), {"virtual": zeros})
+        leaf, _ = reader.leaf(path, ())
+        reader.put(prompts.TABLE, leaf, VirtualTokens(count=count, target=()), (), {})
         if found is None:
             return
         each = found.reshape(count, config.num_layers, 2, width)

@@ -120,7 +120,9 @@ def others(reader: Collector, config: Config, tensors: Mapping[str, np.ndarray])
     """Takes the modules that are saved whole beside prompts."""
     reader.prefix = PREFIX
     left = {key: tensor for key, tensor in tensors.items() if key != TENSOR}
-    for module, named in reader.modules(left, WHOLE, "prompts or a prefix").items():
+    found = reader.modules(left, WHOLE, "prompts or a prefix")
+    reader.check_saved(config.modules_to_save, found)
+    for module, named in found.items():
         try:
             at = reader.book.slot(module)
             for kind, tensor in named.items():

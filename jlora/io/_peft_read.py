@@ -16,7 +16,7 @@ from jlora._trees import _axes, _tree
 from jlora._trees._leaf import Leaf
 from jlora.adapted import Adapted
 from jlora.io import _peft_layout as layout
-from jlora.io._peft_config import PREFIX
+from jlora.io._peft_config import PREFIX, parents
 from jlora.io._peft_names import Book
 from jlora.methods.base import Method
 from jlora.methods.dora import DoRA
@@ -106,6 +106,13 @@ class Collector:
                 found.setdefault(name.removesuffix("." + kind), {})[kind] = tensor
         return found
 
+    def check_saved(self, saved: Collection[str], found: Collection[str]) -> None:
+        """Notes what `modules_to_save` names and params has, where a file has no tensors of it."""
+        here, there = ({p for m in of for p in parents(self.prefix, m)} for of in (self.book.modules, found))
+        for name in saved:
+            if any(p.endswith(name) for p in here) and not any(p.endswith(name) for p in there):
+                self.bad.append(f"missing the tensors of {name!r}, which modules_to_save names and params has")
+
     def finish(self) -> dict[str, Part]:
         """The weights, all slices of each there; in `bad` what is missing otherwise."""
         for path, part in self.parts.items():
@@ -172,6 +179,11 @@ class Collector:
                 raise ValueError(f"{module + '.' + kind!r} is square, and under fan_in_fan_out it may be transposed")
             tensor = tensor.T if tensor.shape == shape[::-1] else tensor  # transformers' Conv1D is (in, out)
         if not self.fits(module, kind, tensor, leaf, shape):
+            if not trained and tensor.shape[1:] == shape[1:]:
+                self.bad.append(
+                    f"{module!r} was resized, and peft stored all of it: give params of the resized model, or save it "
+                    "without, model.save_pretrained(folder, save_embedding_layers=False)"
+                )
             return
         if isinstance(self.leaves[path], jax.ShapeDtypeStruct):
             raise ValueError(f"{path!r} is abstract, and {kind} of {module!r} is stored as a value, not a change")

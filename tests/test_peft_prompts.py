@@ -316,31 +316,33 @@ ROWS = normal(P, 4 * W)
 @pytest.mark.parametrize("says", ["paths", "names", "a stack", "a stack by names", "a function"])
 def test_layers_of_a_prefix_are_known_by_numbers_or_names(says, tmp_path):
     """Key and value of layer 0, of layer 1: in the order of the paths, of a stack, or as names have it."""
-    tree, names = decoder(), None
-    slots = [(f"h_{n}/attention/{x}/kernel", ()) for n in range(2) for x in ("key", "value")]
+    depth = 11 if says == "paths" else 2  # behind layer 9 stands layer 10, and not behind layer 1
+    tree, names, rows = decoder(depth), {}, normal(P, 2 * depth * W)
+    paths = [tuple(f"h_{n}/attention/{x}/kernel" for x in ("key", "value")) for n in range(depth)]
+    slots = [(path, ()) for pair in paths for path in pair]
     if "stack" in says:
         tree = stacked(tree)
         slots = [(f"h/attention/{x}/kernel", (n,)) for n in range(2) for x in ("key", "value")]
-        if "names" in says:
-            names = {f"layers.{{n}}.{x}": f"h/attention/{x}/kernel" for x in ("key", "value")}
+    if says == "a stack by names":
+        names = {f"layers.{{n}}.{x}": f"h/attention/{x}/kernel" for x in ("key", "value")}
     if says == "names":  # keys are values and values keys
         names = {"layers.{n}.key": "h_{n}/attention/value/kernel", "layers.{n}.value": "h_{n}/attention/key/kernel"}
-        slots = [(f"h_{n}/attention/{x}/kernel", ()) for n in range(2) for x in ("value", "key")]
+        slots = [(path, ()) for pair in paths for path in reversed(pair)]
     if says == "a function":
-        names = lambda module: f"h_{module.split('.')[1]}/attention/{module.split('.')[2]}/kernel"
-    named = {"word_embeddings": "embed/embedding"} | names if isinstance(names, dict) else names
-    if says == "a function":
-        named = lambda module: "embed/embedding" if module == "word_embeddings" else names(module)
+
+        def names(module):
+            _, n, x = module.split(".") if "." in module else (module, "", "")
+            return f"h_{n}/attention/{x}/kernel" if n else "embed/embedding"
+
     axes = {"kernel": "sio" if "stack" in says else "io"}
-    folder = folder_of(tmp_path / "x", {"prompt_embeddings": ROWS}, **PREFIX)
-    adapted = peft.load(folder, tree, named, axes=axes)
+    folder = folder_of(tmp_path / "x", {"prompt_embeddings": rows}, **PREFIX | {"num_layers": depth})
+    adapted = peft.load(folder, tree, names, axes=axes)
     for n, (path, index) in enumerate(slots):
-        found = adapted.trainable[path]["prompts"][index]
-        np.testing.assert_array_equal(found, ROWS[:, n * W : (n + 1) * W])
-    peft.save(tmp_path / "y", adapted, None if callable(named) else named, task_type="CAUSAL_LM", heads=2)
-    np.testing.assert_array_equal(tensors(tmp_path / "y")["prompt_embeddings"], ROWS)
+        np.testing.assert_array_equal(adapted.trainable[path]["prompts"][index], rows[:, n * W : (n + 1) * W])
+    peft.save(tmp_path / "y", adapted, None if callable(names) else names, task_type="CAUSAL_LM", heads=2)
+    np.testing.assert_array_equal(tensors(tmp_path / "y")["prompt_embeddings"], rows)
     config = json.loads((tmp_path / "y" / CONFIG).read_text())
-    assert {k: config[k] for k in PREFIX} == PREFIX
+    assert {k: config[k] for k in PREFIX} == PREFIX | {"num_layers": depth}
 
 
 def test_prompts_of_an_encoder_decoder_are_the_first_half(tmp_path):
@@ -390,6 +392,9 @@ BAD_VIRTUAL = {
         decoder(h_2={"attention": {"key": {"kernel": jnp.ones((D, W))}}}), {"prompt_embeddings": ROWS}, PREFIX,
         "cannot be told: names="),
     "no attention": (KEPT, {"prompt_embeddings": ROWS}, PREFIX, "no projections.*for a file of peft.*names="),
+    "a decoder behind an encoder": (
+        decoder(h_2={"cross_attention": {"key": {"kernel": jnp.ones((D, W))}}}), {"prompt_embeddings": ROWS}, PREFIX,
+        "num_transformer_submodules: .*h_2/cross_attention/key/kernel"),
     "an encoder-decoder": (
         decoder(), {"prompt_embeddings": ROWS}, PREFIX | {"num_transformer_submodules": 2},
         "submodules is 2.*layer 2n"),

@@ -18,7 +18,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._trees import _kinds, _tree
+from jlora._trees import _blocks, _kinds, _tree
 from jlora._trees._leaf import Leaf
 from jlora.io import _peft_fields as fields
 from jlora.io import _peft_prompts as prompts
@@ -143,16 +143,19 @@ def _numbers(path: str) -> list[str]:
 
 
 def check_keys(tree: _tree.Named, found: Collection[Layer]) -> None:
-    """ValueError where something but a rotation stands between a projection and the cache."""
-    kinds = dict(zip(tree.paths, _kinds.kinds(tree.paths, tree.leaves), strict=True))
-    inside = {path.rsplit("/", 2)[0] + "/" for layer in found for path, _ in (layer.key, layer.value)}
-    norms = [
-        path
-        for path, kind in kinds.items()
-        if kind == "norm"
-        and any(path.startswith(block) for block in inside)
-        and {"k", "key", "keys", "qk", "v", "value"} & {word for step in path.split("/") for word in _kinds.words(step)}
-    ]
+    """ValueError where a prefix is of an encoder-decoder, or something but a rotation stands in front of the cache."""
+    if cross := [path for path in tree.paths if _blocks.is_cross_attention(path)]:
+        raise ValueError(
+            f"num_transformer_submodules: {cross[:2]} are of cross-attention, and into a decoder behind an encoder "
+            "peft puts every second layer of a file twice; such prefixes are neither read nor written"
+        )
+    blocks = {path.rsplit("/", 2)[0] + "/" for layer in found for path, _ in (layer.key, layer.value)}
+    norms = []
+    for path, kind in zip(tree.paths, _kinds.kinds(tree.paths, tree.leaves), strict=True):
+        inside = [path.removeprefix(block) for block in blocks if path.startswith(block)]
+        words = {word for rest in inside for step in rest.split("/") for word in _kinds.words(step)}
+        if kind == "norm" and words & {"k", "key", "keys", "qk", "v", "value"}:
+            norms.append(path)
     if norms:
         raise ValueError(
             f"{norms[:2]} norm keys or values behind their projections, where jlora writes a prefix; peft has it "

@@ -104,14 +104,14 @@ def collect(reader: Collector, config: Config, tensors: Mapping[str, np.ndarray]
 
 
 def rows(
-    reader: Collector, tensors: Mapping[str, np.ndarray], shape: tuple[int, int], fields: str
+    reader: Collector, tensors: Mapping[str, np.ndarray], shape: tuple[int, int], said_by: str
 ) -> np.ndarray | None:
     """The prompts of a file; what is wrong with them is noted."""
     found = tensors.get(TENSOR)
     if found is None:
         reader.bad.append(f"missing {TENSOR!r}, the virtual tokens")
     elif found.shape != shape:
-        reader.bad.append(f"{TENSOR!r} has shape {found.shape}, and by {fields} it is {shape}")
+        reader.bad.append(f"{TENSOR!r} has shape {found.shape}, and by {said_by} it is {shape}")
         found = None
     return found
 

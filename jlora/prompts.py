@@ -61,7 +61,8 @@ def virtual_ids(adapted: Adapted, table: str = "") -> range:
     }
     if table not in found and (table or len(found) != 1):
         raise ValueError(
-            f"virtual_ids({table!r}): the tables with new rows are {list(found)}" + (not table) * "; name one of them"
+            f"virtual_ids({table!r}): the tables with new rows are {list(found)}"
+            + (not table) * "; name one of them, and leave out by target= what is no table of tokens"
             if found
             else "virtual_ids: no table of this adapter has new rows, as PromptTuning and PrefixTuning give it"
         )
@@ -77,28 +78,33 @@ def prepend(
     positions: ArrayLike | None = None,
     ignored: int = -100,
     longest: int | None = None,
+    at: int = 0,
 ) -> Prompted:
     """A batch with virtual tokens in front of every sequence.
 
     Padding may stand on either side: the virtual tokens come in front of it. Where positions are given, or a model
-    counts them off the mask, the first real token has position `len(virtual)`.
+    counts them off the mask, the first real token has position `len(virtual)`. A model that reads its answer off its
+    first position, as BERT's pooler does, keeps its first token there with `at=1`; a prefix is then what it would be in
+    front, but for positions. In a causal model no token before a virtual one sees it.
 
     Args:
       virtual: the ids, such as `virtual_ids(adapted)`.
       ids: integers `(..., seq)`.
-      mask: of attention, `(..., seq)`; ones (of its dtype) are put in front.
-      labels: `(..., seq)` of a model that makes one output a position; `ignored` is put in front. Labels of another
+      mask: of attention, `(..., seq)`; ones (of its dtype) are put where the virtual tokens are.
+      labels: `(..., seq)` of a model that makes one output a position; `ignored` is put there. Labels of another
         sequence (a decoder's) are not to be given.
       positions: integers that broadcast with `ids`.
       ignored: the label that a loss leaves out.
       longest: how many positions the model has; a longer result is an error here, where a table of positions would
         give what is not a number, or its last row.
+      at: how many tokens stay in front of the virtual ones, and keep their positions.
 
     Returns:
       A `Prompted`.
 
     Raises:
-      ValueError: ids without an axis or that are no integers; other arrays of another length; more than `longest`.
+      ValueError: ids without an axis or that are no integers; other arrays of another length; more than `longest`;
+        fewer tokens than `at`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -110,12 +116,14 @@ def prepend(
     if tokens.ndim == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"prepend takes ids as integers (..., seq), not {tokens.dtype} of shape {tokens.shape}")
     length = tokens.shape[-1]
+    if not 0 <= at <= length:
+        raise ValueError(f"prepend(at={at}): there is no such position in ids of shape {tokens.shape}")
     if longest is not None and count + length > longest:
         raise ValueError(
             f"{count} virtual tokens and {length} others are more than the {longest} positions of the model"
         )
 
-    def behind(name: str, given: ArrayLike | None, front: ArrayLike) -> jax.Array | None:
+    def around(name: str, given: ArrayLike | None, own: ArrayLike) -> jax.Array | None:
         if given is None:
             return None
         array = jnp.asarray(given)
@@ -123,30 +131,28 @@ def prepend(
             raise ValueError(
                 f"prepend({name}=...) of shape {array.shape}: its last axis is the {length} positions of ids"
             )
-        begin = jnp.broadcast_to(jnp.asarray(front).astype(array.dtype), (*array.shape[:-1], count))
-        return jnp.concatenate([begin, array], -1)
+        among = jnp.broadcast_to(jnp.asarray(own).astype(array.dtype), (*array.shape[:-1], count))
+        return jnp.concatenate([array[..., :at], among, array[..., at:]], -1)
 
     first = np.asarray(virtual, np.int64)
     if count and first.max() > jnp.iinfo(tokens.dtype).max:
         raise ValueError(f"ids of dtype {tokens.dtype} cannot hold the virtual id {first.max()}; cast them to int32")
-    made = behind("ids", tokens, first)
+    made = around("ids", tokens, first)
     assert made is not None
-    later = None if positions is None else jnp.asarray(positions) + count
-    return Prompted(
-        made,
-        behind("mask", mask, 1),
-        behind("labels", labels, ignored),
-        behind("positions", later, np.arange(count)),
-    )
+    places = None if positions is None else around("positions", positions, np.arange(at, at + count))
+    if places is not None:
+        places = places.at[..., at + count :].add(count)
+    return Prompted(made, around("mask", mask, 1), around("labels", labels, ignored), places)
 
 
-def remove(outputs: jax.Array, count: int, axis: int = 1) -> jax.Array:
+def remove(outputs: jax.Array, count: int, axis: int = 1, at: int = 0) -> jax.Array:
     """An output, or generated ids, without the virtual positions in front.
 
     Args:
       outputs: with an axis of positions.
       count: how many are virtual, `len(virtual_ids(adapted))`.
       axis: that of positions.
+      at: how many positions stand in front of them, as `prepend` was told.
 
     Raises:
       ValueError: fewer positions than that.
@@ -156,9 +162,12 @@ def remove(outputs: jax.Array, count: int, axis: int = 1) -> jax.Array:
       >>> jlora.prompts.remove(jnp.ones((2, 7, 5)), 3).shape
       (2, 4, 5)
     """
-    if not -outputs.ndim <= axis < outputs.ndim or outputs.shape[axis] < count:
-        raise ValueError(f"remove: no {count} positions stand in front on axis {axis} of shape {outputs.shape}")
-    return jax.lax.slice_in_dim(outputs, count, outputs.shape[axis], axis=axis)
+    if not -outputs.ndim <= axis < outputs.ndim or at < 0 or outputs.shape[axis] < at + count:
+        behind = f" behind the first {at}" if at else " in front"
+        raise ValueError(f"remove: no {count} positions stand{behind} on axis {axis} of shape {outputs.shape}")
+    kept = lambda first, end: jax.lax.slice_in_dim(outputs, first, end, axis=axis)
+    rest = kept(at + count, outputs.shape[axis])
+    return jnp.concatenate([kept(0, at), rest], axis) if at else rest
 
 
 def insert(tokens: jax.Array, prompts: jax.Array, at: int = 1) -> jax.Array:

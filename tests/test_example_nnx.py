@@ -140,3 +140,76 @@ def test_explain_finds_every_weight(example, result):
     )
     assert len({row.path for row in report.rows}) == 4 * SIZE["depth"]
     assert not report.dense and not report.unused
+
+
+@pytest.fixture(scope="module")
+def untrained(example):
+    """`(forward, step, parameters, an empty cache)` of a small decoder with room for 14 tokens of 3 sequences."""
+    model = example.Decoder(16, 2, 2, 14, rngs=nnx.Rngs(0))
+    graphdef, params, rest = example.split(model)
+    model.init_cache(3)
+    cached, _, empty = example.split(model)
+    forward = lambda params, tokens: example.call(graphdef, params, rest, tokens)[0]
+    step = lambda params, cache, token: example.call(cached, params, cache, token, decode=True)
+    return forward, step, params, empty
+
+
+def away(adapted):
+    """The same adapter with noise on each trained factor."""
+    leaves, treedef = jax.tree.flatten(adapted.trainable)
+    noisy = [x + 0.3 * jax.random.normal(jax.random.key(n), x.shape) for n, x in enumerate(leaves)]
+    return jlora.join(jax.tree.unflatten(treedef, noisy), adapted.frozen)
+
+
+VIRTUAL = {
+    "prompt": jlora.PromptTuning(count=3),
+    "prefix and more": [jlora.PrefixTuning(count=3), jlora.Houlsby(2), jlora.LoRA(rank=2)],
+}
+
+
+@pytest.mark.parametrize("name", VIRTUAL)
+def test_virtual_tokens_are_in_the_cache(example, untrained, name):
+    """Given once, in front of the first token: logits token by token are those of the whole sequence."""
+    forward, step, params, cache = untrained
+    adapted = away(jlora.adapt(params, VIRTUAL[name]))
+    assert not any(path.startswith("place/") for path in adapted.trainable)
+    tokens = example.make_batch(jax.random.key(8), 3, 5, descending=True)
+    ids = jlora.prompts.prepend(jlora.prompts.virtual_ids(adapted), tokens, longest=14).ids
+    whole, step = jax.jit(jlora.lift(forward))(adapted, ids), jax.jit(jlora.lift(step))
+    found = []
+    for t in range(ids.shape[1]):
+        logits, cache = step(adapted, cache, ids[:, t : t + 1])
+        found.append(logits)
+    chex.assert_trees_all_close(jnp.concatenate(found, 1), whole, rtol=1e-5, atol=1e-5)
+    assert jnp.abs(whole[:, 3:] - forward(params, tokens)).max() > 0.1
+
+
+ACTIVATED = {
+    "lora": [jlora.LoRA(rank=2, target="kernel$")],
+    "vera": [jlora.VeRA(rank=3, target="attention/.*kernel$")],
+    "loha": [jlora.LoHa(rank=2, target="kernel$")],
+    "lokr and houlsby": [jlora.LoKr(rank=2, target="attention/.*kernel$"), jlora.Houlsby(2)],
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_an_activated_adapter_goes_on_from_the_cache_of_the_base(untrained, name):
+    """The base reads what all rows have before their invocation; the adapter goes on, as if it had read the whole."""
+    forward, step, params, cache = untrained
+    adapted = away(jlora.adapt(params, [jlora.Gated(method) for method in ACTIVATED[name]]))
+    tokens = jnp.array([[1, 2, 3, 4, 5, 6, 7, 8], [1, 5, 6, 3, 5, 5, 6, 2], [6, 5, 2, 4, 5, 7, 6, 1]])
+    gate = jlora.invoked(tokens, [5, 6])
+    np.testing.assert_array_equal(gate.sum(1), [4, 3, 0])
+    want = jax.jit(jlora.lift(forward))(jlora.with_gates(adapted, active=gate), tokens)
+
+    base, found = jax.jit(step), []
+    for t in range(4):
+        logits, cache = base(params, cache, tokens[:, t : t + 1])
+        found.append(logits)
+    on = jax.jit(lambda gate, cache, token: jlora.lift(step)(jlora.with_gates(adapted, active=gate), cache, token))
+    for t in range(4, 8):
+        logits, cache = on(gate[:, t : t + 1], cache, tokens[:, t : t + 1])
+        found.append(logits)
+    chex.assert_trees_all_close(jnp.concatenate(found, 1), want, rtol=1e-5, atol=1e-5)
+    moved = jnp.abs(want - forward(params, tokens)).max(-1) > 1e-3
+    np.testing.assert_array_equal(moved, gate > 0)

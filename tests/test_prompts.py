@@ -507,7 +507,9 @@ BAD = {
     "another mask": (lambda: prompts.prepend([11], IDS, mask=jnp.ones((2, 4))), r"mask=...\) of shape \(2, 4\)"),
     "too long": (lambda: prompts.prepend(range(11, 14), IDS, longest=7), "more than the 7 positions"),
     "narrow ids": (lambda: prompts.prepend([300], IDS.astype(jnp.uint8)), "uint8 cannot hold the virtual id 300"),
+    "behind the end": (lambda: prompts.prepend([11], IDS, at=6), r"at=6\): there is no such position .*\(2, 5\)"),
     "nothing to remove": (lambda: prompts.remove(jnp.ones((2, 2)), 3), "no 3 positions"),
+    "nothing behind": (lambda: prompts.remove(jnp.ones((2, 4)), 3, at=2), "no 3 positions stand behind the first 2"),
     "other features": (lambda: prompts.insert(jnp.ones((2, 5, 4)), jnp.ones((1, 3))), r"\(1, 3\) among"),
     "no such position": (lambda: prompts.insert(jnp.ones((2, 5, 4)), jnp.ones((1, 4)), at=6), "no position 6"),
     "no virtual ids": (
@@ -522,6 +524,19 @@ def test_what_is_no_batch_is_refused(case):
     act, words = BAD[case]
     with pytest.raises(ValueError, match=words):
         act()
+
+
+def test_virtual_tokens_behind_the_first_ones():
+    """With `at`, ids, mask, labels and positions keep that many in front; `remove` and `prepend` undo each other."""
+    places, mask = jnp.arange(5)[None], MASKS["padded right"]
+    given = prompts.prepend(range(V, V + P), IDS, mask=mask, labels=IDS, positions=places, at=2)
+    want = [[*row[:2], V, V + 1, V + 2, *row[2:]] for row in np.asarray(IDS).tolist()]
+    np.testing.assert_array_equal(given.ids, want)
+    np.testing.assert_array_equal(given.labels, np.where(np.array(want) < V, want, -100))
+    np.testing.assert_array_equal(given.positions, [list(range(P + 5))])
+    for made, had in ((given.ids, IDS), (given.mask, mask), (given.labels, IDS)):
+        np.testing.assert_array_equal(prompts.remove(made, P, at=2), had)
+    assert given.mask[:, 2 : 2 + P].all()
 
 
 def test_everything_of_a_batch_goes_along():

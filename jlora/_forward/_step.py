@@ -47,7 +47,8 @@ def applied(w: Weight, y: jax.Array, groups: Groups, inputs: Mapping[int, Met]) 
         if of >= 0 and of not in inputs:
             raise NoArray(
                 f"{w.named}: a step on its output reads the input of another weight, and the model does not use that "
-                "one before it, or in a loop or branch that has ended or that uses it later"
+                "one before it, or in a loop or branch that has ended or that uses it later; leave a weight without "
+                "such an input, as of an encoder that reads no ids, to no such method (exclude=...)"
             )
         met = inputs.get(of)
         if met is not None and met.is_lost:

@@ -59,7 +59,7 @@ NAMES = {
     "states": (Names(r"batch_stats|batchstats|cache|ema_params|spectral_stats|.*_ema", "collections of Flax, Haiku"),),
     "position": (
         Names(
-            r"(.*_)?(pos|position|positions|positional|posemb|posembed|relpos|wpe)(_ids)?(_(emb|embs|embed|embeds|embedding|"
+            r"(.*_)?(pos|position|positions|positional|posemb|posembed|relpos|places?|wpe)(_ids)?(_(emb|embs|embed|embeds|embedding|"
             r"embeddings|embedder|encoding|encodings|enc|bias|table|param|k|x|y|1d|2d|h|w|index|[uv]))*",
             "ViT pos_embedding; Haiku positional_embeddings; T5X relpos_bias; GPT-2 wpe; HF position_embeddings",
         ),

@@ -13,7 +13,7 @@ from jlora import targets
 from jlora._algebra._recipe import Recipe
 from jlora._algebra._rows import Rows
 from jlora._algebra._words import Array
-from jlora._trees import _kinds, _select, _tree
+from jlora._trees import _blocks, _kinds, _select, _tree
 from jlora._trees._leaf import Leaf
 from jlora._trees._tree import Target
 from jlora._types import Traced
@@ -62,15 +62,20 @@ class PrefixTuning(Method):
     (`jlora.prompts.prepend`) and take what stands there off the output (`jlora.prompts.remove`). So positions, masks
     and lengths follow from longer ids by the model's own rules, as they do for a cache with the prefix in it: the
     first real token has position p, keys of a rotary model are turned after they are written, each by its own place,
-    and what decodes with a cache gives the prefix once. What virtual positions compute is seen by no other.
+    and what decodes with a cache gives the prefix once. What virtual positions compute, no other of their stack sees.
+
+    An encoder and its decoder each read their own ids, and a prefix stands where virtual ids are given. Cross-attention
+    has none by default: it sees what the encoder made at virtual positions, unless a mask of its own leaves them out.
+    Where `target` names its projections too, as the authors do for BART, it has trained keys and values of its own in
+    the first p places of what it attends to.
 
     It is several rules: `VirtualTokens` on the table, `DeepPrompts` on the keys and values. It stands alone or beside
     rules for weights, `[PrefixTuning(count=10), LoRA(rank=8)]`. It cannot be merged.
 
     Attributes:
       count: p.
-      target: the projections of keys and values; by default those of the model but what is named after
-        cross-attention, whose inputs are no ids.
+      target: the projections of keys and values; by default those of self-attention. Those of cross-attention are
+        named beside, `[jlora.targets.keys_and_values, "EncDecAttention/[kv]/"]`.
       table: the table of tokens by its path; by default the only one that there is.
       features: of a projection that makes queries, keys and values in one, where its keys and values are: from and to.
         Of `c_attn` (GPT-2) the second and third part by default.
@@ -99,13 +104,17 @@ class PrefixTuning(Method):
 
     def rules(self, tree: _tree.Named, traced: Traced | None = None) -> tuple[Method, ...]:
         table, first = self._table(tree, traced)
-        deep = [
-            DeepPrompts(
-                count=self.count, table=table, first=first, features=features, encoder=self.encoder, std=self.std,
-                dtype=self.dtype, target=exactly(paths), group="prefix",
-            )
-            for features, paths in self.projections(tree, traced).items()
-        ]  # fmt: skip
+        deep = list[Method]()
+        for features, paths in self.projections(tree, traced).items():
+            across = [path for path in paths if _blocks.is_cross_attention(path)]
+            within = [path for path in paths if path not in across]
+            # what cross-attention projects is made of another sequence than the ids that were looked up last
+            for those, of, start in ((within, table, first), (across, "", 0)):
+                if those:
+                    deep.append(DeepPrompts(
+                        count=self.count, table=of, first=start, features=features, encoder=self.encoder, std=self.std,
+                        dtype=self.dtype, target=exactly(those), group="prefix",
+                    ))  # fmt: skip
         return (VirtualTokens(count=self.count, dtype=self.dtype, target=exactly([table])), *deep)
 
     def _table(self, tree: _tree.Named, traced: Traced | None) -> tuple[str, int]:
@@ -133,7 +142,8 @@ class PrefixTuning(Method):
         for path, leaf, it, no in zip(tree.paths, tree.leaves, takes, spared, strict=True):
             if not it or no:
                 continue
-            fused, shape = re.match("q.|.+q", _kinds.letters(path)) is not None, sorted(_tree.shape_dtype(leaf)[0])
+            shape = sorted(_tree.shape_dtype(leaf)[0])
+            fused = re.match("q.|.+q", _kinds.letters(path)) is not None and not _blocks.is_cross_attention(path)
             features = self.features if fused else ()
             if fused and not features:
                 # transformers/models/gpt2/modeling_flax_gpt2.py: c_attn, split into three parts
@@ -144,7 +154,8 @@ class PrefixTuning(Method):
         if unclear:
             raise ValueError(
                 f"PrefixTuning(): {unclear[:3]} make queries, keys and values in one; write which features of the "
-                "output are keys and values, from and to, such as features=(768, 2304)"
+                "output are keys and values, from and to, such as features=(768, 2304); where each head has its three "
+                "together, as in Bloom, there is no such range, and no prefix"
             )
         if not found:
             raise ValueError(

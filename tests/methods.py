@@ -484,6 +484,7 @@ METHODS = (
         shared=lambda leaf: ("theta", 7),
         on="all",
         everywhere=False,
+        models=("linen/mlp", "linen/conv_2d", "linen/scan_axis_1_remat", "linen/ragged_experts", "plain/biases"),
     ),
     Row(
         "bitfit",

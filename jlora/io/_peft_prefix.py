@@ -121,7 +121,8 @@ HINT = "names={'layers.{n}.key': path, 'layers.{n}.value': path} says it"
 def _there(book: Book, stack: Callable[[str], tuple[int, ...]], pair: tuple[str, str]) -> bool:
     """Whether names find a layer in the tree."""
     said = [slot for module in pair for slot in book.said(module)]
-    return all(path in book.paths and all(i < n for i, n in zip(at, stack(path), strict=False)) for path, at in said)
+    inside = lambda at, sizes: all(i < n for i, n in zip(at, sizes, strict=False))  # noqa: E731
+    return bool(said) and all(path in book.paths and inside(at, stack(path)) for path, at in said)
 
 
 def _features(tree: _tree.Named, paths: Collection[str] | None) -> dict[str, tuple[int, ...]]:

@@ -56,7 +56,7 @@ RECIPES = {
     "an operand too many": (delta("r I, r O, r -> I O", A, B), "3 operands between its commas, and 2 words"),
     "a word too many": (delta("r I -> I O", A, B), "1 operands between its commas, and 2 words"),
     "no arrow": (delta("r I, r O", A, B), "no one '->'"),
-    "a side forgotten": (delta("r I -> I", A), "does not make every axis.*there is no O"),
+    "a side forgotten": (delta("r I, r -> I", A, B), "does not make every axis.*there is no O"),
     "a letter where a side is made": (delta("r I, r o -> I o", A, B, sizes=(*R, ("o", 4))), "'o' on its right is no"),
     "a group of a letter that nobody carries": (
         delta("r I, r p -> I (p q)", A, B, sizes=(*R, ("p", 2))), "no operand carries the letter 'q'.*if it repeats",

@@ -155,7 +155,10 @@ def contract(
         if len(chosen) == 1:
             live.append(steps.summed(chosen[0], keep, element))
             continue
-        (a, la), (b, lb) = chosen
+        (_, la), (_, lb) = chosen
+        (a, la), (b, lb) = (
+            steps.summed(one, keep | set(other), None) for one, other in zip(chosen, (lb, la), strict=True)
+        )
         if (elements(a.shape), len(la)) < (elements(b.shape), len(lb)):  # activations first
             (a, la), (b, lb) = (b, lb), (a, la)
         meet = steps.dotted if any(x in lb and x not in keep for x in la) else steps.multiplied

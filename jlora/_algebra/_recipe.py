@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-from jlora._algebra._words import Array, Base, Delta, Function, Labels, Step, Word, check_tuple, scale_of
+from jlora._algebra._words import Array, Base, Delta, Function, Labels, Step, Word, check_tuple, scale_of, spoken
 from jlora._trees._leaf import Leaf
 from jlora._types import Shape
 
@@ -40,6 +40,16 @@ class Recipe:
     def __post_init__(self) -> None:
         check_tuple("a Recipe has deltas", self.deltas, Delta)
         check_tuple("a Recipe has steps", self.steps, Step)
+        if not isinstance(self.rows, tuple):
+            raise TypeError(f"a Recipe has rows, a tuple of Rows each, not {self.rows!r:.80}")
+        for name in ("gain", "left", "right"):
+            network = getattr(self, name)
+            if network is not None and not isinstance(network, Delta):
+                raise TypeError(f"a Recipe has as its {name} a Delta, not {network!r:.80}")
+            if network is not None and (network.scale != 1 or any(network.rates)):
+                raise ValueError(
+                    f"{network.equation!r} is a {name}, which multiplies: it has no scale and no dropout of its own"
+                )
 
     @property
     def additive(self) -> bool:
@@ -91,6 +101,9 @@ class Recipe:
             place = (array.group or leaf.path, array.name)
             if place in found and found[place][1] != full:
                 raise ValueError(f"{place[0]!r} would hold {array.name!r} in two shapes, {found[place][1]} and {full}")
+            if place in found and _kind(found[place][0]) != _kind(array):
+                why = "; 's' is the scale of a delta" if array.name == "s" else ""
+                raise ValueError(f"{place[0]!r} would hold {array.name!r} as two unlike arrays{why}; name them apart")
             found[place] = (array, full)
 
         for bound in self.bound(leaf):
@@ -111,12 +124,19 @@ class Recipe:
         return found
 
 
+def _kind(array: Array) -> tuple[object, ...]:
+    """All that two words of one array agree in, but for their start and a shape that only one of them says."""
+    return array.trained, array.stacked, array.scale, array.derived, array.dtype
+
+
 def _check_covers(bound: "Bound", leaf: Leaf) -> None:
     held = {x for labels in bound.labels for x in labels} | set(atoms(leaf)[n] for n in leaf.axes("s"))
     covered = {a for side, _ in bound.blocks for a in side}
     if covered != set(atoms(leaf)) or not all(set(made) <= held for _, made in bound.blocks):
         sides = (("I", "i"), ("O", "o"), ("K", "k"))
-        lost = [side for side, role in sides if set(atoms(leaf)[n] for n in leaf.axes(role)) - covered]
+        mine = lambda role: set(atoms(leaf)[n] for n in leaf.axes(role))
+        lost = [side for side, role in sides if mine(role) - (covered & held) and not (mine(role) <= covered - held)]
+        lost += [f"{side} among the operands" for side, role in sides if mine(role) and mine(role) <= covered - held]
         raise ValueError(
             f"the equation {bound.delta.equation!r} does not make every axis of a weight with axes {leaf.roles!r}"
             + (f": there is no {' and no '.join(lost)}" if lost else "")
@@ -177,7 +197,7 @@ def atoms(leaf: Leaf) -> Labels:
 def bind(delta: Delta, leaf: Leaf, flat: str = "IO") -> Bound:
     """Reads an equation for the shape of one leaf; `flat` says the sides of its groups in parentheses."""
     names = atoms(leaf)
-    window = "K" in delta.equation
+    window = "K" in spoken(delta.equation)
     sides = {
         "I": tuple(names[n] for n in leaf.axes("i" if window else "ik")),
         "O": tuple(names[n] for n in leaf.axes("o")),

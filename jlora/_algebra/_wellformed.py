@@ -30,6 +30,8 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
     for n, (delta, sides) in enumerate(recipe.networks):
         try:
             _check_letters(delta, sides)
+            if delta is recipe.gain and "(" in delta.equation:
+                raise ValueError("a gain stands on whole sides, I, O or K, and has no groups in parentheses")
             _check_gates(delta, n < len(recipe.deltas))
             bound = _recipe.bind(delta, leaf, sides)
             for word, labels in bound.words:
@@ -78,10 +80,6 @@ def check_start(method: str, leaf: Leaf, recipe: Recipe, arrays: Stored, made: o
         _check_steps(recipe, leaf, made)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error.__cause__
-
-
-def _is_size(size: object) -> bool:
-    return isinstance(size, int | np.integer) and int(size) > 0
 
 
 def check_kind(recipe: object) -> None:
@@ -140,11 +138,16 @@ def _check_letters(delta: Delta, sides: str) -> None:
             if letter not in ("I", "O", "K") and letter not in sized:
                 blanks = "; letters are separated by blanks" if len(letter) > 1 else ""
                 raise ValueError(f"the letter {letter!r} has no size: write sizes=(({letter!r}, 4), ...){blanks}")
+    _check_names({x for letters in operands for x in letters} | set(sized))
+    if sum(isinstance(word, Base) for word in delta.operands) > 1:
+        raise ValueError("Base stands in it twice; a Function with base=True may take powers of W0")
+    if sides in ("II", "OO") and any(isinstance(word, Base) for word in delta.operands):
+        raise ValueError("an L or R turns W0, and Base stands in it; a Function with base=True sees W0")
     for word, letters in zip(delta.operands, operands, strict=True):
         if twice := next((x for x in letters if letters.count(x) > 1), None):
             raise ValueError(f"the operand {' '.join(letters)!r} of {_named([word])} has the letter {twice!r} twice")
     for letter, size in delta.sizes:
-        if not _is_size(size):
+        if not _words.is_size(size) or not size:
             raise ValueError(f"the letter {letter!r} has the size {size!r}, which is no number of elements")
     held = {x for letters in operands for x in letters}
     groups = re.findall(r"\(([^)]*)\)", right)
@@ -158,6 +161,15 @@ def _check_letters(delta: Delta, sides: str) -> None:
             raise ValueError(f"{letter!r} on its right is no side of the weight: write I, O, K or a group (i j)")
     if len(groups) > len([side for side in sides if side not in plain]):
         raise ValueError(f"{len(groups)} groups in parentheses, and the weight has the sides {' and '.join(sides)}")
+    made = [x for group in groups for x in group.split()]
+    if sides == "IO" and (twice := next((x for x in made if made.count(x) > 1), None)):
+        raise ValueError(f"{twice!r} makes two axes on its right; a matrix in blocks is an L or an R, '-> (b m) (b n)'")
+    for letter in held - {"I", "O", "K", *made, *plain} if sides != "O" else ():  # of rows, which have a number each
+        if sum(letter in letters for letters in operands) < 2:
+            raise ValueError(
+                f"the letter {letter!r} is carried by one operand and made by nobody: it would be summed over; sum it "
+                "in a Function, or leave it out"
+            )
     for letter in (x for group in groups for x in group.split()):
         if letter not in held:
             raise ValueError(
@@ -169,6 +181,15 @@ def _check_letters(delta: Delta, sides: str) -> None:
     for letter in (*delta.ranks, *(x for x, _ in delta.rank_dropout)):
         if letter not in held:
             raise ValueError(f"no operand carries {letter!r}, which is said to be a rank")
+
+
+INSIDE = r"[iosk]\d+|[xwy]\d+|row\d+|group"  # axes of a weight, of a dot, of a lookup; groups of a convolution
+
+
+def _check_names(letters: set[str]) -> None:
+    """Letters are letters and digits, and none of the names that axes have inside, such as `i0`."""
+    if odd := sorted(x for x in letters if re.fullmatch(INSIDE, x) or not x.isalnum() or not x.isascii()):
+        raise ValueError(f"{odd[0]!r} is the name of an axis inside, or is no letter; write another, such as 'r'")
 
 
 def _check_gates(delta: Delta, added: bool) -> None:
@@ -227,13 +248,15 @@ def _check_functions(recipe: Recipe, leaf: Leaf, given: tuple[tuple[tuple[DType,
 def _check_function(
     word: Function, given: Sequence[Shaped], labels: Sequence[str], shape: Sequence[int | None]
 ) -> None:
-    shapes = ", ".join(str(x.shape) for x in given)
+    shapes = ", ".join(str(x.shape) for x in given) or "(none)"
     try:
         made: object = jax.eval_shape(word.fn, *given)
     except Exception as error:  # whatever an author's function raises
         raise ValueError(f"a Function of arrays {shapes} fails: {type(error).__name__}: {error}") from error
     if not isinstance(made, jax.ShapeDtypeStruct):
         raise ValueError(f"a Function of arrays {shapes} returns {type(made).__name__}, not one array")
+    if jnp.issubdtype(made.dtype, jnp.complexfloating):
+        raise ValueError(f"a Function of arrays {shapes} returns {made.dtype}, and weights are real")
     if len(made.shape) != len(shape) or any(b not in (None, a) for a, b in zip(made.shape, shape, strict=True)):
         letters = _spoken(labels, shape)
         raise ValueError(f"a Function of arrays {shapes} returns {made.shape}, and its letters {letters}")

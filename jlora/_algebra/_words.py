@@ -23,6 +23,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jlora._types import Init, Key, Shape
@@ -38,12 +39,22 @@ def check_tuple(said: str, held: object, kind: type[object] | UnionType) -> None
 
 
 @functools.cache
-def _is_dtype(name: str) -> bool:
+def _is_dtype(name: str, trained: bool) -> bool:
     try:
-        jnp.dtype(name)
+        dtype = jnp.dtype(name)
     except TypeError:
         return False
-    return True
+    return jnp.issubdtype(dtype, jnp.floating) or not trained and not jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def is_size(size: object) -> bool:
+    """Whether it is a number of elements."""
+    return isinstance(size, int | np.integer) and not isinstance(size, bool) and int(size) >= 0
+
+
+def spoken(equation: str) -> list[str]:
+    """The letters of an equation, as often as they stand in it."""
+    return re.findall(r"[^\s,()>-]+", equation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +86,18 @@ class Array:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise TypeError(f"an Array has a name without '/', such as Array('a', init), not {self.name!r:.60}")
+        if self.shape is not None and not (isinstance(self.shape, tuple) and all(map(is_size, self.shape))):
+            raise TypeError(f"Array({self.name!r}, shape={self.shape!r:.60}): a tuple of whole numbers, or None")
+        for flag in ("trained", "stacked", "scale", "derived"):
+            if not isinstance(getattr(self, flag), bool):
+                raise TypeError(f"Array({self.name!r}, {flag}={getattr(self, flag)!r:.60}): True or False")
         if not callable(self.init):
             raise TypeError(
                 f"Array({self.name!r}, init): init(key, shape, dtype) makes it, and {self.init!r:.60} is not called"
             )
-        if self.dtype is not None and not _is_dtype(self.dtype):
-            raise TypeError(f"Array({self.name!r}, dtype={self.dtype!r:.60}): the name of a dtype, such as 'float32'")
+        if self.dtype is not None and not _is_dtype(self.dtype, self.trained):
+            kind = "a floating point dtype" if self.trained else "a dtype"
+            raise TypeError(f"Array({self.name!r}, dtype={self.dtype!r:.60}): the name of {kind}, such as 'float32'")
 
     @property
     def arrays(self) -> tuple["Array", ...]:
@@ -103,6 +120,8 @@ class Function:
 
     def __post_init__(self) -> None:
         check_tuple("a Function has arrays", self.arrays, Array)
+        if not callable(self.fn):
+            raise TypeError(f"a Function has a function first, fn(*arrays), not {self.fn!r:.60}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,15 +246,22 @@ class Delta:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.equation, str):
+            raise TypeError(f"a Delta has an equation in words, 'r I, r O -> I O', not {self.equation!r:.60}")
         check_tuple(f"{self.equation!r} has operands", self.operands, Array | Function | Base | Gate)
         check_tuple(f"{self.equation!r} has sizes", self.sizes, tuple)
         check_tuple(f"{self.equation!r} has ranks", self.ranks, str)
         check_tuple(f"{self.equation!r} has rates of rank dropout", self.rank_dropout, tuple)
-        if not math.isfinite(self.scale):
-            raise ValueError(f"{self.equation!r} has the scale {self.scale}, which is no number")
-        for rate in self.rates:
-            if not 0 <= rate < 1:
-                raise ValueError(f"{self.equation!r} has a rate of dropout {rate}, which is not in [0, 1)")
+        pairs = [x for x in self.sizes if len(x) != 2 or not isinstance(x[0], str)]
+        twice = [x for x, _ in self.sizes if sum(x == y for y, _ in self.sizes) > 1] if not pairs else []
+        if pairs or twice or {x for x, _ in self.sizes} & set("IOK"):
+            raise ValueError(
+                f"{self.equation!r} has sizes {self.sizes!r:.80}: pairs of a letter of its own, each once, and a number"
+            )
+        if not _is_number(self.scale):
+            raise ValueError(f"{self.equation!r} has the scale {self.scale!r:.40}, which is no number")
+        if rates := [rate for rate in self.rates if not _is_number(rate) or not 0 <= rate < 1]:
+            raise ValueError(f"{self.equation!r} has a rate of dropout {rates[0]!r:.40}, which is not in [0, 1)")
         left, arrow, right = self.equation.partition("->")
         held, sized = left.replace(",", " ").split(), dict(self.sizes)
         inside = dict.fromkeys(x for group in re.findall(r"\(([^)]*)\)", right) for x in group.split())
@@ -257,6 +283,13 @@ class Delta:
     def rates(self) -> tuple[float, ...]:
         """Every rate of dropout."""
         return (self.dropout, self.module_dropout, *(rate for _, rate in self.rank_dropout))
+
+
+def _is_number(x: object) -> bool:
+    try:
+        return not isinstance(x, str | bytes) and math.isfinite(float(x))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
 
 
 def constant(value: float) -> Init:

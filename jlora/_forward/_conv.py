@@ -1,8 +1,9 @@
 """How an adapted weight meets an activation: ragged dots of experts, and convolutions."""
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypedDict
 
 import jax
@@ -43,8 +44,14 @@ class ConvParams(TypedDict):
 # --- ragged dots (mixtures of experts) ----------------------------------------------------------------------------
 
 
-def _absorbed(values: list[jax.Array], names: list[Labels]) -> tuple[list[jax.Array], list[Labels]]:
-    """Multiplies every operand whose labels another one has into that one: scalars, diagonals, gates."""
+def _absorbed(
+    values: list[jax.Array], names: list[Labels], kept: Collection[str]
+) -> tuple[list[jax.Array], list[Labels]]:
+    """Multiplies every operand whose labels another one has into that one: scalars, diagonals, gates.
+
+    A label that one operand alone then has, of those that had it, is summed over, unless it is one of `kept`.
+    """
+    before = collections.Counter(x for ls in names for x in ls)
     order = sorted(range(len(values)), key=lambda n: len(names[n]))
     live = [(values[n], names[n]) for n in order]
     done: list[tuple[jax.Array, Labels]] = []
@@ -58,6 +65,10 @@ def _absorbed(values: list[jax.Array], names: list[Labels]) -> tuple[list[jax.Ar
         spread = lax.transpose(a, [ls.index(x) for x in lb if x in ls]) if a.ndim > 1 else a
         spread = lax.expand_dims(spread, [k for k, x in enumerate(lb) if x not in ls])
         live[m] = (spread * b, lb)
+    counts = collections.Counter(x for _, ls in done for x in ls)
+    for n, (a, ls) in enumerate(done):
+        gone = tuple(k for k, x in enumerate(ls) if counts[x] == 1 < before[x] and x not in kept)
+        done[n] = (jnp.sum(a, gone) if gone else a, tuple(x for k, x in enumerate(ls) if k not in gone))
     return [a for a, _ in done], [ls for _, ls in done]
 
 
@@ -100,7 +111,7 @@ def ragged(
         ):
             raise Refusal("a ragged dot across a flattened side")
         label, end = runs[0][1][0], ends[0][1][0]
-        values, names = _absorbed([v.astype(x.dtype) for v in values], list(names))
+        values, names = _absorbed([v.astype(x.dtype) for v in values], list(names), (group, label, end))
         todo = list(zip(values, names, strict=True))
         with jax.named_scope("delta"):
             while todo:
@@ -287,7 +298,8 @@ def _conv_term(
 ) -> tuple[jax.Array, float]:
     """One term's convolution in three steps, and its FLOPs."""
     values, names = w.operands(term)
-    chain = _as_chain(*_absorbed([v.astype(x.dtype) for v in values], names), convolved)
+    kept = (*convolved.ins, *convolved.outs, *convolved.labels)
+    chain = _as_chain(*_absorbed([v.astype(x.dtype) for v in values], names, kept), convolved)
     x, before = _before(chain, x, convolved, forward_mode)
     h, window = _window(chain, x, convolved)
     y, after = _after(chain, h, convolved, forward_mode)

@@ -349,6 +349,39 @@ def test_of_two_inputs_the_step_takes_none():
     with pytest.raises(ValueError, match="'down/bias': .*on two inputs before it"):
         jlora.lift(pairs)(adapted, one, two)
 
+    def between(p, a, b):
+        """Of two inputs the first is read before the second is met, and once more after it."""
+        of_one = up(p, a)
+        return down(p, of_one), (of_two := up(p, b)), down(p, of_one), down(p, of_two)
+
+    with pytest.raises(ValueError, match="'down/bias': .*on two inputs before it"):
+        jlora.lift(between)(adapted, one, two)
+
+
+def test_two_sequences_in_lockstep_are_refused():
+    """Layer by layer, a second layer would read the second ids for the first sequence; one after the other is right."""
+    params = {"embed": {"embedding": jnp.ones((9, 4))}, **{f"l{n}": {"key": {"kernel": jnp.eye(4)}} for n in "01"}}
+    adapted = jlora.adapt(params, jlora.PrefixTuning(count=2, target="key/kernel"), axes={"kernel": "io"})
+    emb = lambda p, ids: jnp.take(p["embed"]["embedding"], ids, axis=0, mode="clip")
+    key = lambda p, n, x: x @ p[f"l{n}"]["key"]["kernel"]
+    a, b = jnp.array([[9, 10, 1]]), jnp.array([[2, 9, 10]])
+
+    def lockstep(p):
+        x, y = emb(p, a), None
+        first = key(p, 0, x)
+        y = emb(p, b)
+        return first, key(p, 0, y), key(p, 1, x), key(p, 1, y)
+
+    with pytest.raises(ValueError, match="'l1/key/kernel': .*on two inputs before it"):
+        jlora.lift(lockstep)(adapted)
+    whole = lambda p, ids: (key(p, 0, emb(p, ids)), key(p, 1, emb(p, ids)))
+    found = jlora.lift(lambda p: (whole(p, a), whole(p, b)))(adapted)
+    for ids, made in zip((a, b), found, strict=True):
+        for n, y in enumerate(made):
+            rows = adapted.trainable[f"l{n}/key/kernel"]["prompts"]
+            want = np.where((ids >= 9)[..., None], rows[np.clip(ids - 9, 0, 1)], 1)
+            np.testing.assert_allclose(y, want, rtol=1e-6)
+
 
 def test_a_step_must_keep_its_output():
     """An author's function that returns another shape is told when it is applied, with the method and the weight."""

@@ -22,7 +22,10 @@ Groups = Sequence[Labels | None]  # of each axis, the atoms of the weight that i
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["flat"], meta_fields=["is_lost", "is_read"], drop_fields=["x"]
+    jax.tree_util.register_dataclass,
+    data_fields=["flat"],
+    meta_fields=["is_lost", "readers", "earlier", "several"],
+    drop_fields=["x"],
 )
 @dataclasses.dataclass
 class Met:
@@ -31,14 +34,36 @@ class Met:
     Attributes:
       flat: with its features last.
       is_lost: whether one before it was read by no step, so that which of the two is meant cannot be told.
-      is_read: whether a step has read it.
+      readers: the weights whose steps have read it, by their origins.
+      earlier: those whose steps have read one before it.
+      several: whether there was one before it.
       x: as it was met, in the jaxpr where it was.
     """
 
     flat: jax.Array
     is_lost: bool = False
-    is_read: bool = False
+    readers: tuple[int, ...] = ()
+    earlier: tuple[int, ...] = ()
+    several: bool = False
     x: jax.Array | None = None
+
+    def after(self, flat: jax.Array, x: jax.Array) -> "Met":
+        """The next input of the same weight, where this one was met before."""
+        if self.x is x:
+            return dataclasses.replace(self, flat=flat)
+        return Met(flat, not self.readers, (), (*self.earlier, *self.readers), True, x)
+
+    def read(self, origin: int) -> bool:
+        """Notes a reader; whether it is told which input it means, where there were several.
+
+        Calls one after another read each in turn: all readers read every input once, or one input has readers of its
+        own, as the halves of an encoder-decoder have. A second reading of one input, or a reader that has passed over
+        an input which another read, is of calls that are interleaved.
+        """
+        passed = origin not in self.earlier and bool(set(self.readers) & set(self.earlier))
+        told = not self.several or origin not in self.readers and not passed
+        self.readers = (*self.readers, origin)
+        return told and not self.is_lost
 
 
 def applied(w: Weight, y: jax.Array, groups: Groups, inputs: Mapping[int, Met]) -> jax.Array:
@@ -51,14 +76,12 @@ def applied(w: Weight, y: jax.Array, groups: Groups, inputs: Mapping[int, Met]) 
                 "such an input, as of an encoder that reads no ids, to no such method (exclude=...)"
             )
         met = inputs.get(of)
-        if met is not None and met.is_lost:
+        if met is not None and not met.read(w.origin):
             raise NoArray(
                 f"{w.named}: a step on its output reads the input of another weight, and the model uses that one on "
                 "two inputs before it: which of them it means cannot be told. Call the block on one after the other, "
                 "or leave the weight to no such method (exclude=...)"
             )
-        if met is not None:
-            met.is_read = True
         with jax.named_scope("delta"):
             y = _one(w, o, y, groups, met and met.flat)
     return y

@@ -120,9 +120,8 @@ def _then(rule: Rule, reading: Reading) -> Rule:
 
 def _keep(inputs: dict[int, _step.Met], w: Weight, x: jax.Array, features: Sequence[int], stack: Sequence[int]) -> None:
     """What a weight met, for the steps that read it: a second input before any of them would take the first's place."""
-    before = inputs.get(w.origin)
-    lost = before is not None and not before.is_read and before.x is not x
-    inputs[w.origin] = _step.Met(_step.features_last(x, features, stack), lost, x=x)
+    flat, before = _step.features_last(x, features, stack), inputs.get(w.origin)
+    inputs[w.origin] = _step.Met(flat, x=x) if before is None else before.after(flat, x)
 
 
 _SUMS = {"add": _summed, "add_any": _summed}

@@ -187,7 +187,9 @@ def _is_real(dtype: DTypeLike) -> bool:
 def scale(adapted: Adapted, x: float | np.ndarray | jax.Array) -> Adapted:
     """The adapter weakened, strengthened or switched off: every delta times `x` (0 is the base, 1 the adapter).
 
-    `x` is a scalar and may be traced: the scales are data, so nothing recompiles.
+    `x` is a scalar and may be traced: the scales are data, so nothing recompiles. What stands in place of something,
+    and adds nothing to it, has no scale and stays: new rows of a table, and the rows at virtual positions of prompts
+    and prefixes; a call without virtual ids is a call without them.
 
     Example:
       >>> import jax.numpy as jnp, jlora

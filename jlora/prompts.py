@@ -131,16 +131,22 @@ def prepend(
             raise ValueError(
                 f"prepend({name}=...) of shape {array.shape}: its last axis is the {length} positions of ids"
             )
-        among = jnp.broadcast_to(jnp.asarray(own).astype(array.dtype), (*array.shape[:-1], count))
+        own = np.broadcast_to(np.asarray(own, np.int64), (count,))
+        held = jnp.iinfo(array.dtype) if jnp.issubdtype(array.dtype, jnp.integer) else None
+        if odd := [int(x) for x in own if held is not None and not held.min <= x <= held.max]:
+            raise ValueError(f"{name} of dtype {array.dtype} cannot hold {odd[0]}; cast them to int32")
+        among = jnp.broadcast_to(jnp.asarray(own, array.dtype), (*array.shape[:-1], count))
         return jnp.concatenate([array[..., :at], among, array[..., at:]], -1)
 
     first = np.asarray(virtual, np.int64)
-    if count and first.max() > jnp.iinfo(tokens.dtype).max:
-        raise ValueError(f"ids of dtype {tokens.dtype} cannot hold the virtual id {first.max()}; cast them to int32")
+    if count and first.min() < 0:
+        raise ValueError(f"prepend takes virtual ids as `virtual_ids` gives them, not {int(first.min())}")
     made = around("ids", tokens, first)
     assert made is not None
     places = None if positions is None else around("positions", positions, np.arange(at, at + count))
     if places is not None:
+        if jnp.issubdtype(places.dtype, jnp.integer) and jnp.iinfo(places.dtype).bits < 32:
+            raise ValueError(f"positions of dtype {places.dtype} may not hold {count} more; cast them to int32")
         places = places.at[..., at + count :].add(count)
     return Prompted(made, around("mask", mask, 1), around("labels", labels, ignored), places)
 

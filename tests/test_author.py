@@ -157,6 +157,34 @@ WRONG = {
     "a rate of one": (delta("r I, r O -> I O", A, B, dropout=1.0), "rate of dropout 1.0, which is not in"),
     "a scale that is no number": (delta("r I, r O -> I O", A, B, scale=float("nan")), "has the scale nan"),
     "a size of zero": (delta("r I, r O -> I O", A, B, sizes=(("r", 0),)), "letter 'r' has the size 0"),
+    "a letter that an axis has": (delta("x0 I, x0 O -> I O", A, B, sizes=(("x0", 2),)), "'x0' is the name of an axis"),
+    "a letter of one operand": (delta("r I, s r, O -> I O", A, Array("m", ZEROS), B, sizes=(*R, ("s", 3))),
+                                "the letter 's' is carried by one operand"),
+    "the scale of a gain": (lambda leaf: Recipe(gain=Delta("O -> O", (A,), scale=3.0)), "'O -> O' is a gain.*no scale"),
+    "dropout of an L": (lambda leaf: Recipe(left=Delta("m n -> (m) (n)", (A,), (("m", 6), ("n", 6)), dropout=0.1)),
+                        "is a left, which multiplies"),
+    "a gain in groups": (lambda leaf: Recipe(gain=Delta("j -> (j q)", (A,), (("j", 2), ("q", 2)))), "has no groups"),
+    "two arrays of one name": (delta("r I, r, r O -> I O", A, Array("q", ZEROS, trained=False), Array("q", ZEROS)),
+                               "would hold 'q'"),
+    "a factor called as the scale": (delta("r I, r O, -> I O", A, B, Array("s", ZEROS)), "'s' is the scale of a delta"),
+    "a matrix in blocks": (
+        delta("i j p -> (i j) (i p)", A, sizes=(("i", 2), ("j", 3), ("p", 2))), "'i' makes two axes",
+    ),
+    "W0 twice": (delta("I O, I O -> I O", Base(), Base()), "Base stands in it twice"),
+    "W0 in an L": (
+        lambda leaf: Recipe(left=Delta("I O, O n -> (I) (n)", (Base(), A), (("n", 6),))), "turns W0, and Base",
+    ),
+    "no equation": (delta(None, A, B), "an equation in words"),
+    "a scale in words": (delta("r I, r O -> I O", A, B, scale="2"), "has the scale '2'"),
+    "a letter sized twice": (delta("r I, r O -> I O", A, B, sizes=(*R, ("r", 3))), "each once"),
+    "a side sized": (delta("r I, r O -> I O", A, B, sizes=(*R, ("I", 3))), "a letter of its own"),
+    "a shape in a list": (lambda leaf: Array("a", ZEROS, [2, 6]), "a tuple of whole numbers"),
+    "a complex dtype": (lambda leaf: Array("a", ZEROS, dtype="complex64"), "a floating point dtype"),
+    "a gain that is none": (lambda leaf: Recipe(gain="O -> O"), "as its gain a Delta"),
+    "no function": (lambda leaf: Function(3, ()), "has a function first"),
+    "a complex function": (
+        delta("r I, r O -> I O", shaped(lambda x: x + 1j, (2, 6)), B), "complex64, and weights are real",
+    ),
     "a step that is not said": (
         lambda leaf: Recipe(steps=(Step(jnp.tanh, ()),)), "Mine on 'dense/kernel' .*`on_outputs = True`",
     ),
@@ -164,7 +192,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_words_of_another_kind_are_refused(name):
+def test_words_that_say_nothing_here_are_refused(name):
     """What is no tuple of words, no recipe, or a word in another place, is told when the method meets a weight."""
     made, words = WRONG[name]
     with pytest.raises((TypeError, ValueError), match=words):

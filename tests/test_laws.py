@@ -15,6 +15,7 @@ from jax import lax
 
 import jlora
 import zoo
+from jlora import network
 from methods import (
     BLOCKS,
     CASES,
@@ -526,6 +527,25 @@ def test_rows_out_of_range_that_are_masked_later():
     ids = jnp.array([[0, 9], [12, 3]])
     f = lambda p, ids: jnp.where((ids < 10)[..., None], jnp.take(p["w"], ids, axis=0), 0)
     against_dense(f, (10, 4), "io", ids)
+
+
+def test_an_operand_that_another_one_absorbs():
+    """`m, m r I, n, n r O`, mixtures of bases on either side, on a convolution and on experts: chains, never dense."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mixture(jlora.methods.Method):
+        def recipe(self, leaf):
+            arrays = tuple(network.Array(name, jax.nn.initializers.normal()) for name in "cadb")
+            sizes = (("r", 2), ("m", 3), ("n", 2))
+            return network.Recipe((network.Delta("m, m r I, n, n r O -> I O", arrays, sizes),))
+
+    conv = lambda p, x: lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    against_dense(conv, (3, 4, 5), "kio", jnp.ones((2, 6, 4)), spec=Mixture(target="w"))
+    experts = lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([2, 0, 3]))
+    against_dense(experts, (3, 6, 4), "sio", jnp.ones((5, 6)), spec=Mixture(target="w"))
+    for f, shape, letters, x in ((conv, (3, 4, 5), "kio", (2, 6, 4)), (experts, (3, 6, 4), "sio", (5, 6))):
+        ad = jlora.adapt({"w": jnp.ones(shape)}, Mixture(target="w"), axes={"w": letters})
+        assert not jlora.explain(f, ad, jnp.ones(x)).dense
 
 
 def test_complex_activations():

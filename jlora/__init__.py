@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from jlora import analysis as analysis
+from jlora import combine as combine
 from jlora import init as init
 from jlora import io as io
 from jlora import methods as methods

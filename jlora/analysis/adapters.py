@@ -58,7 +58,7 @@ def factors(adapted: Adapted) -> dict[str, Factors]:
       >>> a.shape, b.shape
       ((2, 6), (2, 4))
     """
-    made = ((site.leaf.path, _factored(site, weight)) for site, weight in _matrices("analysis.factors", adapted))
+    made = ((site.leaf.path, factored(site, weight)) for site, weight in _matrices("analysis.factors", adapted))
     return {path: pair for path, pair in made if pair is not None}
 
 
@@ -77,7 +77,7 @@ def updates(adapted: Adapted) -> dict[str, SVD]:
     """
     found = {}
     for site, weight in _matrices("analysis.updates", adapted):
-        pair = _factored(site, weight)
+        pair = factored(site, weight)
         found[site.leaf.path] = svd(site.leaf.matrix(weight.delta())) if pair is None else factored_svd(*pair)
     return found
 
@@ -91,7 +91,7 @@ def _matrices(caller: str, adapted: Adapted) -> Iterator[tuple[Site, Weight]]:
     return ((s, w) for s, w in zip(adapted.frozen.plan.sites, every, strict=True) if _is_matrix(s))
 
 
-def _factored(site: Site, weight: Weight) -> Factors | None:
+def factored(site: Site, weight: Weight) -> Factors | None:
     """The products of a weight as one pair, None where one of them is no low-rank product."""
     alone = weight.plain and not weight.gain and not weight.rows
     pairs = [_pair(site, weight, term) for term in weight.terms] if alone else []

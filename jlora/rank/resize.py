@@ -64,13 +64,7 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
       <https://doi.org/10.1007/BF02288367>`_, 1936.
     """
     plan = plan_of("resize", adapted)
-    if (rank is None) == (energy is None):
-        raise ValueError(f"resize(rank={rank}, energy={energy}): write one of the two")
-    wanted = "a rank is at least 1, an energy in (0, 1]"
-    if rank is not None:
-        whole_number("resize", "rank", rank, 1, float("inf"), wanted)
-    else:
-        number("resize", "energy", energy, wanted, lambda x: 0 < x <= 1)
+    check_wanted("resize", rank, energy)
     concrete("resize", adapted)
     get = _read.factors_of(adapted)
     by_path: dict[str, list[Pair]] = {}
@@ -90,11 +84,7 @@ def resize(adapted: Adapted, *, rank: int | None = None, energy: float | None = 
             raise ValueError(
                 f"resize: the factors of {site.leaf.path!r} hold NaN or infinities, so no rank is its best"
             )
-        k = (
-            min(sizes.shape[-1], rank)
-            if rank is not None
-            else _needed(np.asarray(sizes), energy or 1.0, site.leaf.path)
-        )
+        k = min(sizes.shape[-1], rank) if rank is not None else needed(np.asarray(sizes), energy or 1.0)
         new = of_rank(site, ours, k) if not pair.begun else _unpaired(site, k)
         if new is None:
             sites.append(site)
@@ -133,12 +123,21 @@ def _unpaired(site: Site, k: int) -> Site | None:
     return None if method is None or recipe is None else dataclasses.replace(site, method=method, recipe=recipe)
 
 
-def _needed(sizes: np.ndarray, energy: float, path: str) -> int:
-    """The smallest k that keeps the share in every layer."""
+def check_wanted(caller: str, rank: int | None, energy: float | None) -> None:
+    """Raises unless it is said how small, by a rank or by a share of energy."""
+    if (rank is None) == (energy is None):
+        raise ValueError(f"{caller}(rank={rank}, energy={energy}): write one of the two")
+    words = "a rank is at least 1, an energy in (0, 1]"
+    if rank is not None:
+        whole_number(caller, "rank", rank, 1, float("inf"), words)
+    else:
+        number(caller, "energy", energy, words, lambda x: 0 < x <= 1)
+
+
+def needed(sizes: np.ndarray, energy: float) -> int:
+    """The smallest k, from 1 on, that keeps a share of the squares of singular values (stack..., n) in every layer."""
     squares = sizes.reshape(-1, sizes.shape[-1]).astype(np.float64) ** 2
     total = squares.sum(-1, keepdims=True)
-    if not total.any():
-        raise ValueError(f"resize: the update of {path!r} is zero; compact drops it, and so should you")
     # at energy=1: all singular values above the rounding noise of float32
     short = np.cumsum(squares, -1) < energy * total * (1 - 1e-12)
     return min(int(short.sum(-1).max()) + 1, sizes.shape[-1])

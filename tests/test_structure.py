@@ -37,8 +37,8 @@ ROOMS = (
     *(f"_forward.{room}" for room in FLOORS["_forward"]),
     "_interpret", "_modules", "lift", "explain", "init",
     "optim",  # one room knows jaxprs
-    "rank", "shard", "serve", "combine", "prompts", "bottleneck",
-    "io", "analysis", "plot", "__main__",  # nobody below io knows a file format
+    "rank", "shard", "serve", "prompts", "bottleneck",
+    "io", "analysis", "combine", "plot", "__main__",  # nobody below io knows a file format
 )  # fmt: skip
 
 # Imports that look upwards and have a reason: {(room, imported): why}.

@@ -157,6 +157,10 @@ WRONG = {
     "a rate of one": (delta("r I, r O -> I O", A, B, dropout=1.0), "rate of dropout 1.0, which is not in"),
     "a scale that is no number": (delta("r I, r O -> I O", A, B, scale=float("nan")), "has the scale nan"),
     "a size of zero": (delta("r I, r O -> I O", A, B, sizes=(("r", 0),)), "letter 'r' has the size 0"),
+    "a letter of two sizes": (
+        delta("q I, q O -> I O", Array("a", ZEROS, (2, 6)), Array("b", ZEROS, (3, 4)), sizes=()),
+        "the letter 'q' is 2 in one shape and 3 in another",
+    ),
     "a letter that an axis has": (delta("x0 I, x0 O -> I O", A, B, sizes=(("x0", 2),)), "'x0' is the name of an axis"),
     "a letter of one operand": (delta("r I, s r, O -> I O", A, Array("m", ZEROS), B, sizes=(*R, ("s", 3))),
                                 "the letter 's' is carried by one operand"),

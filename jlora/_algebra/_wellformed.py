@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jlora._algebra import _recipe, _words
-from jlora._algebra._recipe import Recipe
+from jlora._algebra._recipe import Bound, Recipe
 from jlora._algebra._words import Array, Base, Delta, Function, Gate, Word
 from jlora._trees._leaf import Leaf
 from jlora._types import DType, Place, Shape, Shaped
@@ -34,7 +34,9 @@ def _check(recipe: Recipe, leaf: Leaf) -> None:
                 raise ValueError("a gain stands on whole sides, I, O or K, and has no groups in parentheses")
             _check_gates(delta, n < len(recipe.deltas))
             bound = _recipe.bind(delta, leaf, sides)
+            known = dict[str, int]()
             for word, labels in bound.words:
+                _check_sizes(known, bound, labels, word.shape if isinstance(word, Array) else None)
                 if isinstance(word, Base) and set(labels) != {a for a in _recipe.atoms(leaf) if a[0] != "s"}:
                     raise ValueError(f"Base is W0 in its own axes, all of them, as in 'I O', not {' '.join(labels)!r}")
                 if isinstance(word, Array):
@@ -213,6 +215,15 @@ def _check_gates(delta: Delta, added: bool) -> None:
                 )
 
 
+def _check_sizes(known: dict[str, int], bound: Bound, labels: Sequence[str], shape: Shape | None) -> None:
+    """A letter without a size has that of the first shape that it stands in, and no other."""
+    for label, size in zip(labels, shape or (), strict=False):
+        if label not in bound.sizes and known.setdefault(label, size) != size:
+            raise ValueError(
+                f"the letter {label!r} is {known[label]} in one shape and {size} in another: give it a size"
+            )
+
+
 def _check_array(word: Array, labels: Sequence[str], shape: Sequence[int | None]) -> None:
     if word.shape is None:
         return
@@ -234,20 +245,24 @@ def check_functions(recipe: Recipe, leaf: Leaf, made: Mapping[Place, jax.Array])
 def _check_functions(recipe: Recipe, leaf: Leaf, given: tuple[tuple[tuple[DType, Shape | None], ...], ...]) -> None:
     rest = iter(given)
     for bound in recipe.bound(leaf):
+        known = dict[str, int]()
         for word, labels in bound.words:
+            _check_sizes(known, bound, labels, word.shape if isinstance(word, Array) else None)
             if isinstance(word, Function):
                 arrays = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in next(rest)]
                 if word.base:
                     arrays.append(jax.ShapeDtypeStruct(leaf.layer.shape, leaf.dtype))
                 try:
-                    _check_function(word, arrays, labels, [bound.sizes.get(x) for x in labels])
+                    made = _check_function(word, arrays, labels, [bound.sizes.get(x) for x in labels])
+                    _check_sizes(known, bound, labels, made)
                 except ValueError as error:
                     raise ValueError(f"{error} (in the equation {bound.delta.equation!r})") from error.__cause__
 
 
 def _check_function(
     word: Function, given: Sequence[Shaped], labels: Sequence[str], shape: Sequence[int | None]
-) -> None:
+) -> Shape:
+    """The shape that it makes."""
     shapes = ", ".join(str(x.shape) for x in given) or "(none)"
     try:
         made: object = jax.eval_shape(word.fn, *given)
@@ -260,6 +275,7 @@ def _check_function(
     if len(made.shape) != len(shape) or any(b not in (None, a) for a, b in zip(made.shape, shape, strict=True)):
         letters = _spoken(labels, shape)
         raise ValueError(f"a Function of arrays {shapes} returns {made.shape}, and its letters {letters}")
+    return made.shape
 
 
 POSITIONS = 2**20  # that a step is asked about: more than any that it wants

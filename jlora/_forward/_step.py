@@ -108,9 +108,13 @@ def _one(w: Weight, o: Operand, y: jax.Array, groups: Groups, x: jax.Array | Non
     split = reshaped(y, tuple(shape))
     made = features_last(split, [labels.index(a) for a in outs], [labels.index(a) for a in stack])
     order = [*stack, *(a for a in labels if a not in (*stack, *outs)), *outs]
-    new = _of_layers(_ungated(o), stack, made, x)
+    try:
+        new = _of_layers(_ungated(o), stack, made, x)
+    except Exception as error:  # whatever an author's function raises
+        why = str(error) if isinstance(error, NoArray) else f"it fails: {type(error).__name__}: {error}"
+        raise NoArray(f"{w.named}: a step on its output of shape {made.shape}: {why}") from error
     if new.shape != made.shape:
-        raise ValueError(f"a Step of an output of shape {made.shape} returns {new.shape}; it returns what it is given")
+        raise NoArray(f"{w.named}: a Step of an output of shape {made.shape} returns {new.shape}, not what it is given")
     if o.gate:
         g = _gates.spread(w.named, o.gate, o.arrays[-1], made.shape[len(stack) : -1])[..., None].astype(y.dtype)
         new = g * new + (1 - g) * made  # where g is 0 or 1, one of the two bit for bit
@@ -132,7 +136,7 @@ def _of_layers(o: Operand, stack: Sequence[str], y: jax.Array, x: jax.Array | No
     if x is not None and x.shape[:-1] == y.shape[len(stack) : -1]:  # the same in all layers of a stack, as ids are
         ahead[1] = None
     elif x is not None and x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(
+        raise NoArray(
             f"a Step reads an output of shape {y.shape} and the input of another weight of shape {x.shape}: all but "
             "their features must be alike"
         )

@@ -506,7 +506,14 @@ BAD = {
     "no axis": (lambda: prompts.prepend([11], jnp.int32(3)), "integers"),
     "another mask": (lambda: prompts.prepend([11], IDS, mask=jnp.ones((2, 4))), r"mask=...\) of shape \(2, 4\)"),
     "too long": (lambda: prompts.prepend(range(11, 14), IDS, longest=7), "more than the 7 positions"),
-    "narrow ids": (lambda: prompts.prepend([300], IDS.astype(jnp.uint8)), "uint8 cannot hold the virtual id 300"),
+    "narrow ids": (lambda: prompts.prepend([300], IDS.astype(jnp.uint8)), "ids of dtype uint8 cannot hold 300"),
+    "narrow labels": (
+        lambda: prompts.prepend([11], IDS, labels=IDS.astype(jnp.uint16)), "labels of dtype uint16 cannot hold -100",
+    ),
+    "narrow positions": (
+        lambda: prompts.prepend([11], IDS, positions=jnp.arange(5, dtype=jnp.int8)), "positions of dtype int8 may not",
+    ),
+    "a virtual id below zero": (lambda: prompts.prepend([-1, 3], IDS), "virtual ids as `virtual_ids` gives them"),
     "behind the end": (lambda: prompts.prepend([11], IDS, at=6), r"at=6\): there is no such position .*\(2, 5\)"),
     "nothing to remove": (lambda: prompts.remove(jnp.ones((2, 2)), 3), "no 3 positions"),
     "nothing behind": (lambda: prompts.remove(jnp.ones((2, 4)), 3, at=2), "no 3 positions stand behind the first 2"),

@@ -155,10 +155,7 @@ def contract(
         if len(chosen) == 1:
             live.append(steps.summed(chosen[0], keep, element))
             continue
-        (_, la), (_, lb) = chosen
-        (a, la), (b, lb) = (
-            steps.summed(one, keep | set(other), None) for one, other in zip(chosen, (lb, la), strict=True)
-        )
+        (a, la), (b, lb) = chosen
         if (elements(a.shape), len(la)) < (elements(b.shape), len(lb)):  # activations first
             (a, la), (b, lb) = (b, lb), (a, la)
         meet = steps.dotted if any(x in lb and x not in keep for x in la) else steps.multiplied

@@ -111,7 +111,7 @@ def _one(w: Weight, o: Operand, y: jax.Array, groups: Groups, x: jax.Array | Non
     try:
         new = _of_layers(_ungated(o), stack, made, x)
     except Exception as error:  # whatever an author's function raises
-        why = str(error) if isinstance(error, NoArray) else f"it fails: {type(error).__name__}: {error}"
+        why = str(error) if isinstance(error, ValueError) else f"it fails: {type(error).__name__}: {error}"
         raise NoArray(f"{w.named}: a step on its output of shape {made.shape}: {why}") from error
     if new.shape != made.shape:
         raise NoArray(f"{w.named}: a Step of an output of shape {made.shape} returns {new.shape}, not what it is given")
